@@ -73,6 +73,15 @@ def table(results: dict) -> str:
     return "\n".join(rows)
 
 
+def pseudo_label_quality(log_path: Path, epochs: int) -> dict:
+    """Coverage and accuracy, in percent, of the labels trained on in the last epoch; accuracy None without labels."""
+    rows = [row for row in map(json.loads, log_path.read_text().splitlines()[1:]) if row.get("epoch") == epochs and "coverage" in row]
+    steps = sum(row["steps"] for row in rows)
+    kept = sum(row["steps"] * row["coverage"] for row in rows)
+    right = [row["steps"] * row["coverage"] * row["label_accuracy"] for row in rows if row["label_accuracy"] is not None]
+    return {"coverage": percent(kept / steps) if steps else None, "accuracy": percent(sum(right) / kept) if right and kept else None}
+
+
 def plot_curves(log_file: Path, picture: Path, zero_shot: dict | None):
     """Accuracy of the teacher by epoch with its zero-shot lines, and coverage and accuracy of the pseudo-labels."""
     rows = [json.loads(line) for line in log_file.read_text().splitlines()]

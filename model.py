@@ -20,9 +20,9 @@ from torch import Tensor, nn
 # A CLIP and a Point-BERT small enough to pre-train on a CPU in a minute or two.
 TINY = {
     "embed_dim": 128,
-    "image": {"image_size": 64, "patch_size": 8, "width": 96, "layers": 4, "heads": 3},
-    "point": {"width": 96, "layers": 4, "heads": 3, "groups": 32, "group_size": 16, "stem": [32, 64, 128],
-              "token_width": 96, "drop_path": 0.0},
+    "image": {"image_size": 64, "patch_size": 16, "width": 96, "layers": 4, "heads": 3},
+    "point": {"width": 96, "layers": 4, "heads": 3, "groups": 32, "group_size": 16, "stem": [32, 64, 96],
+              "token_width": 64, "drop_path": 0.0},
     "text": {"context_length": 20, "width": 64, "heads": 2, "layers": 2},
 }
 TEMPLATES = {
