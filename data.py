@@ -1,7 +1,7 @@
-"""Objects to learn from: the procedural `shapes`, real data sets, depth views, and the weak and strong views of both.
+"""Objects to learn from: the procedural `shapes`, real data sets, depth views, weak and strong views of both.
 
-Coordinates are right-handed, z up, float32; every cloud is centred and scaled into the unit sphere. Angles in radians.
-N objects, P points, V views.
+Coordinates are right-handed, z up, float32; every cloud is centred and scaled into the unit sphere.
+Angles are in radians. N objects, P points, V views.
 """
 import math
 import sys
@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MODELNET10 = ("bathtub", "bed", "chair", "desk", "dresser", "monitor", "night stand", "sofa", "table", "toilet")
+MODELNET10 = tuple("bathtub,bed,chair,desk,dresser,monitor,night stand,sofa,table,toilet".split(","))
 
 
 @contextmanager
 def one_line_errors():
-    """What a user can put right (ValueError, OSError) ends a script with one line on stderr and exit code 2."""
+    """What a user can put right (ValueError, OSError) ends a script with one line and exit code 2."""
     try:
         yield
     except KeyboardInterrupt:
@@ -33,7 +33,7 @@ def one_line_errors():
 
 @dataclass
 class Objects:
-    """A split of a data set. points (N, P, 3) float32; images: None where views are rendered; labels (N,) or None."""
+    """A split of a data set. points (N, P, 3); labels (N,) or None; images: None where views are rendered."""
     points: Tensor
     labels: Tensor | None
     class_names: list[str]
@@ -52,20 +52,21 @@ def to_unit_sphere(points: Tensor) -> Tensor:
     """
     bad = ~torch.isfinite(points).flatten(1).all(dim=1)
     if bad.any():
-        raise ValueError(f"object {int(bad.nonzero()[0])} has NaN or infinite coordinates; remove or repair it")
+        raise ValueError(f"object {int(bad.nonzero()[0])} has NaN or infinite coordinates; repair it")
     points = points - points.mean(dim=1, keepdim=True)
     radius = points.norm(dim=-1).amax(dim=1)
     if (radius == 0).any():
-        raise ValueError(f"all points of object {int((radius == 0).nonzero()[0])} coincide; its file is empty or corrupt")
+        raise ValueError(f"all points of object {int((radius == 0).nonzero()[0])} coincide; its file is corrupt")
     return points / radius[:, None, None]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# shapes: ten classes of furniture, each a short program of solids. Lengths are roughly metres, the front faces -y.
+# -----------------------------------------------------------------------------------------------------------
+# shapes: ten classes of furniture, each a short program of solids. Lengths are roughly metres, the front
+# faces -y.
 
 def part(kind: str, centre, size, tilt=(0.0, 0.0, 0.0), taper=1.0) -> tuple:
-    """One solid: kind box, tube (elliptic, top = taper x bottom), ball or bowl (lower half of a ball); full extents
-    `size`, turned by `tilt` about x, y, z around its centre."""
+    """One solid: kind box, tube (elliptic, top = taper x bottom), ball or bowl (lower half of a ball); full
+    extents `size`, turned by `tilt` about x, y, z around its centre."""
     return kind, centre, size, tilt, taper
 
 
@@ -79,7 +80,8 @@ def pick(rng, *options):
 
 def four_legs(rng, w, d, h, thick, inset=0.0) -> list:
     """Legs under the corners of a w x d top at height h: square or round, straight, tapered or splayed."""
-    kind, taper, splay = pick(rng, "box", "tube"), rng.uniform(1.0, 2.0), rng.uniform(0, 0.2) * pick(rng, 0, 1)
+    kind, taper = pick(rng, "box", "tube"), rng.uniform(1.0, 2.0)
+    splay = rng.uniform(0, 0.2) * pick(rng, 0, 1)
     x, y = w / 2 - thick / 2 - inset, d / 2 - thick / 2 - inset
     return [part(kind, (sx * x, sy * y, h / 2), (thick, thick, h), (sy * splay, -sx * splay, 0), taper)
             for sx in (-1, 1) for sy in (-1, 1)]
@@ -91,7 +93,8 @@ def pedestal(rng, h, reach) -> list:
     if rng.random() < 0.5:
         return column + [tube((0, 0, 0.02), (2 * reach, 2 * reach, 0.04), taper=rng.uniform(0.3, 1))]
     spokes = rng.integers(3, 6)
-    return column + [box((reach / 2 * math.cos(a), reach / 2 * math.sin(a), 0.04), (reach, 0.05, 0.05), (0, 0, a))
+    return column + [box((reach / 2 * math.cos(a), reach / 2 * math.sin(a), 0.04), (reach, 0.05, 0.05),
+                         (0, 0, a))
                      for a in 2 * math.pi * np.arange(spokes) / spokes]
 
 
@@ -110,7 +113,7 @@ def drawers(rng, w, d, h, rows, columns, z0=0.0, x0=0.0) -> list:
 
 
 def back_rest(rng, w, h, y, z, thick) -> list:
-    """A back from height z up: panel, vertical or horizontal slats in a frame, or a curve of narrow panels; leaning."""
+    """A leaning back from height z up: panel, vertical or horizontal slats in a frame, or curved."""
     lean, style = -rng.uniform(0, 0.3), rng.integers(4)
     c = (0, y - math.sin(lean) * h / 2, z + h / 2)
     if style == 0:
@@ -125,7 +128,8 @@ def back_rest(rng, w, h, y, z, thick) -> list:
         if style == 1:
             out.append(box((t * w, *c[1:]), (w / n * 0.35, thick * 0.7, h), (lean, 0, 0)))
         else:
-            out.append(box((0, c[1] - math.sin(lean) * t * h, c[2] + t * h), (w, thick * 0.7, h / n * 0.45), (lean, 0, 0)))
+            out.append(box((0, c[1] - math.sin(lean) * t * h, c[2] + t * h), (w, thick * 0.7, h / n * 0.45),
+                           (lean, 0, 0)))
     return out + [box((0, c[1] - math.sin(lean) * h / 2, z + h), (w, thick, 0.06), (lean, 0, 0))]
 
 
@@ -151,7 +155,8 @@ def chair(rng):
         high, thin = u(0.15, 0.3), u(0.03, 0.14)
         for s in (-1, 1):
             out.append(box((s * w / 2, 0, seat + high), (thin, d * u(0.7, 1), u(0.03, 0.08))))
-            out.append(box((s * w / 2, -d * u(0.1, 0.4), seat + high / 2), (thin * 0.8, 0.05 if base < 4 else d, high)))
+            out.append(box((s * w / 2, -d * u(0.1, 0.4), seat + high / 2),
+                           (thin * 0.8, 0.05 if base < 4 else d, high)))
     return out
 
 
@@ -164,15 +169,18 @@ def sofa(rng):
     if rng.random() < 0.88:
         high, round_arm = u(0.1, 0.32), rng.random() < 0.3
         for s in (-1, 1):
-            out.append(box((s * (w - arm) / 2, 0, foot + (seat + high - foot) / 2), (arm, d, seat + high - foot)))
+            out.append(box((s * (w - arm) / 2, 0, foot + (seat + high - foot) / 2),
+                           (arm, d, seat + high - foot)))
             if round_arm:
-                out.append(tube((s * (w - arm) / 2, 0, seat + high), (arm * 1.2, arm * 1.2, d), (math.pi / 2, 0, 0)))
+                out.append(tube((s * (w - arm) / 2, 0, seat + high), (arm * 1.2, arm * 1.2, d),
+                                (math.pi / 2, 0, 0)))
     inner, soft = w - 2 * arm, u(0.08, 0.2)
     for x in inner * ((np.arange(n) + 0.5) / n - 0.5):
         if rng.random() < 0.9:
             out.append(box((x, -0.05, seat + soft / 2), (inner / n * 0.96, d * 0.75, soft)))
         if rng.random() < 0.6:
-            out.append(part(pick(rng, "box", "ball"), (x, d / 2 - 0.25, seat + soft + 0.15), (inner / n * 0.9, 0.18, 0.35), (-0.2, 0, 0)))
+            out.append(part(pick(rng, "box", "ball"), (x, d / 2 - 0.25, seat + soft + 0.15),
+                            (inner / n * 0.9, 0.18, 0.35), (-0.2, 0, 0)))
     if foot > 0.05:
         out += four_legs(rng, w, d, foot, u(0.04, 0.1))
     if rng.random() < 0.22:  # L-shape
@@ -196,15 +204,18 @@ def table(rng):
     elif base == 3:
         out += pedestal(rng, h, u(0.25, 0.45) * d)
         if w > 1.5 * d:
-            out = out[:1] + [part(k, (c[0] + s * w / 4, *c[1:]), *rest) for k, c, *rest in out[1:] for s in (-1, 1)]
+            out = out[:1] + [part(k, (c[0] + s * w / 4, *c[1:]), *rest) for k, c, *rest in out[1:]
+                             for s in (-1, 1)]
     elif base == 4:
         out += [box((s * (w * 0.45 - inset), 0, h / 2), (u(0.03, 0.1), d * u(0.6, 0.98), h)) for s in (-1, 1)]
     else:
         lean = u(0.3, 0.6)
-        out += [box((s * w * 0.4, 0, h / 2), (0.05, 0.06, h / math.cos(lean)), (t * lean, 0, 0)) for s in (-1, 1) for t in (-1, 1)]
+        out += [box((s * w * 0.4, 0, h / 2), (0.05, 0.06, h / math.cos(lean)), (t * lean, 0, 0))
+                for s in (-1, 1) for t in (-1, 1)]
         out.append(box((0, 0, h / 2), (w * 0.8, 0.05, 0.06)))
     if base <= 2 and rng.random() < 0.5:
-        out.append(box((0, 0, h - thick / 2 - 0.05), (w - 2 * inset - 0.06, d - 2 * inset - 0.06, u(0.05, 0.14))))
+        out.append(box((0, 0, h - thick / 2 - 0.05),
+                       (w - 2 * inset - 0.06, d - 2 * inset - 0.06, u(0.05, 0.14))))
     if rng.random() < 0.25:
         out.append(box((0, 0, h * u(0.15, 0.45)), (0.8 * (w - 2 * inset), 0.8 * (d - 2 * inset), 0.03)))
     return out
@@ -221,7 +232,8 @@ def desk(rng):
         if support == "drawers":
             wide = u(0.22, 0.38) * w
             top = h if rng.random() < 0.7 else h * 0.45
-            out += drawers(rng, wide, d * 0.92, top * 0.96, rng.integers(2, 5), 1, h - top, s * (w - wide) / 2)
+            out += drawers(rng, wide, d * 0.92, top * 0.96, rng.integers(2, 5), 1, h - top,
+                           s * (w - wide) / 2)
             if top < h:
                 out += [box((s * w * 0.47, y * d * 0.42, h / 2), (0.05, 0.05, h)) for y in (-1, 1)]
         elif support == "panel":
@@ -237,7 +249,8 @@ def desk(rng):
         out.append(box((s * (w - deep) / 2, -d / 2 - long + 0.05, h / 2), (deep * 0.95, u(0.03, 0.4), h)))
     if rng.random() < 0.35:  # hutch
         high, deep, n = u(0.3, 0.8), u(0.2, 0.32), rng.integers(2, 5)
-        out += [box((x, d / 2 - deep / 2, h + high / 2), (0.03, deep, high)) for x in np.linspace(-w / 2, w / 2, n)]
+        out += [box((x, d / 2 - deep / 2, h + high / 2), (0.03, deep, high))
+                for x in np.linspace(-w / 2, w / 2, n)]
         out += [box((0, d / 2 - deep / 2, h + z), (w, deep, 0.03)) for z in (high, high * u(0.4, 0.6))]
         out += [box((0, d / 2 - 0.02, h + high / 2), (w, 0.02, high))] * int(rng.random() < 0.6)
     if rng.random() < 0.2:
@@ -278,7 +291,8 @@ def night_stand(rng):
     if rng.random() < 0.7:
         out.append(box((0, 0, h), (w * u(1, 1.15), d * u(1, 1.15), u(0.02, 0.05))))
     if rng.random() < 0.07:  # a lamp with its shade
-        out += [tube((0, 0, h + 0.15), (0.04, 0.04, 0.3)), tube((0, 0, h + 0.35), (0.28, 0.28, 0.2), taper=0.6)]
+        out += [tube((0, 0, h + 0.15), (0.04, 0.04, 0.3)),
+                tube((0, 0, h + 0.35), (0.28, 0.28, 0.2), taper=0.6)]
     return out
 
 
@@ -296,17 +310,21 @@ def monitor(rng):
     if back < 0.25:  # a tube screen
         deep = u(0.2, 0.4)
         out.append(box((0, deep * 0.25, middle), (w * 0.97, deep * 0.5, h * 0.97)))
-        out.append(tube((0, deep * 0.7, middle), (w * 0.9, h * 0.9, deep * 0.5), (-math.pi / 2, 0, 0), u(0.5, 0.8)))
+        out.append(tube((0, deep * 0.7, middle), (w * 0.9, h * 0.9, deep * 0.5), (-math.pi / 2, 0, 0),
+                        u(0.5, 0.8)))
     elif back < 0.5:
-        out.append(part(pick(rng, "box", "ball"), (0, thick, middle - 0.02), (w * u(0.4, 0.8), thick * 2, h * u(0.4, 0.7))))
+        out.append(part(pick(rng, "box", "ball"), (0, thick, middle - 0.02),
+                        (w * u(0.4, 0.8), thick * 2, h * u(0.4, 0.7))))
     if rng.random() < 0.06:
         return out
-    out.append(part(pick(rng, "box", "tube"), (0, thick / 2 + 0.02, lift / 2 + h * 0.15), (u(0.03, 0.15), u(0.02, 0.06), lift + h * 0.3), (u(-0.2, 0.1), 0, 0)))
+    out.append(part(pick(rng, "box", "tube"), (0, thick / 2 + 0.02, lift / 2 + h * 0.15),
+                    (u(0.03, 0.15), u(0.02, 0.06), lift + h * 0.3), (u(-0.2, 0.1), 0, 0)))
     wide, deep, high = w * u(0.35, 0.7), u(0.14, 0.28), u(0.01, 0.04)
     if rng.random() < 0.8:
         out.append(part(pick(rng, "box", "tube"), (0, 0.02, high / 2), (wide, deep, high), taper=u(0.6, 1)))
     else:
-        out += [box((s * wide / 4, -deep / 4, 0.015), (wide / 2, 0.04, 0.03), (0, 0, s * 0.6)) for s in (-1, 1)]
+        out += [box((s * wide / 4, -deep / 4, 0.015), (wide / 2, 0.04, 0.03), (0, 0, s * 0.6))
+                for s in (-1, 1)]
     return out
 
 
@@ -327,7 +345,8 @@ def bathtub(rng):
     else:  # free-standing: a double shell, on feet or on a plinth
         foot = u(0.05, 0.18) * pick(rng, 0, 1)
         out = [bowl((0, 0, h + foot), (w, d, 2 * h)), bowl((0, 0, h + foot), (w - wall, d - wall, 1.8 * h))]
-        out += four_legs(rng, w * 0.6, d * 0.6, foot + 0.2 * h, 0.06) if foot else [tube((0, 0, 0.1 * h), (w * 0.6, d * 0.6, 0.2 * h))]
+        plinth = [tube((0, 0, 0.1 * h), (w * 0.6, d * 0.6, 0.2 * h))]
+        out += four_legs(rng, w * 0.6, d * 0.6, foot + 0.2 * h, 0.06) if foot else plinth
         if style == 3:
             out.append(bowl((-w * 0.3, 0, h * 1.25 + foot), (w * 0.38, d * 0.95, h)))
     if rng.random() < 0.4:
@@ -347,9 +366,11 @@ def bed(rng):
     if rng.random() < 0.85:
         high, thick = u(0.25, 0.9), u(0.04, 0.14)
         if rng.random() < 0.7:
-            out.append(box((0, d / 2, (base + soft + high) / 2), (w * u(0.98, 1.2), thick, base + soft + high)))
+            out.append(box((0, d / 2, (base + soft + high) / 2),
+                           (w * u(0.98, 1.2), thick, base + soft + high)))
             if rng.random() < 0.25:
-                out.append(tube((0, d / 2, base + soft + high), (w * 0.9, 0.5 * high, thick), (math.pi / 2, 0, 0)))
+                out.append(tube((0, d / 2, base + soft + high), (w * 0.9, 0.5 * high, thick),
+                                (math.pi / 2, 0, 0)))
         else:
             out += back_rest(rng, w, high + soft, d / 2, base, thick)
     if rng.random() < 0.45:
@@ -358,7 +379,8 @@ def bed(rng):
     n = 1 if w < 1.2 else 2
     for x in w * ((np.arange(n) + 0.5) / n - 0.5):
         if rng.random() < 0.8:
-            out.append(part(pick(rng, "ball", "box"), (x, d * 0.38, base + soft + 0.05), (w / n * 0.8, 0.38, 0.14), (u(-0.4, 0), 0, 0)))
+            out.append(part(pick(rng, "ball", "box"), (x, d * 0.38, base + soft + 0.05),
+                            (w / n * 0.8, 0.38, 0.14), (u(-0.4, 0), 0, 0)))
     if rng.random() < 0.4:  # a cover hanging down the sides
         out.append(box((0, -d * 0.12, base + soft * 0.6), (w * 1.04, d * 0.74, soft * 1.1)))
     extra = rng.random()
@@ -382,7 +404,8 @@ def toilet(rng):
     out = [bowl((0, 0, h), (w, d, 2 * h * u(0.5, 0.9)))]
     if rng.random() < 0.85:
         foot = pick(rng, "tube", "tube", "box")
-        out.append(part(foot, (0, 0.05, h * 0.35), (w * u(0.5, 0.85), d * u(0.6, 0.95), h * 0.7), taper=u(0.7, 1.2)))
+        out.append(part(foot, (0, 0.05, h * 0.35), (w * u(0.5, 0.85), d * u(0.6, 0.95), h * 0.7),
+                        taper=u(0.7, 1.2)))
     out.append(tube((0, 0, h + 0.015), (w * 1.04, d * 1.02, 0.03)))
     if rng.random() < 0.45:  # the lid stands open
         out.append(tube((0, d / 2, h + d * 0.45), (w, d * 0.95, 0.025), (math.pi / 2 - u(0.0, 0.3), 0, 0)))
@@ -399,7 +422,8 @@ def toilet(rng):
     return out
 
 
-PROGRAMS = (bathtub, bed, chair, desk, dresser, monitor, night_stand, sofa, table, toilet)  # in MODELNET10's order
+# In MODELNET10's order.
+PROGRAMS = (bathtub, bed, chair, desk, dresser, monitor, night_stand, sofa, table, toilet)
 
 
 def turn(x, y, z) -> np.ndarray:
@@ -447,10 +471,11 @@ def sample_parts(parts: list, count: int, rng) -> np.ndarray:
 
 
 def scan(points: Tensor, count: int, seed: int) -> Tensor:
-    """What a scanner sees: one side, stretched, noisy, with some floor and clutter. (N, P, 3) -> (N, count, 3).
+    """What a scanner sees: one side, squashed, noisy, some floor and clutter. (N, P, 3) -> (N, count, 3).
 
-    Each object is seen from one random direction: points more than 1.7 behind the nearest one of their cell of a
-    coarse depth map are lost. Heights shrink to 0.48 to 0.66 of what they were. Deterministic in `seed`; needs P well above `count` to keep the density.
+    Each object is seen from one random direction: points more than 1.7 behind the nearest one of their cell
+    of a coarse depth map are lost. Heights shrink to 0.47 to 0.65 of what they were. Deterministic in `seed`;
+    needs P well above `count` to keep the density.
     """
     random = torch.Generator().manual_seed(seed)
     n = len(points)
@@ -458,7 +483,7 @@ def scan(points: Tensor, count: int, seed: int) -> Tensor:
     def draw(low, high, *shape):
         return low + (high - low) * torch.rand(n, *shape, generator=random)
 
-    points = to_unit_sphere(points * torch.cat([draw(0.9, 1.1, 1, 2), draw(0.48, 0.66, 1, 1)], dim=-1))
+    points = to_unit_sphere(points * torch.cat([draw(0.9, 1.1, 1, 2), draw(0.47, 0.65, 1, 1)], dim=-1))
     u, v, depth = project(points, draw(0, 2 * math.pi, 1), draw(0.1, 0.9, 1))
     u, v, depth = u[:, 0], v[:, 0], depth[:, 0]
     cells = 20  # across the field of view
@@ -498,7 +523,7 @@ def sample_shapes(count: int, seed: int, domain: str = "source", points: int = 1
     return Objects(clouds, torch.arange(count) % len(PROGRAMS), list(MODELNET10), "shapes", domain)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Depth views
 
 def project(points: Tensor, azimuths: Tensor, elevations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -517,8 +542,9 @@ def project(points: Tensor, azimuths: Tensor, elevations: Tensor) -> tuple[Tenso
 def render_depth_views(points: Tensor, azimuths: Tensor, elevations: Tensor, size: int) -> Tensor:
     """Depth maps in PointCLIP V2's recipe: quantise, densify, smooth, squeeze (arXiv 2211.11682).
 
-    The nearest point of each grid cell wins, holes are filled by a max-pool, edges smoothed by a Gaussian; grey,
-    near = bright (1), far = 0.2, background 0. The grid is as fine as the cloud allows, about 1.6 sqrt(P) cells.
+    The nearest point of each grid cell wins, holes are filled by a max-pool, edges smoothed by a Gaussian;
+    grey, near = bright (1), far = 0.2, background 0. The grid is as fine as the cloud allows, about 1.6
+    sqrt(P) cells.
 
     Args: points (B, P, 3) in the unit sphere, z up; azimuths, elevations (B, V) radians; size: pixels.
     Returns: (B, V, 3, size, size) in [0, 1], without gradient.
@@ -530,17 +556,19 @@ def render_depth_views(points: Tensor, azimuths: Tensor, elevations: Tensor, siz
         column = ((u * 0.48 + 0.5) * grid).long().clamp(0, grid - 1)  # 0.48: a thin margin
         row = ((0.5 - v * 0.48) * grid).long().clamp(0, grid - 1)
         bright = 0.6 + 0.4 * depth.clamp(-1, 1)
-        image = points.new_zeros(batch, views, grid * grid).scatter_reduce(2, row * grid + column, bright, "amax")
+        image = points.new_zeros(batch, views, grid * grid)
+        image = image.scatter_reduce(2, row * grid + column, bright, "amax")
         image = F.max_pool2d(image.view(-1, 1, grid, grid), 3, stride=1, padding=1)
         kernel = image.new_tensor([0.25, 0.5, 0.25])
-        image = F.conv2d(F.conv2d(image, kernel.view(1, 1, 1, 3), padding=(0, 1)), kernel.view(1, 1, 3, 1), padding=(1, 0))
+        image = F.conv2d(image, kernel.view(1, 1, 1, 3), padding=(0, 1))
+        image = F.conv2d(image, kernel.view(1, 1, 3, 1), padding=(1, 0))
         if grid != size:
             image = F.interpolate(image, (size, size), mode="bilinear", align_corners=False)
     return image.clamp(0, 1).view(batch, views, 1, size, size).expand(-1, -1, 3, -1, -1)
 
 
 def fixed_views(points: Tensor, views: int, size: int) -> Tensor:
-    """The fixed views of evaluation: azimuths evenly around, elevation 0.4. (B, P, 3) -> (B, V, 3, size, size)"""
+    """Evaluation's views: azimuths evenly around, elevation 0.4. (B, P, 3) -> (B, V, 3, size, size)"""
     azimuths = (torch.arange(views, device=points.device) + 0.5) * (2 * math.pi / views)
     azimuths = azimuths.expand(len(points), -1)
     return render_depth_views(points, azimuths, torch.full_like(azimuths, 0.4), size)
@@ -553,11 +581,11 @@ def random_view(points: Tensor, size: int) -> Tensor:
     return render_depth_views(points, azimuth, elevation, size)[:, 0]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Weak and strong views, drawn anew per object on the objects' device. Inputs are left untouched.
 
 def crop(images: Tensor, low: float, flip: bool) -> Tensor:
-    """Random resized crop: an area share U(low, 1) of each image, aspect 3/4 to 4/3, and perhaps a mirror image."""
+    """Random resized crop: an area share U(low, 1), aspect 3/4 to 4/3, and perhaps a mirror image."""
     n, device = len(images), images.device
     area = low + (1 - low) * torch.rand(n, device=device)
     aspect = torch.exp((2 * torch.rand(n, device=device) - 1) * math.log(4 / 3) * (low < 0.8))
@@ -566,7 +594,8 @@ def crop(images: Tensor, low: float, flip: bool) -> Tensor:
     mirror = torch.where(torch.rand(n, device=device) < 0.5 * flip, -1.0, 1.0)
     zero = torch.zeros_like(w)
     matrix = torch.stack([w * mirror, zero, x, zero, h, y], dim=-1).view(n, 2, 3)
-    return F.grid_sample(images, F.affine_grid(matrix, images.shape, align_corners=False), align_corners=False)
+    grid = F.affine_grid(matrix, images.shape, align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
 
 
 def weak_image(images: Tensor) -> Tensor:
@@ -602,9 +631,9 @@ def weak_points(points: Tensor) -> Tensor:
 
 
 def strong_points(points: Tensor) -> Tensor:
-    """Scale U(0.5, 2), any yaw, shift U(-0.5, 0.5) x extent, jitter, input dropout up to 0.875 [self-training].
+    """Scale U(0.5, 2), any yaw, shift U(-0.5, 0.5) x extent, jitter, dropout up to 0.875 [self-training].
 
-    Jitter: sigma 0.01, at most 0.05. A dropped point is replaced by the cloud's first, so that P stays. (B, P, 3)
+    Jitter: sigma 0.01, at most 0.05. A dropped point becomes the cloud's first, so that P stays. (B, P, 3)
     """
     n, total, _ = points.shape
     device = points.device
@@ -619,13 +648,13 @@ def strong_points(points: Tensor) -> Tensor:
 
 
 def draw_views(points: Tensor, size: int) -> dict[str, Tensor]:
-    """Weak and strong views of a batch of clouds (B, P, 3), both images from one random depth view of each object."""
+    """Weak and strong views of clouds (B, P, 3); both images come from one random depth view of an object."""
     images = random_view(points, size)
     return {"weak_image": weak_image(images), "strong_image": strong_image(images),
             "weak_points": weak_points(points), "strong_points": strong_points(points)}
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Data sets
 
 def load_shapes(root: Path, split: str, points: int, domain: str) -> Objects:
@@ -648,9 +677,9 @@ def load_modelnet(root: Path, split: str, points: int, classes: tuple | None = N
                 clouds.append(file["data"][:, :points])
                 labels.append(file["label"][:].reshape(-1))
         except (OSError, KeyError) as error:
-            raise ValueError(f"cannot read {path}: {error}; expected h5 with data (N, P, 3) and label; fetch it again")
+            raise ValueError(f"cannot read {path}: {error}; expected data and label; fetch it again")
         if clouds[-1].shape[1] < points:
-            raise ValueError(f"{path} has {clouds[-1].shape[1]} points per cloud, --points asks for {points}; lower it")
+            raise ValueError(f"{path} has {clouds[-1].shape[1]} points, --points is {points}; lower it")
     clouds, labels = torch.from_numpy(np.concatenate(clouds)), torch.from_numpy(np.concatenate(labels)).long()
     if labels.max() >= len(names):
         raise ValueError(f"label {int(labels.max())} in {folder}, but shape_names.txt has {len(names)} names")
@@ -668,19 +697,22 @@ def load_modelnet10(root: Path, split: str, points: int) -> Objects:
 def read_lines(path: Path) -> list[str]:
     """Lines of a text file that has to be there."""
     if not path.is_file():
-        raise FileNotFoundError(f"no {path}; unpack modelnet40_ply_hdf5_2048.zip (README, Data) so that this file exists")
+        raise FileNotFoundError(f"no {path}; unpack modelnet40_ply_hdf5_2048.zip there (README, Data)")
     return path.read_text().splitlines()
 
 
-# One row per data set: loader, default domain and templates, and the method's threshold and point weight for it.
+# One row per data set: loader, default domain and templates, the method's threshold and point weight.
 DATASETS = {
     "shapes": dict(load=load_shapes, domain="target", templates="depth", threshold=0.84, point_weight=0.9),
-    "modelnet10": dict(load=load_modelnet10, domain="source", templates="depth", threshold=0.84, point_weight=0.9),
-    "modelnet40": dict(load=load_modelnet, domain="source", templates="depth", threshold=0.84, point_weight=0.9),
+    "modelnet10": dict(load=load_modelnet10, domain="source", templates="depth", threshold=0.84,
+                       point_weight=0.9),
+    "modelnet40": dict(load=load_modelnet, domain="source", templates="depth", threshold=0.84,
+                       point_weight=0.9),
 }
 
 
-def load_dataset(name: str, root: str | Path, split: str, points: int = 1024, domain: str | None = None) -> Objects:
+def load_dataset(name: str, root: str | Path, split: str, points: int = 1024,
+                 domain: str | None = None) -> Objects:
     """Objects of a data set's split ("train" or "test"), z up, in the unit sphere.
 
     domain "target" shows a real set as a scanner would (see scan); None takes the data set's own.

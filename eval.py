@@ -23,7 +23,8 @@ MODALITIES = ("image", "point", "joint")
 def predict(model: CrossMoST, objects: Objects, views: int = 6, batch_size: int = 64) -> dict[str, Tensor]:
     """Class probabilities of every object, each (N, C), on the CPU, from fixed inputs.
 
-    image: softmax of the logits' mean over `views` fixed depth views; point: the cloud as it is; joint: their mean.
+    image: softmax of the mean logits of `views` fixed depth views; point: of the cloud as it is; joint: the
+    mean of the two.
     """
     device, size = model.logit_scale.device, model.visual.image_size[0]
     was_training = model.training
@@ -47,7 +48,7 @@ def evaluate(model: CrossMoST, objects: Objects, views: int = 6) -> dict:
     if objects.labels is None:
         raise ValueError(f"{objects.name} has no labels; accuracy cannot be measured")
     if list(objects.class_names) != list(model.class_names):
-        raise ValueError(f"{objects.name} has classes {objects.class_names[:4]}..., the model {model.class_names[:4]}..."
+        raise ValueError(f"{objects.name} has {objects.class_names[:4]}..., the model {model.class_names[:4]}..."
                          "; evaluate it on the data set it was trained for")
     correct = {name: (probs.argmax(dim=-1) == objects.labels).double()
                for name, probs in predict(model, objects, views).items()}
@@ -74,32 +75,38 @@ def table(results: dict) -> str:
 
 
 def pseudo_label_quality(log_path: Path, epochs: int) -> dict:
-    """Coverage and accuracy, in percent, of the labels trained on in the last epoch; accuracy None without labels."""
-    rows = [row for row in map(json.loads, log_path.read_text().splitlines()[1:]) if row.get("epoch") == epochs and "coverage" in row]
+    """Coverage and accuracy, percent, of the last epoch's pseudo-labels; accuracy None without labels."""
+    rows = [row for row in map(json.loads, log_path.read_text().splitlines()[1:])
+            if row.get("epoch") == epochs and "coverage" in row]
     steps = sum(row["steps"] for row in rows)
     kept = sum(row["steps"] * row["coverage"] for row in rows)
-    right = [row["steps"] * row["coverage"] * row["label_accuracy"] for row in rows if row["label_accuracy"] is not None]
-    return {"coverage": percent(kept / steps) if steps else None, "accuracy": percent(sum(right) / kept) if right and kept else None}
+    right = [row["steps"] * row["coverage"] * row["label_accuracy"]
+             for row in rows if row["label_accuracy"] is not None]
+    return {"coverage": percent(kept / steps) if steps else None,
+            "accuracy": percent(sum(right) / kept) if right and kept else None}
 
 
 def plot_curves(log_file: Path, picture: Path, zero_shot: dict | None):
-    """Accuracy of the teacher by epoch with its zero-shot lines, and coverage and accuracy of the pseudo-labels."""
+    """Accuracy of the teacher by epoch with its zero-shot lines; coverage and accuracy of pseudo-labels."""
     rows = [json.loads(line) for line in log_file.read_text().splitlines()]
-    colours = {"image": "#0072B2", "point": "#D55E00", "joint": "#000000"}  # Okabe and Ito: safe for colour-blind eyes
+    # Okabe and Ito's colours: safe for colour-blind eyes.
+    colours = {"image": "#0072B2", "point": "#D55E00", "joint": "#000000"}
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     epochs = [row for row in rows if "teacher" in row]
     for name, colour in colours.items():
         if zero_shot:
             left.axhline(zero_shot[name], color=colour, linestyle=":", linewidth=1)
-        left.plot([row["epoch"] for row in epochs], [row["teacher"][name] for row in epochs], color=colour, label=name,
-                  marker="o", markersize=3)
+        left.plot([row["epoch"] for row in epochs], [row["teacher"][name] for row in epochs], color=colour,
+                  label=name, marker="o", markersize=3)
     left.set(xlabel="epoch", ylabel="test top-1, %", title="teacher (dotted: zero-shot)")
     if epochs:
         left.legend(frameon=False)
     steps = [row for row in rows if "coverage" in row]
-    right.plot([row["step"] for row in steps], [100 * row["coverage"] for row in steps], color="#009E73", label="coverage")
+    right.plot([row["step"] for row in steps], [100 * row["coverage"] for row in steps], color="#009E73",
+               label="coverage")
     if any(row.get("label_accuracy") is not None for row in steps):
-        right.plot([row["step"] for row in steps], [100 * (row["label_accuracy"] or 0) for row in steps], color="#CC79A7",
+        right.plot([row["step"] for row in steps], [100 * (row["label_accuracy"] or 0) for row in steps],
+                   color="#CC79A7",
                    label="accuracy of the kept")
     right.set(xlabel="step", ylabel="%", ylim=(0, 102), title="pseudo-labels")
     if steps:
@@ -112,13 +119,16 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a last.pt of train.py")
-    parser.add_argument("--dataset", choices=sorted(DATASETS), default="shapes", help="objects to evaluate on")
+    parser.add_argument("--dataset", choices=sorted(DATASETS), default="shapes",
+                        help="objects to evaluate on")
     parser.add_argument("--split", choices=("train", "test"), default="test", help="which of its splits")
-    parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder that holds the data sets")
+    parser.add_argument("--data-root", type=Path, default=Path("data"),
+                        help="folder that holds the data sets")
     parser.add_argument("--domain", choices=("source", "target"), help="as it is, or as a scanner sees it")
     parser.add_argument("--points", type=int, default=1024, help="points per cloud")
     parser.add_argument("--views", type=int, default=6, help="fixed depth views whose logits are averaged")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="where to compute")
     return parser.parse_args(argv)
 
 
@@ -128,7 +138,8 @@ def main(argv=None) -> dict:
     objects = load_dataset(args.dataset, args.data_root, args.split, args.points, args.domain)
     results = {"dataset": objects.name, "split": args.split, "objects": len(objects)}
     for which in ("student", "teacher"):
-        results[which] = evaluate(load_checkpoint(args.checkpoint, which).to(args.device), objects, args.views)
+        model = load_checkpoint(args.checkpoint, which).to(args.device)
+        results[which] = evaluate(model, objects, args.views)
     print(table(results))
     width = max(map(len, objects.class_names)) + 2
     print("teacher, by class".ljust(max(width, 44)) + "".join(name.rjust(8) for name in MODALITIES))

@@ -11,8 +11,8 @@ def joint_pseudo_labels(image_probs: Tensor, point_probs: Tensor, threshold: flo
                         point_weight: float = 1.0) -> tuple[Tensor, Tensor]:
     """Merge the teacher's two predictions into one label per object [joint-label].
 
-    s_I = max p_I, s_P = w_P max p_P;  y = argmax of the modality with the larger s;  keep = max(s_I, s_P) > tau.
-    An exact tie goes to the image (Deviation D5). Symbols: tau -> threshold, w_P -> point_weight.
+    s_I = max p_I, s_P = w_P max p_P;  y = argmax of the modality with the larger s;
+    keep = max(s_I, s_P) > tau. An exact tie goes to the image (Deviation D5). Symbols: tau -> threshold, w_P -> point_weight.
 
     Args:
         image_probs: (B, C) teacher probabilities for the weak image view, rows sum to 1.
@@ -26,7 +26,7 @@ def joint_pseudo_labels(image_probs: Tensor, point_probs: Tensor, threshold: flo
         ValueError: the two inputs differ in shape.
     """
     if image_probs.shape != point_probs.shape:
-        raise ValueError(f"need equal (B, C): images {tuple(image_probs.shape)}, points {tuple(point_probs.shape)}")
+        raise ValueError(f"need equal (B, C): images {image_probs.shape}, points {point_probs.shape}")
     image_confidence, image_label = image_probs.max(dim=-1)
     point_confidence, point_label = point_probs.max(dim=-1)
     point_confidence = point_weight * point_confidence
@@ -76,20 +76,21 @@ def self_training_loss(logits: Tensor, labels: Tensor, keep: Tensor) -> Tensor:
 def fairness_loss(logits: Tensor) -> Tensor:
     """Cross-entropy of the batch's mean prediction against the uniform one, in nats [fairness].
 
-    -(1/C) sum_k log( mean_batch softmax(l) )_k.  Least, log C, where the mean prediction is uniform; it keeps the
-    student from naming everything alike. logits (B, C) -> scalar.
+    -(1/C) sum_k log( mean_batch softmax(l) )_k.  Least, log C, where the mean prediction is uniform; it keeps
+    the student from naming everything alike. logits (B, C) -> scalar.
     """
     # Through log-sum-exp, so that a class nobody predicts costs much but not infinity.
     log_mean = logits.float().log_softmax(dim=-1).logsumexp(dim=0) - torch.tensor(float(len(logits))).log()
     return -log_mean.mean()
 
 
-def cross_modal_alignment_loss(image_features: Tensor, point_features: Tensor, temperature: float = 1.0) -> Tensor:
+def cross_modal_alignment_loss(image_features: Tensor, point_features: Tensor,
+                               temperature: float = 1.0) -> Tensor:
     """Pull the two views of an object together, push those of different objects apart [cross-align].
 
-    A = f_P f_I^T / temperature (B x B);  CE(A, identity) + CE(A^T, identity), each a mean over B objects, in nats.
-    The method has no temperature (1.0) and does not gate by `keep`. With aligned, mutually orthogonal features it
-    costs 2 log(1 + (B-1) exp(-1/temperature)). Half of it is ULIP's symmetric InfoNCE.
+    A = f_P f_I^T / temperature (B x B);  CE(A, identity) + CE(A^T, identity), each a mean over B objects, in
+    nats. The method has no temperature (1.0) and does not gate by `keep`. With aligned, mutually orthogonal
+    features it costs 2 log(1 + (B-1) exp(-1/temperature)). Half of it is ULIP's symmetric InfoNCE.
     Features (B, E), unit norm -> scalar.
     """
     similarity = point_features.float() @ image_features.float().T / temperature
@@ -100,8 +101,9 @@ def cross_modal_alignment_loss(image_features: Tensor, point_features: Tensor, t
 def global_local_alignment_loss(cls_features: Tensor, token_features: Tensor, hidden: Tensor) -> Tensor:
     """Mean squared distance of hidden tokens to their object's global feature [gl-align].
 
-    sum over hidden tokens of ||t - g||^2 / number of hidden tokens; unit vectors, so 0 to 4. Zero if none is hidden.
-    cls_features (B, E), token_features (B, L, E), both unit norm; hidden (B, L) bool, True = was masked -> scalar.
+    sum over hidden tokens of ||t - g||^2 / number of hidden tokens; unit vectors, so 0 to 4. Zero if none is
+    hidden. cls_features (B, E), token_features (B, L, E), both unit norm; hidden (B, L) bool, True = was
+    masked -> scalar.
     """
     distance = (token_features.float() - cls_features.float().unsqueeze(1)).square().sum(dim=-1)  # (B, L)
     return (distance * hidden).sum() / hidden.sum().clamp(min=1)
@@ -110,14 +112,14 @@ def global_local_alignment_loss(cls_features: Tensor, token_features: Tensor, hi
 def masked_image_loss(prediction: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
     """Mean absolute error over hidden pixels and channels [mim] (Deviation D3: the divisor).
 
-    prediction, images (B, 3, H, W), in the encoder's normalised pixel units; hidden (B, L) bool, True = patch was
-    masked, L = a square grid of patches in row order -> scalar. Zero if none is hidden.
+    prediction, images (B, 3, H, W), in the encoder's normalised pixel units; hidden (B, L) bool, True = patch
+    was masked, L = a square grid of patches in row order -> scalar. Zero if none is hidden.
     """
     grid = int(hidden.shape[1] ** 0.5)
     if grid * grid != hidden.shape[1] or images.shape[-1] % grid:
         raise ValueError(f"{hidden.shape[1]} patches do not tile an image of {tuple(images.shape[-2:])}")
     patch = images.shape[-1] // grid
-    pixels = hidden.view(-1, 1, grid, grid).repeat_interleave(patch, 2).repeat_interleave(patch, 3)  # (B, 1, H, W)
+    pixels = hidden.view(-1, 1, grid, grid).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
     error = (prediction.float() - images.float()).abs() * pixels
     return error.sum() / (pixels.sum() * images.shape[1]).clamp(min=1)
 
@@ -126,23 +128,23 @@ def masked_point_loss(prediction: Tensor, target: Tensor, hidden: Tensor) -> Ten
     """Reconstruct the hidden point groups [mpm] (Deviations D1: what is the target, D2: the divisor).
 
     Target tokens (B, G, D): mean absolute error over hidden groups and D.
-    Target points (B, G, S, 3): Chamfer distance, mean over both directions' nearest squared distances and hidden
-    groups, in units of the unit sphere.  The target carries no gradient. hidden (B, G) bool -> scalar.
+    Target points (B, G, S, 3): Chamfer distance, mean over both directions' nearest squared distances and
+    hidden groups, in units of the unit sphere.  The target carries no gradient. hidden (B, G) bool -> scalar.
     """
     target = target.detach().float()
     if target.dim() == 3:
         error = (prediction.float() - target).abs().mean(dim=-1)  # (B, G)
     else:
-        distance = (prediction.float().unsqueeze(-2) - target.unsqueeze(-3)).square().sum(dim=-1)  # (B, G, S, S)
+        distance = (prediction.float().unsqueeze(-2) - target.unsqueeze(-3)).square().sum(dim=-1)
         error = (distance.amin(dim=-1).mean(dim=-1) + distance.amin(dim=-2).mean(dim=-1)) / 2
     return (error * hidden).sum() / hidden.sum().clamp(min=1)
 
 
 def name_alignment_loss(features: Tensor, names: Tensor, labels: Tensor, logit_scale: Tensor) -> Tensor:
-    """ULIP's InfoNCE against text, a name counted once however many objects of the batch bear it (Deviation D21).
+    """ULIP's InfoNCE against text, a name counted once however many objects bear it (Deviation D21).
 
-    CE(s f t^T, own name) and, the other way, every object of a name as its positive; the mean of the two, in nats.
-    features (B, E) and names (C, E) unit norm, labels (B,) index into names, logit_scale s -> scalar.
+    CE(s f t^T, own name) and, the other way, every object of a name as its positive; the mean of the two, in
+    nats. features (B, E) and names (C, E) unit norm, labels (B,) index into names, logit_scale s -> scalar.
     """
     logits = logit_scale * features.float() @ names.float().T  # (B, C)
     to_object = -logits.log_softmax(dim=0).gather(1, labels[:, None]).mean()

@@ -30,8 +30,8 @@ TEMPLATES = {
               "a grey rendering of a {}.", "a photo of a {}."),
     "photo": ("a photo of a {}.", "a photo of one {}.", "a picture of a {} indoors.", "a cropped photo of a {}.",
               "a close-up photo of a {}."),
-    "3d": ("a 3D model of a {}.", "a rendering of a {}.", "a CAD model of a {}.", "a white {} without texture."),
-    "points": ("a point cloud of a {}.", "a point cloud model of a {}.", "a scan of a {}.", "a sparse {} of points."),
+    "3d": ("a 3D model of a {}.", "a rendering of a {}.", "a CAD model of a {}.", "a white {}, untextured."),
+    "points": ("a point cloud of a {}.", "a point cloud model of a {}.", "a scan of a {}.", "points on a {}."),
     "openai": tuple(t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES) + ("a point cloud model of a {}.",),
 }
 
@@ -49,7 +49,7 @@ def farthest_point_sample(points: Tensor, count: int) -> Tensor:
     Raises: ValueError if count is not in 1..P.
     """
     if not 0 < count <= points.shape[1]:
-        raise ValueError(f"cannot take {count} farthest points of {points.shape[1]}; lower --groups or raise --points")
+        raise ValueError(f"cannot take {count} farthest of {points.shape[1]} points; lower --groups")
     chosen = torch.zeros(len(points), count, dtype=torch.long, device=points.device)
     distance = points.new_full(points.shape[:2], float("inf"))
     for i in range(1, count):
@@ -75,8 +75,8 @@ def group_points(points: Tensor, groups: int, group_size: int) -> Groups:
 def hide_patches(batch: int, grid: int, ratio: float, device: torch.device) -> Tensor:
     """Hide random square cells of an image [mim]: (B, grid * grid) bool, drawn anew per image.
 
-    Cells are 2 x 2 patches (32 px at 224 px and patch 16: 7 x 7 cells, ceil(0.3 x 49) = 15 hidden), single patches
-    where the grid is odd or tiny. ratio in [0, 1] is rounded up to whole cells.
+    Cells are 2 x 2 patches (32 px at 224 px and patch 16: 7 x 7 cells, ceil(0.3 x 49) = 15 hidden), single
+    patches where the grid is odd or tiny. ratio in [0, 1] is rounded up to whole cells.
     """
     cell = 2 if grid % 2 == 0 and grid > 4 else 1
     side = grid // cell
@@ -99,24 +99,26 @@ def hide_groups(centres: Tensor, ratio: float) -> Tensor:
 
 
 class MiniPointNet(nn.Module):
-    """One token per point group: shared MLP, max, [global, local], shared MLP, max. (B, G, S, 3) -> (B, G, token)."""
+    """Tokens of point groups: MLP, max, [global, local], MLP, max. (B, G, S, 3) -> (B, G, token_width)."""
 
     def __init__(self, stem: list[int], token_width: int, channels: int):
         super().__init__()
         a, b, c = stem
-        self.first_conv = nn.Sequential(nn.Conv1d(channels, a, 1), nn.BatchNorm1d(a), nn.ReLU(), nn.Conv1d(a, b, 1))
-        self.second_conv = nn.Sequential(nn.Conv1d(2 * b, c, 1), nn.BatchNorm1d(c), nn.ReLU(),
-                                         nn.Conv1d(c, token_width, 1))
+        self.first_conv = nn.Sequential(
+            nn.Conv1d(channels, a, 1), nn.BatchNorm1d(a), nn.ReLU(), nn.Conv1d(a, b, 1))
+        self.second_conv = nn.Sequential(
+            nn.Conv1d(2 * b, c, 1), nn.BatchNorm1d(c), nn.ReLU(), nn.Conv1d(c, token_width, 1))
 
     def forward(self, neighbourhoods: Tensor) -> Tensor:
-        # A 1 x 1 convolution is a linear map of every point: one large product is faster than many small ones, and
-        # the global half of [global, local] needs multiplying only once per group.
+        # A 1 x 1 convolution is a linear map of every point: one large product is faster than many small ones,
+        # and the global half of [global, local] needs multiplying only once per group.
         batch, groups, size, channels = neighbourhoods.shape
         conv1, norm1, relu, conv2, conv3, norm2, _, conv4 = *self.first_conv, *self.second_conv
         local = per_point(conv2, relu(norm1(per_point(conv1, neighbourhoods.reshape(-1, channels)))))
         whole = local.view(batch * groups, size, -1).amax(dim=1)  # (B G, b)
         on_whole, on_local = conv3.weight[..., 0].split(whole.shape[-1], dim=1)
-        mixed = F.linear(local, on_local, conv3.bias) + F.linear(whole, on_whole).repeat_interleave(size, dim=0)
+        whole = F.linear(whole, on_whole).repeat_interleave(size, dim=0)
+        mixed = F.linear(local, on_local, conv3.bias) + whole
         tokens = per_point(conv4, relu(norm2(mixed)))
         return tokens.view(batch, groups, size, -1).amax(dim=2)
 
@@ -129,8 +131,8 @@ def per_point(conv: nn.Conv1d, points: Tensor) -> Tensor:
 class PointEncoder(nn.Module):
     """Point-BERT [point-encoder] (arXiv 2111.14819), with what masked modelling adds to it.
 
-    Hidden groups are replaced by mask_token; position embeddings are added before every block. lm_head predicts the
-    hidden groups [mpm]; proj maps CLS and tokens into the joint space for [gl-align].
+    Hidden groups are replaced by mask_token; position embeddings are added before every block. lm_head
+    predicts the hidden groups [mpm]; proj maps CLS and tokens into the joint space for [gl-align].
     """
 
     def __init__(self, embed_dim: int, width: int = 384, layers: int = 12, heads: int = 6, groups: int = 64,
@@ -140,11 +142,11 @@ class PointEncoder(nn.Module):
         self.groups, self.group_size, self.target = groups, group_size, target
         self.encoder = MiniPointNet(stem, token_width, channels)
         self.reduce_dim = nn.Linear(token_width, width)
-        self.cls_token, self.cls_pos = nn.Parameter(torch.zeros(1, 1, width)), nn.Parameter(torch.zeros(1, 1, width))
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.cls_token, self.cls_pos, self.mask_token = (
+            nn.Parameter(torch.zeros(1, 1, width)) for _ in range(3))
         self.pos_embed = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, width))
         rates = torch.linspace(0, drop_path, layers).tolist()
-        blocks = [Block(width, heads, drop_path=rate, norm_layer=nn.LayerNorm) for rate in rates]  # no qkv bias
+        blocks = [Block(width, heads, drop_path=rate, norm_layer=nn.LayerNorm) for rate in rates]
         self.blocks = nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
         self.norm = nn.LayerNorm(width)
         self.proj = nn.Parameter(torch.randn(width, embed_dim) * width ** -0.5)
@@ -153,13 +155,14 @@ class PointEncoder(nn.Module):
             nn.init.trunc_normal_(parameter, std=0.02)
 
     def forward(self, groups: Groups, hidden: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns features (B, 2D) = [CLS, max over tokens], tokens (B, G, D), group tokens before masking."""
+        """Returns features (B, 2D) = [CLS, max over tokens], tokens (B, G, D), tokens before masking."""
         group_tokens = self.reduce_dim(self.encoder(groups.neighbourhoods))
         tokens = group_tokens
         if hidden is not None:
             tokens = torch.where(hidden.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
         x = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
-        position = torch.cat([self.cls_pos.expand(len(tokens), -1, -1), self.pos_embed(groups.centres)], dim=1)
+        cls_position = self.cls_pos.expand(len(tokens), -1, -1)
+        position = torch.cat([cls_position, self.pos_embed(groups.centres)], dim=1)
         for block in self.blocks["blocks"]:
             x = block(x + position)
         x = self.norm(x)
@@ -169,8 +172,9 @@ class PointEncoder(nn.Module):
 class ImageEncoder(VisionTransformer):
     """CLIP's vision transformer [image-encoder] with MUST's additions (arXiv 2206.02967).
 
-    Hidden patches are replaced by mask_token_embedding before position embeddings; ln_patch normalises the patch
-    tokens that come out; decoder paints them back to pixels [mim]. With nothing hidden the features are open_clip's.
+    Hidden patches are replaced by mask_token_embedding before position embeddings; ln_patch normalises the
+    patch tokens that come out; decoder paints them back to pixels [mim]. With nothing hidden the features are
+    open_clip's.
     """
 
     def __init__(self, embed_dim: int, image_size: int, patch_size: int, width: int, layers: int, heads: int,
@@ -207,20 +211,20 @@ class Output(SimpleNamespace):
 class CrossMoST(nn.Module):
     """Both encoders and the one classifier they share; student and teacher are two of these.
 
-    Args: embed_dim E; image, point: keyword arguments of ImageEncoder and PointEncoder; class_names: one per column
-    of the classifier, which is empty until set_classifier; mean, std: of the pixels the image encoder was trained on.
-    The dictionary `architecture` rebuilds the model: CrossMoST(**architecture).
+    Args: embed_dim E; image, point: keyword arguments of ImageEncoder and PointEncoder; class_names: one per
+    column of the classifier, which is empty until set_classifier; mean, std: of the pixels the image encoder
+    was trained on. The dictionary `architecture` rebuilds the model: CrossMoST(**architecture).
     """
 
     def __init__(self, embed_dim: int, image: dict, point: dict, class_names: list[str] = (),
                  mean: tuple = open_clip.OPENAI_DATASET_MEAN, std: tuple = open_clip.OPENAI_DATASET_STD):
         super().__init__()
-        self.architecture = {"embed_dim": embed_dim, "image": dict(image), "point": dict(point), "mean": list(mean),
-                             "std": list(std), "class_names": list(class_names)}
+        self.architecture = {"embed_dim": embed_dim, "image": dict(image), "point": dict(point),
+                             "mean": list(mean), "std": list(std), "class_names": list(class_names)}
         self.visual = ImageEncoder(embed_dim, **image)
         self.point_encoder = PointEncoder(embed_dim, **point)
-        self.pc_projection = nn.Parameter(torch.randn(2 * self.point_encoder.norm.normalized_shape[0], embed_dim)
-                                          * (2 * self.point_encoder.norm.normalized_shape[0]) ** -0.5)
+        features = 2 * self.point_encoder.cls_token.shape[-1]
+        self.pc_projection = nn.Parameter(torch.randn(features, embed_dim) * features ** -0.5)
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # 0.07: CLIP's initial temperature
         self.classifier = nn.Parameter(torch.zeros(embed_dim, len(class_names))) if class_names else None
         self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
@@ -233,7 +237,8 @@ class CrossMoST(nn.Module):
     def set_classifier(self, embeddings: Tensor, class_names: list[str] | None = None):
         """Column k = embedding of class k [classifier]. embeddings (C, E), made unit norm here."""
         self.architecture["class_names"] = list(class_names or range(len(embeddings)))
-        self.classifier = nn.Parameter(F.normalize(embeddings.detach().float(), dim=-1).T.contiguous().clone())
+        columns = F.normalize(embeddings.detach().float(), dim=-1).T
+        self.classifier = nn.Parameter(columns.clone(memory_format=torch.contiguous_format))
 
     def normalise(self, images: Tensor) -> Tensor:
         """Pixels in [0, 1] -> the units the image encoder was trained on. (..., 3, H, W)"""
@@ -248,12 +253,12 @@ class CrossMoST(nn.Module):
         """s f phi, in float32. (B, E) unit norm -> (B, C)"""
         return self.logit_scale.float().exp() * features.float() @ self.classifier.float()
 
-    def forward(self, images: Tensor | None, points: Tensor | Groups | None, image_hidden: Tensor | None = None,
-                point_hidden: Tensor | None = None) -> Output:
+    def forward(self, images: Tensor | None, points: Tensor | Groups | None,
+                image_hidden: Tensor | None = None, point_hidden: Tensor | None = None) -> Output:
         """Features and logits of both modalities, and what the masked losses need where something is hidden.
 
         Args:
-            images: (B, 3, H, W) normalised pixels, or (B, V, 3, H, W): the logits of V views are averaged. Or None.
+            images: (B, 3, H, W) normalised pixels, or (B, V, 3, H, W): logits of V views averaged. Or None.
             points: (B, P, 3) clouds in the unit sphere, z up, or what group() made of them. Or None.
             image_hidden: (B, L) bool, point_hidden: (B, G) bool; True = replaced by the mask token.
         Returns:
@@ -266,7 +271,8 @@ class CrossMoST(nn.Module):
         if images is not None:
             self._forward_images(out, images, image_hidden)
         if points is not None:
-            self._forward_points(out, points if isinstance(points, Groups) else self.group(points), point_hidden)
+            groups = points if isinstance(points, Groups) else self.group(points)
+            self._forward_points(out, groups, point_hidden)
         return out
 
     def _forward_images(self, out: Output, images: Tensor, hidden: Tensor | None):
@@ -305,7 +311,45 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float):
         ours.copy_(theirs)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+def teacher_momentum(step: int, final: float) -> float:
+    """m = 0.99 + (final - 0.99) min(1, step / 400) [ema]. It must be slow from the first step on."""
+    return 0.99 + (final - 0.99) * min(1, step / 400)
+
+
+def parameter_groups(model: CrossMoST, weight_decay: float, layer_decay: float,
+                     freeze: list[str]) -> list[dict]:
+    """One group per (learning-rate scale, weight decay); frozen parameters lose requires_grad and are left
+    out.
+
+    scale = layer_decay^(layers + 1 - i) in the image encoder: i = 0 for its embeddings, b + 1 for block b; 1
+    elsewhere. No weight decay on 1-D parameters.
+    """
+    layers, groups = len(model.visual.transformer.resblocks), {}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(tuple(freeze)))
+        if not parameter.requires_grad:
+            continue
+        scale = 1.0
+        if name.startswith("visual.transformer.resblocks."):
+            scale = layer_decay ** (layers - int(name.split(".")[3]))
+        elif name.startswith(("visual.conv1", "visual.class_emb", "visual.positional", "visual.mask_token",
+                              "visual.ln_pre")):
+            scale = layer_decay ** (layers + 1)
+        decay = 0.0 if parameter.ndim == 1 else weight_decay
+        groups.setdefault((scale, decay), {"params": [], "scale": scale,
+                                           "weight_decay": decay})["params"].append(parameter)
+    return list(groups.values())
+
+
+def train_mode(student: CrossMoST, freeze: list[str]):
+    """Training mode, but frozen modules stay in eval mode: their BatchNorm must not move (Deviation D12)."""
+    student.train()
+    for name, module in student.named_modules():
+        if name.startswith(tuple(freeze)):
+            module.eval()
+
+
+# -----------------------------------------------------------------------------------------------------------
 # Class names to classifier, and files
 
 class TextEncoder(nn.Module):
@@ -325,7 +369,7 @@ class TextEncoder(nn.Module):
 
 @torch.no_grad()
 def embed_names(text: TextEncoder, class_names: list[str], templates: tuple[str, ...]) -> Tensor:
-    """Class embeddings [classifier]: the normalised mean over the templates of a name's text features. -> (C, E)"""
+    """Class embeddings (C, E) [classifier]: normalised mean over the templates of a name's text features."""
     features = [text([template.format(name) for template in templates]).mean(dim=0) for name in class_names]
     return F.normalize(torch.stack(features), dim=-1)
 
@@ -359,7 +403,7 @@ def read_file(path: str | Path, *needed: str) -> dict:
         raise ValueError(f"cannot read checkpoint {path}: {str(error).splitlines()[0][:200]}") from error
     if not isinstance(content, dict) or any(key not in content for key in needed):
         found = list(content)[:5] if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{path} is not a checkpoint of this project: found {found}, expected {list(needed)}")
+        raise ValueError(f"{path} is no checkpoint of this project: found {found}, expected {list(needed)}")
     return content
 
 
@@ -376,7 +420,8 @@ def build_model(name: str, class_names: list[str], templates: tuple[str, ...],
     """A zero-shot start with one classifier column per class name, in eval mode.
 
     Args:
-        name: "tiny". start_checkpoint: file written by pre-training; without one the weights are random, from `seed`.
+        name: "tiny". start_checkpoint: file written by pre-training; without one the weights are random, from
+        `seed`.
         templates: texts with {} for the name. point: PointEncoder arguments that replace the start's own.
     Raises: ValueError for an unknown name or a file that does not fit.
     """

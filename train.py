@@ -1,4 +1,4 @@
-"""Cross-modal self-training (Cross-MoST, arXiv 2404.10146): a start, its zero-shot accuracy, training without labels.
+"""Cross-modal self-training (Cross-MoST, arXiv 2404.10146): a zero-shot start, then training without labels.
 
     python train.py                                          # procedural objects, small start, no download
     python train.py --dataset modelnet10 --model tiny
@@ -21,31 +21,33 @@ from pathlib import Path
 import open_clip
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
 from data import DATASETS, Objects, draw_views, load_dataset, one_line_errors, rotate, sample_shapes
 from eval import MODALITIES, evaluate, plot_curves, pseudo_label_quality, table
 from losses import (cross_modal_alignment_loss, fairness_loss, global_local_alignment_loss, masked_image_loss,
                     masked_point_loss, name_alignment_loss, pseudo_labels, self_training_loss)
-from model import (TEMPLATES, CrossMoST, build_model, hide_groups, hide_patches, random_tiny, read_file, save_file,
-                   update_teacher)
+from model import (TEMPLATES, CrossMoST, build_model, hide_groups, hide_patches, parameter_groups,
+                   random_tiny, read_file, save_file, teacher_momentum, train_mode, update_teacher)
 
-# What suits a start. The published values hold for towers of 12 blocks and 10^5 steps. `tiny` is trained for hundreds:
-# a larger step, a teacher that follows within 100 steps, a lower threshold because its confidences are low; its 4 x 4
-# patches bear little masking, so few are hidden and repainting them weighs little (README, "The tiny recipe").
+# What suits a start. The published values hold for towers of 12 blocks and 10^5 steps. `tiny` is trained for
+# hundreds: a larger step, a teacher that follows within 100 steps, a lower threshold because its confidences
+# are low; of its 4 x 4 patches few are hidden, and repainting them weighs little (README, "The tiny recipe").
 RECIPES = {
-    "tiny": dict(epochs=11, batch_size=32, lr=2e-3, layer_decay=1.0, momentum=0.99, points=1024, threshold=0.6,
-                 mask_ratio=0.1, w_fair=2.0, w_mim=0.1, w_mpm=0.1, w_gl=0.02, cross_temperature=0.07),
+    "tiny": dict(epochs=10, batch_size=32, lr=2e-3, layer_decay=1.0, momentum=0.99, points=1024,
+                 threshold=0.6, mask_ratio=0.1, w_fair=2.0, w_mim=0.1, w_mpm=0.1, w_gl=0.02,
+                 cross_temperature=0.07),
 }
 SOURCE = dict(count=4000, batch=32)  # objects and batch of the tiny start's pre-training
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    """All options. The data set's and the start's rows of defaults (DATASETS, RECIPES) fill in what is not given."""
+    """All options; defaults that depend on the data set or the start come from DATASETS and RECIPES."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("data").add_argument
-    group("--dataset", choices=sorted(DATASETS), default="shapes", help="objects to adapt to, without their labels")
+    group("--dataset", choices=sorted(DATASETS), default="shapes", help="objects to adapt to")
     group("--data-root", type=Path, default=Path("data"), help="folder that holds the data sets")
     group("--domain", choices=("source", "target"), help="objects as they are, or as a scanner sees them")
     group("--points", type=int, help="points per cloud")
@@ -54,7 +56,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     group = parser.add_argument_group("start").add_argument
     group("--model", choices=sorted(RECIPES), default="tiny", help="the zero-shot start")
     group("--start-checkpoint", type=Path, help="a start's own file, instead of pre-training one")
-    group("--pretrain-epochs", type=int, default=10, help="passes over the 4,000 source objects of pre-training")
+    group("--pretrain-epochs", type=int, default=12, help="passes over 4,000 source objects")
     group("--groups", type=int, default=32, help="point groups per cloud")
     group("--group-size", type=int, default=16, help="points per group")
     group("--cache", type=Path, default=Path("cache"), help="folder of pre-trained starts")
@@ -82,47 +84,49 @@ def parse_args(argv=None) -> argparse.Namespace:
     group("--warmup-epochs", type=float, default=1.0, help="epochs of linear warm-up")
     group("--freeze", nargs="*", default=["point_encoder.encoder"], help="parameters not trained, by prefix")
     group = parser.add_argument_group("run").add_argument
-    group("--stage", choices=("pretrain", "train"), default="train", help="pretrain stops after the zero-shot start")
+    group("--stage", choices=("pretrain", "train"), default="train", help="pretrain: stop after zero-shot")
     group("--out", type=Path, help="results folder (default: runs/DATASET-MODEL)")
     group("--seed", type=int, default=0, help="of the start, the views, the order and the masks")
-    group("--resume", action=argparse.BooleanOptionalAction, default=True, help="continue from OUT/last.pt if it exists")
+    group("--resume", action=argparse.BooleanOptionalAction, default=True, help="continue OUT/last.pt")
     group("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     group("--log-every", type=int, default=10, help="steps per line of log.jsonl")
     asked = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("-h", "--help")]
     chosen = parser.parse_known_args(asked)[0]
     row = {key: value for key, value in DATASETS[chosen.dataset].items() if key != "load"}
-    parser.set_defaults(**{**row, **RECIPES[chosen.model]}, out=Path("runs") / f"{chosen.dataset}-{chosen.model}")
+    out = Path("runs") / f"{chosen.dataset}-{chosen.model}"
+    parser.set_defaults(**{**row, **RECIPES[chosen.model]}, out=out)
     return parser.parse_args(argv)
 
 
 def pretrain_tiny(args, device) -> Path:
-    """Pre-train image, point and text tower together on procedural objects; returns the cached file of the start.
+    """Pre-train image, point and text tower together on procedural objects; returns the start's cached file.
 
-    ULIP's losses [pretrain], with the image tower trained too: half the InfoNCE of each pair of modalities. A quarter
-    of the objects are masked, so that self-training meets mask tokens that mean something. The file's name is a hash
-    of everything that made it: settings, seed, code, versions and kind of device.
+    ULIP's losses [pretrain], with the image tower trained too: half the InfoNCE of each pair of modalities. A
+    quarter of the objects are masked, so that self-training meets mask tokens that mean something. The file's
+    name is a hash of everything that made it: settings, seed, code, versions and kind of device.
     """
     sources = [(Path(__file__).parent / f"{name}.py").read_text() for name in ("data", "model", "losses")]
     sources += [inspect.getsource(part) for part in (pretrain_tiny, pretrain_loss, masked_terms)]
-    made_by = [args.pretrain_epochs, args.groups, args.group_size, args.seed, args.points, args.point_target, SOURCE,
-               torch.__version__, torch.device(device).type, *(ast.dump(ast.parse(source)) for source in sources)]
+    made_by = [args.pretrain_epochs, args.groups, args.group_size, args.seed, args.points, args.point_target,
+               SOURCE, torch.__version__, torch.device(device).type,
+               [ast.dump(ast.parse(source)) for source in sources]]
     path = args.cache / f"tiny-{hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:16]}.pt"
     if path.exists():
         return path
     source = sample_shapes(SOURCE["count"], seed=1000 + args.seed, points=args.points)
-    model, text = random_tiny(args.seed, groups=args.groups, group_size=args.group_size, target=args.point_target)
-    model, text = model.to(device).train(), text.to(device).train()
+    point = {"groups": args.groups, "group_size": args.group_size, "target": args.point_target}
+    model, text = (part.to(device).train() for part in random_tiny(args.seed, **point))
     torch.manual_seed(args.seed)
     parameters = [*model.parameters(), *text.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     per_epoch = len(source) // SOURCE["batch"]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=args.pretrain_epochs * per_epoch,
-                                                   pct_start=0.05, cycle_momentum=False)
-    with tqdm(total=args.pretrain_epochs * per_epoch, desc="pre-training the tiny start", unit="step") as bar:
+    steps = args.pretrain_epochs * per_epoch
+    schedule = OneCycleLR(optimizer, 1e-3, steps, pct_start=0.05, cycle_momentum=False)
+    with tqdm(total=steps, desc="pre-training the tiny start", unit="step") as bar:
         for _ in range(args.pretrain_epochs):
             for index in torch.randperm(len(source)).split(SOURCE["batch"])[:per_epoch]:
-                loss = pretrain_loss(model, text, source.points[index].to(device), source.labels[index].to(device),
-                                     source.class_names)
+                points, labels = source.points[index].to(device), source.labels[index].to(device)
+                loss = pretrain_loss(model, text, points, labels, source.class_names)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -130,13 +134,13 @@ def pretrain_tiny(args, device) -> Path:
                 schedule.step()
                 bar.update()
                 bar.set_postfix(loss=f"{loss.item():.2f}")
-    save_file({"architecture": model.architecture, "model": model.state_dict(), "text_architecture": text.architecture,
-               "text": text.state_dict()}, path)
+    save_file({"architecture": model.architecture, "model": model.state_dict(),
+               "text_architecture": text.architecture, "text": text.state_dict()}, path)
     return path
 
 
 def pretrain_loss(model, text, points, labels, class_names) -> Tensor:
-    """Half the InfoNCE image-text, point-text and point-image, plus a little masked modelling. points (B, P, 3)."""
+    """Half the InfoNCE image-text, point-text and point-image, and a little masked modelling. (B, P, 3)"""
     batch, device = len(points), points.device
     yaw = torch.zeros(batch, 3, device=device)
     yaw[:, 2] = 2 * math.pi * torch.rand(batch, device=device)
@@ -169,27 +173,6 @@ def masked_terms(out, images, image_hidden, point_hidden) -> dict[str, Tensor]:
     return terms
 
 
-def parameter_groups(model: CrossMoST, weight_decay: float, layer_decay: float, freeze: list[str]) -> list[dict]:
-    """One group per (learning-rate scale, weight decay); frozen parameters lose requires_grad and are left out.
-
-    scale = layer_decay^(layers + 1 - i) in the image encoder: i = 0 for its embeddings, b + 1 for block b; 1 elsewhere.
-    No weight decay on 1-D parameters.
-    """
-    layers, groups = len(model.visual.transformer.resblocks), {}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not name.startswith(tuple(freeze)))
-        if not parameter.requires_grad:
-            continue
-        scale = 1.0
-        if name.startswith("visual.transformer.resblocks."):
-            scale = layer_decay ** (layers - int(name.split(".")[3]))
-        elif name.startswith(("visual.conv1", "visual.class_emb", "visual.positional", "visual.mask_token", "visual.ln_pre")):
-            scale = layer_decay ** (layers + 1)
-        decay = 0.0 if parameter.ndim == 1 else weight_decay
-        groups.setdefault((scale, decay), {"params": [], "scale": scale, "weight_decay": decay})["params"].append(parameter)
-    return list(groups.values())
-
-
 def learning_rate(step: int, total: int, warmup: int, peak: float, floor: float) -> float:
     """Linear warm-up from 0 to peak, then a cosine to floor at the last step."""
     if step < warmup:
@@ -198,13 +181,8 @@ def learning_rate(step: int, total: int, warmup: int, peak: float, floor: float)
     return floor + (peak - floor) * (1 + math.cos(math.pi * min(1, done))) / 2
 
 
-def teacher_momentum(step: int, final: float) -> float:
-    """m = 0.99 + (final - 0.99) min(1, step / 400) [ema]. It must be slow from the first step on."""
-    return 0.99 + (final - 0.99) * min(1, step / 400)
-
-
 @torch.no_grad()
-def name_objects(teacher: CrossMoST, views: dict, args, truth: Tensor | None) -> dict[str, tuple[Tensor, Tensor]]:
+def name_objects(teacher: CrossMoST, views: dict, args, truth: Tensor | None) -> dict:
     """(labels, keep) for each trained modality, from the teacher's weak views [joint-label]."""
     if args.labels == "truth":
         everything = torch.ones_like(truth, dtype=torch.bool)
@@ -224,7 +202,8 @@ def student_terms(student: CrossMoST, views: dict, labels: dict, args) -> dict[s
     if args.modalities != "point":
         images = student.normalise(views["strong_image"])
         if args.mask_ratio > 0:
-            image_hidden = hide_patches(len(images), student.visual.grid_size[0], args.mask_ratio, images.device)
+            grid = student.visual.grid_size[0]
+            image_hidden = hide_patches(len(images), grid, args.mask_ratio, images.device)
     if args.modalities != "image":
         points = student.group(views["strong_points"])
         if args.mask_ratio > 0:
@@ -236,12 +215,13 @@ def student_terms(student: CrossMoST, views: dict, labels: dict, args) -> dict[s
         terms[f"self_{modality}"] = self_training_loss(logits, *labels[modality])
         terms[f"fair_{modality}"] = fairness_loss(logits)
     if args.modalities == "both":
-        terms["cross"] = cross_modal_alignment_loss(out.image_features, out.point_features, args.cross_temperature)
+        features = out.image_features, out.point_features
+        terms["cross"] = cross_modal_alignment_loss(*features, args.cross_temperature)
     return terms
 
 
 def train_step(student, teacher, views, optimizer, step, total_steps, args, truth=None):
-    """One update of the student, then of the teacher. Returns the detached terms and the labels it trained on.
+    """One update of the student, then of the teacher. Returns the detached terms and the labels used.
 
     `views` holds images and point clouds only; `truth` is None but for the oracle, --labels truth.
     """
@@ -253,14 +233,15 @@ def train_step(student, teacher, views, optimizer, step, total_steps, args, trut
     labels = name_objects(teacher, views, args, truth)
 
     # The student must agree from the strong, masked views, align its modalities and repaint what was hidden.
-    weights = {"self_image": 1, "self_point": 1, "fair_image": args.w_fair, "fair_point": args.w_fair, "mim": args.w_mim,
-               "mpm": args.w_mpm, "gl_image": args.w_gl, "gl_point": args.w_gl, "cross": args.w_cross}
+    weights = {"self_image": 1, "self_point": 1, "fair_image": args.w_fair, "fair_point": args.w_fair,
+               "mim": args.w_mim, "mpm": args.w_mpm, "gl_image": args.w_gl, "gl_point": args.w_gl,
+               "cross": args.w_cross}
     terms = student_terms(student, views, labels, args)
     loss = sum(weights[name] * term for name, term in terms.items() if weights[name])
     terms = {"loss": loss.detach(), **{name: term.detach() for name, term in terms.items()}}
     if not torch.isfinite(loss):
-        raise ValueError(f"loss is not finite at step {step}: { {name: term.item() for name, term in terms.items()} }; "
-                         "lower --lr, or look at the data")
+        values = {name: term.item() for name, term in terms.items()}
+        raise ValueError(f"loss is not finite at step {step}: {values}; lower --lr, or look at the data")
 
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -269,16 +250,8 @@ def train_step(student, teacher, views, optimizer, step, total_steps, args, trut
     return terms, labels
 
 
-def train_mode(student: CrossMoST, freeze: list[str]):
-    """Training mode, but frozen modules stay in eval mode: their BatchNorm must not move (Deviation D12)."""
-    student.train()
-    for name, module in student.named_modules():
-        if name.startswith(tuple(freeze)):
-            module.eval()
-
-
 class Run:
-    """What a run needs to go on to the bit: both models, optimiser, step, random state, log position, running sums."""
+    """What a run needs to go on to the bit: models, optimiser, step, random state, log position, sums."""
 
     def __init__(self, student, teacher, optimizer, args, device):
         self.student, self.teacher, self.optimizer, self.device = student, teacher, optimizer, device
@@ -288,7 +261,6 @@ class Run:
         self.step, self.sums, self.count, self.zero_shot = 0, {}, 0, None
 
     def log(self, **row):
-        """Append one JSON line."""
         with open(self.log_path, "a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -307,12 +279,13 @@ class Run:
         means = {name: float(total) / self.count for name, total in self.sums.items()}
         kept, right = means.pop("kept"), means.pop("right", None)
         accuracy = None if right is None else right / kept if kept else 0.0
-        self.log(epoch=epoch, step=self.step, steps=self.count, coverage=kept, label_accuracy=accuracy, **means)
+        row = {"epoch": epoch, "step": self.step, "steps": self.count, "coverage": kept}
+        self.log(**row, label_accuracy=accuracy, **means)
         self.sums, self.count = {}, 0
 
     def save(self):
         save_file({**{name: getattr(self, name).state_dict() for name in ("student", "teacher", "optimizer")},
-                   **{name: getattr(self, name) for name in ("options", "step", "sums", "count", "zero_shot")},
+                   **{key: getattr(self, key) for key in ("options", "step", "sums", "count", "zero_shot")},
                    "architecture": self.student.architecture, "log_bytes": self.log_path.stat().st_size,
                    "random": torch.get_rng_state(), "cuda_random": torch.cuda.get_rng_state_all()}, self.path)
 
@@ -322,8 +295,8 @@ class Run:
         changed = {key: f"{saved['options'].get(key)} -> {value}" for key, value in self.options.items()
                    if saved["options"].get(key) != value}
         if changed:
-            raise ValueError(f"{self.path} was made with other options ({changed}); use the same, another --out, or "
-                             "--no-resume to start over")
+            raise ValueError(f"{self.path} was made with other options ({changed}); use the same, "
+                             "another --out, or --no-resume to start over")
         for name in ("student", "teacher", "optimizer"):
             getattr(self, name).load_state_dict(saved[name])
         for name in ("step", "sums", "count", "zero_shot"):
@@ -345,19 +318,22 @@ def self_train(run: Run, objects: Objects, test: Objects, args):
     truth = None if objects.labels is None else objects.labels.to(run.device)
     train_mode(run.student, args.freeze)
     caught, bar = [], tqdm(total=total, initial=run.step, desc="self-training", unit="step")
-    before = {number: signal.signal(number, lambda caught_number, _: caught.append(caught_number))
-              for number in (signal.SIGINT, signal.SIGTERM)}
+    stops = (signal.SIGINT, signal.SIGTERM)
+    before = {stop: signal.signal(stop, lambda number, _: caught.append(number)) for stop in stops}
     while run.step < total and not caught:
         epoch, at = divmod(run.step, per_epoch)
-        order = torch.randperm(len(points), generator=torch.Generator().manual_seed(args.seed * 100_003 + epoch))
+        shuffle = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
+        order = torch.randperm(len(points), generator=shuffle)
         for index in order.split(args.batch_size)[at:per_epoch]:
             index = index.to(run.device)
             real = None if truth is None else truth[index]
-            terms, labels = train_step(run.student, run.teacher, draw_views(points[index], size), run.optimizer,
-                                       run.step, total, args, real if args.labels == "truth" else None)
+            views = draw_views(points[index], size)
+            terms, labels = train_step(run.student, run.teacher, views, run.optimizer, run.step, total, args,
+                                       real if args.labels == "truth" else None)
             run.count_step(terms, labels, real)
             bar.update()
-            bar.set_postfix(loss=f"{terms['loss'].item():.2f}", coverage=f"{float(run.sums['kept']) / run.count:.2f}")
+            bar.set_postfix(loss=f"{terms['loss'].item():.2f}",
+                            coverage=f"{float(run.sums['kept']) / run.count:.2f}")
             if run.step % args.log_every == 0 or run.step % per_epoch == 0:
                 run.flush(epoch + 1)
             if caught:
@@ -377,8 +353,9 @@ def provenance(device: str) -> dict:
     """Versions, commit and device, for the first line of the log."""
     name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else platform.machine()
     commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' describe --always --dirty")
-    return {"python": platform.python_version(), "torch": torch.__version__, "open_clip": open_clip.__version__,
-            "commit": commit, "device": f"{device}: {name}, {os.cpu_count()} cores"}
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "open_clip": open_clip.__version__, "commit": commit,
+            "device": f"{device}: {name}, {os.cpu_count()} cores"}
 
 
 def main(argv=None) -> dict:
@@ -386,11 +363,14 @@ def main(argv=None) -> dict:
     args, began = parse_args(argv), time.perf_counter()
     objects = load_dataset(args.dataset, args.data_root, "train", args.points, args.domain)
     test = load_dataset(args.dataset, args.data_root, "test", args.points, args.domain)
+    if args.labels == "truth" and objects.labels is None:
+        raise ValueError(f"--labels truth needs labels, {objects.name} has none; use --labels joint")
     start = args.start_checkpoint or pretrain_tiny(args, args.device)
-    student = build_model(args.model, objects.class_names, TEMPLATES[args.templates], start, args.seed).to(args.device)
+    student = build_model(args.model, objects.class_names, TEMPLATES[args.templates], start).to(args.device)
     teacher = copy.deepcopy(student).requires_grad_(False)
     groups = parameter_groups(student, args.weight_decay, args.layer_decay, args.freeze)
-    run = Run(student, teacher, torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True), args, args.device)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
+    run = Run(student, teacher, optimizer, args, args.device)
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
 
@@ -403,16 +383,19 @@ def main(argv=None) -> dict:
         print(f"continuing {run.path} at step {run.step}")
     else:
         run.log_path.write_text("")
-        run.log(options={key: str(value) for key, value in vars(args).items()}, start=start.stem, train=len(objects),
-                test=len(test), trainable=sum(p.numel() for g in groups for p in g["params"]), **provenance(args.device))
+        trainable = sum(parameter.numel() for group in groups for parameter in group["params"])
+        run.log(options={key: str(value) for key, value in vars(args).items()}, start=start.stem,
+                train=len(objects), test=len(test), trainable=trainable, **provenance(args.device))
         _, run.zero_shot = score(student)
-    results = {"dataset": objects.name, "split": "test", "objects": len(test), "classes": len(test.class_names),
-               "model": args.model, "start": start.stem, "seed": args.seed, "epochs": args.epochs, "zero_shot": run.zero_shot}
+    results = {"dataset": objects.name, "split": "test", "objects": len(test),
+               "classes": len(test.class_names), "model": args.model, "start": start.stem, "seed": args.seed,
+               "epochs": args.epochs, "zero_shot": run.zero_shot}
     print(table(results))
     if args.stage == "train":
         print("defaults:", ", ".join(f"{name} {getattr(args, name)}" for name in RECIPES[args.model]))
         self_train(run, objects, test, args)
-        (_, results["student"]), (results["teacher_per_class"], results["teacher"]) = score(student), score(teacher)
+        _, results["student"] = score(student)
+        results["teacher_per_class"], results["teacher"] = score(teacher)
         results["pseudo_label"] = pseudo_label_quality(run.log_path, args.epochs)
         plot_curves(run.log_path, args.out / "curves.png", run.zero_shot)
         print(f"\n{table(results)}\npseudo-labels of the last epoch, %: {results['pseudo_label']}")
