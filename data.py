@@ -56,7 +56,7 @@ def to_unit_sphere(points: Tensor) -> Tensor:
     points = points - points.mean(dim=1, keepdim=True)
     radius = points.norm(dim=-1).amax(dim=1)
     if (radius == 0).any():
-        raise ValueError(f"all points of object {int((radius == 0).nonzero()[0])} coincide; its file is corrupt")
+        raise ValueError(f"all points of object {int((radius == 0).nonzero()[0])} coincide; repair its file")
     return points / radius[:, None, None]
 
 

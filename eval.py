@@ -48,7 +48,7 @@ def evaluate(model: CrossMoST, objects: Objects, views: int = 6) -> dict:
     if objects.labels is None:
         raise ValueError(f"{objects.name} has no labels; accuracy cannot be measured")
     if list(objects.class_names) != list(model.class_names):
-        raise ValueError(f"{objects.name} has {objects.class_names[:4]}..., the model {model.class_names[:4]}..."
+        raise ValueError(f"{objects.name} has {objects.class_names[:4]}, the model {model.class_names[:4]}"
                          "; evaluate it on the data set it was trained for")
     correct = {name: (probs.argmax(dim=-1) == objects.labels).double()
                for name, probs in predict(model, objects, views).items()}

@@ -12,7 +12,8 @@ def joint_pseudo_labels(image_probs: Tensor, point_probs: Tensor, threshold: flo
     """Merge the teacher's two predictions into one label per object [joint-label].
 
     s_I = max p_I, s_P = w_P max p_P;  y = argmax of the modality with the larger s;
-    keep = max(s_I, s_P) > tau. An exact tie goes to the image (Deviation D5). Symbols: tau -> threshold, w_P -> point_weight.
+    keep = max(s_I, s_P) > tau. An exact tie goes to the image (Deviation D5). tau -> threshold, w_P ->
+    point_weight.
 
     Args:
         image_probs: (B, C) teacher probabilities for the weak image view, rows sum to 1.

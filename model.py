@@ -28,10 +28,10 @@ TINY = {
 TEMPLATES = {
     "depth": ("a depth map of a {}.", "a depth image of one {}.", "a {} seen by a depth camera.",
               "a grey rendering of a {}.", "a photo of a {}."),
-    "photo": ("a photo of a {}.", "a photo of one {}.", "a picture of a {} indoors.", "a cropped photo of a {}.",
+    "photo": ("a photo of a {}.", "a photo of one {}.", "a picture of a {}.", "a cropped photo of a {}.",
               "a close-up photo of a {}."),
     "3d": ("a 3D model of a {}.", "a rendering of a {}.", "a CAD model of a {}.", "a white {}, untextured."),
-    "points": ("a point cloud of a {}.", "a point cloud model of a {}.", "a scan of a {}.", "points on a {}."),
+    "points": ("a point cloud of a {}.", "a point cloud model of a {}.", "a scan of a {}."),
     "openai": tuple(t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES) + ("a point cloud model of a {}.",),
 }
 
@@ -110,7 +110,7 @@ class MiniPointNet(nn.Module):
             nn.Conv1d(2 * b, c, 1), nn.BatchNorm1d(c), nn.ReLU(), nn.Conv1d(c, token_width, 1))
 
     def forward(self, neighbourhoods: Tensor) -> Tensor:
-        # A 1 x 1 convolution is a linear map of every point: one large product is faster than many small ones,
+        # A 1 x 1 convolution is a linear map of each point: one large product beats many small ones,
         # and the global half of [global, local] needs multiplying only once per group.
         batch, groups, size, channels = neighbourhoods.shape
         conv1, norm1, relu, conv2, conv3, norm2, _, conv4 = *self.first_conv, *self.second_conv
@@ -136,7 +136,8 @@ class PointEncoder(nn.Module):
     """
 
     def __init__(self, embed_dim: int, width: int = 384, layers: int = 12, heads: int = 6, groups: int = 64,
-                 group_size: int = 32, stem: tuple = (128, 256, 512), token_width: int = 256, channels: int = 3,
+                 group_size: int = 32, stem: tuple = (128, 256, 512), token_width: int = 256,
+                 channels: int = 3,
                  drop_path: float = 0.1, target: str = "tokens"):
         super().__init__()
         self.groups, self.group_size, self.target = groups, group_size, target

@@ -11,7 +11,6 @@ import inspect
 import json
 import math
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import open_clip
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
@@ -93,8 +93,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     asked = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("-h", "--help")]
     chosen = parser.parse_known_args(asked)[0]
     row = {key: value for key, value in DATASETS[chosen.dataset].items() if key != "load"}
-    out = Path("runs") / f"{chosen.dataset}-{chosen.model}"
-    parser.set_defaults(**{**row, **RECIPES[chosen.model]}, out=out)
+    out = Path("runs", f"{chosen.dataset}-{chosen.model}")
+    parser.set_defaults(out=out, **{**row, **RECIPES[chosen.model]})
     return parser.parse_args(argv)
 
 
@@ -142,8 +142,7 @@ def pretrain_tiny(args, device) -> Path:
 def pretrain_loss(model, text, points, labels, class_names) -> Tensor:
     """Half the InfoNCE image-text, point-text and point-image, and a little masked modelling. (B, P, 3)"""
     batch, device = len(points), points.device
-    yaw = torch.zeros(batch, 3, device=device)
-    yaw[:, 2] = 2 * math.pi * torch.rand(batch, device=device)
+    yaw = F.pad(2 * math.pi * torch.rand(batch, 1, device=device), (2, 0))
     views = draw_views(rotate(points, yaw), model.visual.image_size[0])
     strong = torch.rand(2, batch, 1, 1, device=device) < 0.5
     images = model.normalise(torch.where(strong[0, ..., None], views["strong_image"], views["weak_image"]))
@@ -238,10 +237,9 @@ def train_step(student, teacher, views, optimizer, step, total_steps, args, trut
                "cross": args.w_cross}
     terms = student_terms(student, views, labels, args)
     loss = sum(weights[name] * term for name, term in terms.items() if weights[name])
-    terms = {"loss": loss.detach(), **{name: term.detach() for name, term in terms.items()}}
+    terms = {name: term.detach() for name, term in {"loss": loss, **terms}.items()}
     if not torch.isfinite(loss):
-        values = {name: term.item() for name, term in terms.items()}
-        raise ValueError(f"loss is not finite at step {step}: {values}; lower --lr, or look at the data")
+        raise ValueError(f"loss is not finite at step {step}: {terms}; lower --lr, or look at the data")
 
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -278,9 +276,8 @@ class Run:
         """Log the means since the last line; starts new sums."""
         means = {name: float(total) / self.count for name, total in self.sums.items()}
         kept, right = means.pop("kept"), means.pop("right", None)
-        accuracy = None if right is None else right / kept if kept else 0.0
-        row = {"epoch": epoch, "step": self.step, "steps": self.count, "coverage": kept}
-        self.log(**row, label_accuracy=accuracy, **means)
+        self.log(epoch=epoch, step=self.step, steps=self.count, coverage=kept,
+                 label_accuracy=right and right / kept, **means)
         self.sums, self.count = {}, 0
 
     def save(self):
@@ -308,14 +305,11 @@ class Run:
 
 
 def self_train(run: Run, objects: Objects, test: Objects, args):
-    """The loop: every epoch a new order, a log line per interval, the teacher's accuracy, a checkpoint.
-
-    Ctrl-C and SIGTERM let the step finish, save, and leave with exit code 130 or 143.
-    """
+    """The loop. Ctrl-C and SIGTERM let the step finish, save, and leave with exit code 130 or 143."""
     per_epoch = max(1, len(objects) // args.batch_size)
     total, size = args.epochs * per_epoch, run.student.visual.image_size[0]
-    points = objects.points.to(run.device)
-    truth = None if objects.labels is None else objects.labels.to(run.device)
+    points, truth = objects.points.to(run.device), objects.labels
+    truth = None if truth is None else truth.to(run.device)
     train_mode(run.student, args.freeze)
     caught, bar = [], tqdm(total=total, initial=run.step, desc="self-training", unit="step")
     stops = (signal.SIGINT, signal.SIGTERM)
@@ -332,8 +326,7 @@ def self_train(run: Run, objects: Objects, test: Objects, args):
                                        real if args.labels == "truth" else None)
             run.count_step(terms, labels, real)
             bar.update()
-            bar.set_postfix(loss=f"{terms['loss'].item():.2f}",
-                            coverage=f"{float(run.sums['kept']) / run.count:.2f}")
+            bar.set_postfix(loss=f"{terms['loss']:.2f}", coverage=f"{run.sums['kept'] / run.count:.2f}")
             if run.step % args.log_every == 0 or run.step % per_epoch == 0:
                 run.flush(epoch + 1)
             if caught:
@@ -343,19 +336,18 @@ def self_train(run: Run, objects: Objects, test: Objects, args):
             run.log(epoch=epoch + 1, step=run.step, teacher={name: accuracy[name] for name in MODALITIES})
         run.save()
     bar.close()
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    for stop, handler in before.items():
+        signal.signal(stop, handler)
     if caught:
         sys.exit(128 + caught[0])
 
 
 def provenance(device: str) -> dict:
     """Versions, commit and device, for the first line of the log."""
-    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else platform.machine()
+    name = torch.cuda.get_device_name(device) if "cuda" in device else f"{os.cpu_count()} CPU cores"
     commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' describe --always --dirty")
-    return {"python": platform.python_version(), "torch": torch.__version__,
-            "open_clip": open_clip.__version__, "commit": commit,
-            "device": f"{device}: {name}, {os.cpu_count()} cores"}
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "open_clip": open_clip.__version__,
+            "commit": commit, "device": name}
 
 
 def main(argv=None) -> dict:
@@ -377,7 +369,6 @@ def main(argv=None) -> dict:
     def score(model):
         accuracy = evaluate(model, test, args.views) if test.labels is not None else {}
         return accuracy.pop("per_class", None), accuracy or None
-
     if args.resume and run.path.exists():
         run.load()
         print(f"continuing {run.path} at step {run.step}")
