@@ -100,7 +100,7 @@ def plot_curves(log_file: Path, picture: Path, zero_shot: dict | None):
                   label=name, marker="o", markersize=3)
     left.set(xlabel="epoch", ylabel="test top-1, %", title="teacher (dotted: zero-shot)")
     if epochs:
-        left.legend(frameon=False)
+        left.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     steps = [row for row in rows if "coverage" in row]
     right.plot([row["step"] for row in steps], [100 * row["coverage"] for row in steps], color="#009E73",
                label="coverage")
@@ -110,7 +110,7 @@ def plot_curves(log_file: Path, picture: Path, zero_shot: dict | None):
                    label="accuracy of the kept")
     right.set(xlabel="step", ylabel="%", ylim=(0, 102), title="pseudo-labels")
     if steps:
-        right.legend(frameon=False)
+        right.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     figure.savefig(picture, dpi=120)
     plt.close(figure)
 
