@@ -740,6 +740,19 @@ def test_readme_tags_deviations_and_flags_agree_with_the_code():
         assert flag == "--help" or f"`{flag}" in readme, flag
 
 
+def test_the_results_table_says_what_the_recorded_runs_say():
+    runs = json.loads((HERE / "assets/results.json").read_text())
+    readme = (HERE / "README.md").read_text()
+    for name in ("shapes", "modelnet10"):
+        for key, label in (("zero_shot", "zero-shot start"), ("student", "student"), ("teacher", "teacher")):
+            seeds = [run[key] for run in runs if run["dataset"] == name]
+            assert len(seeds) == 3
+            columns = [np.array([seed[m] for seed in seeds]) for m in evaluation.MODALITIES]
+            cells = [f"{column.mean():.1f} ± {column.std(ddof=1):.1f}" for column in columns]
+            row = " | ".join([*cells, ", ".join(f"{value:.1f}" for value in columns[-1])])
+            assert re.search(rf"^\| .*{name}.*{label} \| {re.escape(row)} \|$", readme, re.M | re.I), (name, label)
+
+
 def test_line_budgets_hold():
     budget = {"losses": 200, "model": 550, "data": 740, "eval": 300, "train": 400,
               "test_crossmost": 900}

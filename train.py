@@ -36,8 +36,7 @@ from model import (TEMPLATES, CrossMoST, build_model, hide_groups, hide_patches,
 # them weighs little (README, "The tiny recipe"). A row of DATASETS goes before a row of this table.
 RECIPES = {
     "tiny": dict(epochs=5, batch_size=32, lr=2e-3, layer_decay=1.0, momentum=0.999, points=1024,
-                 mask_ratio=0.1, w_fair=1.0, w_mim=0.1, w_mpm=0.1, w_gl=0.02,
-                 cross_temperature=0.07),
+                 mask_ratio=0.1, w_fair=1.0, w_mim=0.1, w_mpm=0.1, w_gl=0.02, cross_temperature=0.07),
 }
 SOURCE = dict(count=4000, batch=32)  # objects and batch of the tiny start's pre-training
 
