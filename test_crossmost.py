@@ -750,7 +750,8 @@ def test_the_results_table_says_what_the_recorded_runs_say():
             columns = [np.array([seed[m] for seed in seeds]) for m in evaluation.MODALITIES]
             cells = [f"{column.mean():.1f} ± {column.std(ddof=1):.1f}" for column in columns]
             row = " | ".join([*cells, ", ".join(f"{value:.1f}" for value in columns[-1])])
-            assert re.search(rf"^\| .*{name}.*{label} \| {re.escape(row)} \|$", readme, re.M | re.I), (name, label)
+            line = rf"^\| .*{name}.*{label} \| {re.escape(row)} \|$"
+            assert re.search(line, readme, re.M | re.I), line
 
 
 def test_line_budgets_hold():

@@ -32,11 +32,12 @@ from model import (TEMPLATES, CrossMoST, build_model, hide_groups, hide_patches,
                    random_tiny, read_file, save_file, teacher_momentum, train_mode, update_teacher)
 
 # What suits a start. The published values hold for towers of 12 blocks and 10^5 steps. `tiny` is trained for
-# hundreds: a larger step, a teacher that follows sooner; of its 4 x 4 patches few are hidden, and repainting
-# them weighs little (README, "The tiny recipe"). A row of DATASETS goes before a row of this table.
+# hundreds: a larger step, a lower threshold, for its confidences are low; of its 4 x 4 patches few are hidden,
+# and repainting them weighs little (README, "The tiny recipe").
 RECIPES = {
-    "tiny": dict(epochs=5, batch_size=32, lr=2e-3, layer_decay=1.0, momentum=0.999, points=1024,
-                 mask_ratio=0.1, w_fair=1.0, w_mim=0.1, w_mpm=0.1, w_gl=0.02, cross_temperature=0.07),
+    "tiny": dict(epochs=3, batch_size=32, lr=2e-3, layer_decay=1.0, momentum=0.999, points=1024,
+                 threshold=0.6, mask_ratio=0.1, w_fair=2.0, w_mim=0.1, w_mpm=0.1, w_gl=0.02,
+                 cross_temperature=0.07),
 }
 SOURCE = dict(count=4000, batch=32)  # objects and batch of the tiny start's pre-training
 
@@ -91,9 +92,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     group("--log-every", type=int, default=10, help="steps per line of log.jsonl")
     asked = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("-h", "--help")]
     chosen = parser.parse_known_args(asked)[0]
-    row = {key: value for key, value in DATASETS[chosen.dataset].items() if key != "load"}
-    out = Path("runs", f"{chosen.dataset}-{chosen.model}")
-    parser.set_defaults(out=out, **{**RECIPES[chosen.model], **row})
+    row = {key: value for key, value in DATASETS[chosen.dataset].items() if key not in ("load", "recipe")}
+    row = {**row, **RECIPES[chosen.model], **DATASETS[chosen.dataset].get("recipe", {})}
+    parser.set_defaults(out=Path("runs", f"{chosen.dataset}-{chosen.model}"), **row)
     return parser.parse_args(argv)
 
 
@@ -382,8 +383,7 @@ def main(argv=None) -> dict:
                "epochs": args.epochs, "zero_shot": run.zero_shot}
     print(table(results))
     if args.stage == "train":
-        chosen = ("threshold", "point_weight", "templates", *RECIPES[args.model])
-        print("defaults:", ", ".join(f"{name} {getattr(args, name)}" for name in chosen))
+        print("defaults:", ", ".join(f"{name} {getattr(args, name)}" for name in RECIPES[args.model]))
         self_train(run, objects, test, args)
         _, results["student"] = score(student)
         results["teacher_per_class"], results["teacher"] = score(teacher)
