@@ -32,7 +32,7 @@ from model import (TEMPLATES, CrossMoST, build_model, hide_groups, hide_patches,
                    random_tiny, read_file, save_file, teacher_momentum, train_mode, update_teacher)
 
 # What suits a start. The published values hold for towers of 12 blocks and 10^5 steps. `tiny` is trained for
-# hundreds: a larger step, a lower threshold, for its confidences are low; of its 4 x 4 patches few are hidden,
+# hundreds: a larger step, a lower threshold (its confidences are low); of its 4 x 4 patches few are hidden,
 # and repainting them weighs little (README, "The tiny recipe").
 RECIPES = {
     "tiny": dict(epochs=3, batch_size=32, lr=2e-3, layer_decay=1.0, momentum=0.999, points=1024,
