@@ -702,7 +702,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 # One row per data set: loader, default domain and templates, the original code's threshold and point weight,
-# and a recipe that goes before the start's: `shapes` is far from it, so its teacher follows sooner and longer.
+# and a recipe that precedes the start's: `shapes` is far from it, so its teacher follows sooner and longer.
 DATASETS = {
     "shapes": dict(load=load_shapes, domain="target", templates="depth", threshold=0.84, point_weight=0.9,
                    recipe=dict(epochs=10, momentum=0.99)),
