@@ -168,6 +168,13 @@ def test_the_masked_point_target_carries_no_gradient():
 
 def test_a_name_many_objects_bear_is_no_negative_of_itself():
     names, labels = torch.eye(3), torch.tensor([0, 0, 1, 2])
+    features, cost = F.normalize(torch.randn(4, 3), dim=-1), 0
+    similar = (2 * features @ names.T).tolist()
+    for row, k in zip(similar, labels.tolist()):  # object to names, then its name to all objects
+        cost += math.log(sum(map(math.exp, row))) - row[k]
+        cost += math.log(sum(math.exp(other[k]) for other in similar)) - row[k]
+    loss = name_alignment_loss(features, names, labels, torch.tensor(2.0)).item()
+    assert loss == pytest.approx(cost / 8, abs=1e-5)
     scale = torch.tensor(50.0)
     assert name_alignment_loss(names[labels], names, labels, scale).item() == pytest.approx(math.log(2) / 4,
                                                                                             abs=1e-3)
