@@ -474,8 +474,8 @@ def scan(points: Tensor, count: int, seed: int) -> Tensor:
     """A scan, roughly: squashed, noisy, some floor and clutter. (N, P, 3) -> (N, count, 3).
 
     Each object is seen from one random direction: points more than 1.7 behind the nearest one of their cell
-    of a coarse depth map are lost, which is hardly any: not one-sided yet (README, Known limits). Heights shrink
-    to 0.47 to 0.65 of what they were. Deterministic in `seed`; needs P well above `count` to keep the density.
+    of a coarse depth map are lost, which is hardly any: not one-sided yet (README, Known limits).
+    Heights shrink to 0.47 to 0.65 of what they were. Deterministic in `seed`; needs P well above `count`.
     """
     random = torch.Generator().manual_seed(seed)
     n = len(points)
