@@ -380,14 +380,28 @@ def test_points_of_a_solid_lie_on_its_surface(kind, area_above):
     assert (points[:, 2] > 1e-9).mean() == pytest.approx(area_above, abs=0.04)
 
 
-def test_a_scan_distorts_a_sphere():
-    sphere = data.to_unit_sphere(torch.randn(8, 3000, 3)) * 1.0
-    sphere = sphere / sphere.norm(dim=-1, keepdim=True)
-    seen = data.scan(sphere, 500, seed=0)
-    direction = F.normalize(sphere.mean(1), dim=-1)
-    assert seen.shape == (8, 500, 3) and torch.isfinite(seen).all() and direction.shape == (8, 3)
-    # Squashing alone passes this; it does not show that a side is lost (README, Known limits).
-    assert (seen.norm(dim=-1).std(dim=1) > 0.05).all()
+def test_a_camera_sees_the_near_half_of_a_sphere_and_nothing_inside():
+    torch.manual_seed(0)
+    shell = F.normalize(torch.randn(1, 6000, 3), dim=-1)
+    angle = torch.tensor([[0.0, 2.0]]), torch.tensor([[0.0, 0.5]])
+    seen = data.seen_from(torch.cat([shell, 0.5 * shell], dim=1), *angle)
+    depth = data.project(shell, *angle)[2]
+    outer, inner = seen.split(6000, dim=2)
+    assert outer[depth > 0.5].all() and not outer[depth < -0.2].any() and inner.float().mean() < 0.02
+
+
+def test_a_scan_is_one_sided():
+    torch.manual_seed(0)
+    scanned = data.scan(F.normalize(torch.randn(20, 9000, 3), dim=-1), 3000, seed=0)
+    centred = scanned - (scanned.amax(dim=1, keepdim=True) + scanned.amin(dim=1, keepdim=True)) / 2
+    sector = ((torch.atan2(centred[..., 1], centred[..., 0]) / math.pi + 1) * 6).long().clamp(0, 11)
+    share = F.one_hot(sector, 12).float().mean(dim=1).sort(dim=1).values
+    # Of a whole sphere the emptiest quarter around would hold about as much as the fullest.
+    assert (share[:, :3].sum(dim=1) / share[:, -3:].sum(dim=1)).mean() < 0.5
+    furniture = data.sample_shapes(40, 0, points=2000).points
+    azimuths = torch.tensor([[-1.0, 0.0, 1.0]]).expand(40, -1)
+    lost = ~data.seen_from(furniture, azimuths, torch.full_like(azimuths, 0.5)).any(dim=1)
+    assert 0.15 < lost.float().mean() < 0.45
 
 
 def test_depth_views_show_up_as_up_right_as_right_and_near_as_bright():
