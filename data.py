@@ -484,8 +484,8 @@ def seen_from(points: Tensor, azimuths: Tensor, elevations: Tensor) -> Tensor:
 def scan(points: Tensor, count: int, seed: int) -> Tensor:
     """A scan: one-sided, stretched, noisy, some floor and clutter. (N, P, 3) -> (N, count, 3).
 
-    A hand-held scanner looks from three directions of an arc of 2 radians; what none of them sees, a quarter of
-    the points, is lost: the far side, and what lies inside. Deterministic in `seed`; needs P well above `count`.
+    A hand-held scanner looks from three directions of an arc of 2 radians; what none of them sees, a quarter
+    of the points, is lost: the far side, and what lies inside. Deterministic in `seed`; P well above `count`.
     """
     random = torch.Generator().manual_seed(seed)
     n = len(points)
@@ -708,8 +708,8 @@ def read_lines(path: Path) -> list[str]:
 
 
 # One row per data set: loader, default domain and templates, the original code's threshold and point weight,
-# and a recipe that precedes the start's: `shapes` is far from it, so its teacher follows sooner and longer, and
-# against the many wrong names of its first epochs the bar is higher and `fairness` heavier.
+# and a recipe that precedes the start's: `shapes` is far from it, so its teacher follows sooner and longer,
+# and against the many wrong names of its first epochs the bar is higher and `fairness` heavier.
 DATASETS = {
     "shapes": dict(load=load_shapes, domain="target", templates="depth", threshold=0.84, point_weight=0.9,
                    recipe=dict(epochs=8, momentum=0.99, threshold=0.7, w_fair=4.0)),
