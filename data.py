@@ -3,18 +3,25 @@
 Coordinates are right-handed, z up, float32; every cloud is centred and scaled into the unit sphere.
 Angles are in radians. N objects, P points, V views.
 """
+import hashlib
 import math
+import os
 import sys
+import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 MODELNET10 = tuple("bathtub,bed,chair,desk,dresser,monitor,night stand,sofa,table,toilet".split(","))
 
@@ -485,7 +492,7 @@ def scan(points: Tensor, count: int, seed: int) -> Tensor:
     """A scan: one-sided, flattened, noisy, some floor and clutter. (N, P, 3) -> (N, count, 3).
 
     A hand-held scanner looks from three directions of an arc of 2 radians; what none of them sees, a quarter
-    of the points, is lost: the far side, and what lies inside. Heights shrink to 0.5 to 0.65 of what they were.
+    of the points, is lost: the far side, and what lies inside. Heights shrink to 0.5 to 0.65 of themselves.
     Deterministic in `seed`; P well above `count`.
     """
     random = torch.Generator().manual_seed(seed)
@@ -663,6 +670,101 @@ def draw_views(points: Tensor, size: int) -> dict[str, Tensor]:
 
 
 # -----------------------------------------------------------------------------------------------------------
+# Downloads
+
+HUGGING_FACE = "https://huggingface.co/datasets/"
+ULIP2 = "ULIP-2-PointBERT-8k-xyz-pc-slip_vit_b-objaverse-pretrained.pt"
+# sha256 None: not published; recorded beside the file when it is fetched, and checked from then on.
+DOWNLOADS = {
+    "ulip2": dict(file=ULIP2, sha256=None, terms="BSD-3-Clause, 8k-point Objaverse model of ULIP-2",
+                  urls=[f"{HUGGING_FACE}SFXX/ulip/resolve/main/ULIP-2/pretrained_models/{ULIP2}"]),
+    "ulip1": dict(file="checkpoint_pointbert.pt", sha256=None, terms="BSD-3-Clause, ULIP-1 on ShapeNet-55",
+                  urls=[HUGGING_FACE + "SFXX/ulip/resolve/main/ULIP-1/pretrained_models/"
+                        "ckpt_zero-sho_classification/checkpoint_pointbert.pt"]),
+    "modelnet40": dict(file="modelnet40_ply_hdf5_2048.zip", terms="435 MB, for academic research only",
+                       sha256="07670e237db72ece0f723b9abb571534c9ad655a6456b389646587dc72bb8bae",
+                       urls=["https://shapenet.cs.stanford.edu/media/modelnet40_ply_hdf5_2048.zip",
+                             f"{HUGGING_FACE}Msun/modelnet40/resolve/main/modelnet40_ply_hdf5_2048.zip"]),
+}
+
+
+def download(name: str, root: str | Path, allowed: bool = True) -> Path:
+    """The file DOWNLOADS[name] under `root`, fetched if it is not there; its sha256 is checked every time.
+
+    What a broken connection left (FILE.part) is continued; each address is tried three times in turn. The
+    file gets its name once it is whole and right.
+    Raises: ValueError that names the file, where to put it, and what went wrong at each address.
+    """
+    row, reasons = DOWNLOADS[name], {}
+    path = Path(root) / row["file"]
+    part, recorded = path.with_name(path.name + ".part"), path.with_name(path.name + ".sha256")
+    if not path.exists():
+        if not allowed:
+            raise ValueError(f"{path} is missing; put it there, or leave out --no-download")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        print(f"fetching {path.name} ({row['terms']}) into {root}", flush=True)
+    for url in row["urls"] * 3:
+        if path.exists():
+            break
+        try:
+            fetch(url, part)
+            if row["sha256"] and sha256(part) != row["sha256"]:
+                part.unlink()
+                raise ValueError("wrong sha256")
+            if not row["sha256"]:
+                recorded.write_text(sha256(part))
+            os.replace(part, path)
+        except (OSError, ValueError, HTTPException) as error:
+            reasons[url] = str(error)
+    if not path.exists():
+        failed = ", ".join(f"{url}: {reason}" for url, reason in reasons.items())
+        raise ValueError(f"cannot fetch {path.name} ({failed}); fetch it yourself and put it at {path}")
+    expected = row["sha256"] or (recorded.read_text() if recorded.exists() else None)
+    if expected and sha256(path) != expected:
+        raise ValueError(f"{path} has changed since it was fetched (sha256); delete it to fetch it again")
+    return path
+
+
+def fetch(url: str, part: Path):
+    """Fetch a URL into `part`, going on where `part` ends. Raises: OSError if it ends early."""
+    have = part.stat().st_size if part.exists() else 0
+    request = Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urlopen(request, timeout=60)
+    except HTTPError as error:
+        if error.code == 416:  # `part` is no beginning of this file
+            part.unlink()
+        raise
+    with response, open(part, "ab" if response.status == 206 else "wb") as file:
+        size = int(response.headers.get("Content-Length", 0)) + file.tell()
+        with tqdm(total=size, initial=file.tell(), unit="B", unit_scale=True, desc=part.stem) as bar:
+            while chunk := response.read(1 << 20):
+                file.write(chunk)
+                bar.update(len(chunk))
+        if file.tell() < size:
+            raise OSError(f"broken off at {file.tell()} of {size} bytes")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def extract(archive: Path, root: Path):
+    """Unpack a zip inside `root`. Raises: ValueError for a member outside, before anything is written."""
+    root = Path(root).resolve()
+    with zipfile.ZipFile(archive) as file:
+        for member in file.namelist():
+            if not (root / member).resolve().is_relative_to(root):
+                raise ValueError(f"{archive}: member {member} leaves its folder; fetch the archive again")
+        file.extractall(root)
+
+
+# -----------------------------------------------------------------------------------------------------------
 # Data sets
 
 def load_shapes(root: Path, split: str, points: int, domain: str) -> Objects:
@@ -670,12 +772,15 @@ def load_shapes(root: Path, split: str, points: int, domain: str) -> Objects:
     return sample_shapes(*{"train": (2000, 1), "test": (500, 2)}[split], domain, points)
 
 
-def load_modelnet(root: Path, split: str, points: int, classes: tuple | None = None) -> Objects:
+def load_modelnet(root: Path, split: str, points: int, fetch_missing: bool = False,
+                  classes: tuple | None = None) -> Objects:
     """ModelNet40, or ten of its classes, in the official h5 layout (z up). The first `points` of each cloud.
 
     Raises: ValueError naming the file that is missing, unreadable or not as documented.
     """
     folder = Path(root) / "modelnet40_ply_hdf5_2048"
+    if fetch_missing and not folder.exists():
+        extract(download("modelnet40", root), Path(root))
     names = [line.strip().replace("_", " ") for line in read_lines(folder / "shape_names.txt")]
     clouds, labels = [], []
     for line in read_lines(folder / f"{split}_files.txt"):
@@ -697,36 +802,73 @@ def load_modelnet(root: Path, split: str, points: int, classes: tuple | None = N
     return Objects(to_unit_sphere(clouds.float()), labels, names, "", split)
 
 
-def load_modelnet10(root: Path, split: str, points: int) -> Objects:
+def load_modelnet10(root: Path, split: str, points: int, fetch_missing: bool = False) -> Objects:
     """The ten classes of ModelNet10 out of the ModelNet40 files: 3,991 train, 908 test."""
-    return load_modelnet(root, split, points, MODELNET10)
+    return load_modelnet(root, split, points, fetch_missing, MODELNET10)
+
+
+# WordNet numbers and names of ShapeNetCore's 55 classes, in label order.
+SHAPENET55 = dict(entry.split(" ", 1) for entry in (
+    "02691156 airplane,02747177 trash bin,02773838 bag,02801938 basket,02808440 bathtub,02818832 bed,"
+    "02828884 bench,02843684 birdhouse,02871439 bookshelf,02876657 bottle,02880940 bowl,02924116 bus,"
+    "02933112 cabinet,02942699 camera,02946921 can,02954340 cap,02958343 car,02992529 cell phone,"
+    "03001627 chair,03046257 clock,03085013 keyboard,03207941 dishwasher,03211117 display,03261776 earphone,"
+    "03325088 faucet,03337140 file cabinet,03467517 guitar,03513137 helmet,03593526 jar,03624134 knife,"
+    "03636649 lamp,03642806 laptop,03691459 loudspeaker,03710193 mailbox,03759954 microphone,"
+    "03761084 microwave,03790512 motorbike,03797390 mug,03928116 piano,03938244 pillow,03948459 pistol,"
+    "03991062 flowerpot,04004475 printer,04074963 remote control,04090263 rifle,04099429 rocket,"
+    "04225987 skateboard,04256520 sofa,04330267 stove,04379243 table,04401088 telephone,04460130 tower,"
+    "04468005 train,04530566 watercraft,04554684 washer").split(","))
+
+
+def load_shapenet55(root: Path, split: str, points: int, fetch_missing: bool = False) -> Objects:
+    """Point-BERT's ShapeNet-55 for pre-training: ShapeNet-55/{train,test}.txt, shapenet_pc/SYNSET-ID.npy.
+
+    The files are y up. A fixed random choice of `points` of each cloud.
+    Raises: ValueError naming the file that is missing, unreadable or of an unknown class.
+    """
+    clouds, labels, synsets = [], [], list(SHAPENET55)
+    for i, line in enumerate(read_lines(Path(root) / "ShapeNet-55" / f"{split}.txt")):
+        path = Path(root) / "shapenet_pc" / line.strip()
+        try:
+            cloud = np.load(path, mmap_mode="r", allow_pickle=False)
+            labels.append(synsets.index(path.name.split("-")[0]))
+            chosen = np.random.default_rng(i).choice(len(cloud), points, replace=False)
+            clouds.append(cloud[np.sort(chosen)][:, [2, 0, 1]].astype(np.float32))
+        except (OSError, ValueError, IndexError) as error:
+            raise ValueError(f"cannot read {path}: {error}; expected SYNSET-ID.npy, {points} points or more")
+    clouds = to_unit_sphere(torch.from_numpy(np.stack(clouds)))
+    return Objects(clouds, torch.tensor(labels), list(SHAPENET55.values()), "", split)
 
 
 def read_lines(path: Path) -> list[str]:
     """Lines of a text file that has to be there."""
     if not path.is_file():
-        raise FileNotFoundError(f"no {path}; unpack modelnet40_ply_hdf5_2048.zip there (README, Data)")
+        raise FileNotFoundError(f"no {path}; README, Data, says what goes there")
     return path.read_text().splitlines()
 
 
 # One row per data set: loader, default domain and templates, the original code's threshold and point weight,
-# and a recipe that precedes the start's: `shapes` is far from it, so its teacher follows sooner and longer,
-# and against the many wrong names of its first epochs the bar is higher and `fairness` heavier.
+# and what it wants otherwise than `tiny`'s recipe: `shapes` is far from that start, so its teacher follows
+# sooner and longer, and against the many wrong names of its first epochs threshold and fairness are higher.
 DATASETS = {
     "shapes": dict(load=load_shapes, domain="target", templates="depth", threshold=0.84, point_weight=0.9,
-                   recipe=dict(epochs=8, momentum=0.99, threshold=0.65, w_fair=4.0)),
+                   tiny=dict(epochs=8, momentum=0.99, threshold=0.65, w_fair=4.0)),
     "modelnet10": dict(load=load_modelnet10, domain="source", templates="depth", threshold=0.84,
                        point_weight=0.9),
     "modelnet40": dict(load=load_modelnet, domain="source", templates="depth", threshold=0.84,
+                       point_weight=0.9),
+    "shapenet55": dict(load=load_shapenet55, domain="source", templates="3d", threshold=0.84,
                        point_weight=0.9),
 }
 
 
 def load_dataset(name: str, root: str | Path, split: str, points: int = 1024,
-                 domain: str | None = None) -> Objects:
+                 domain: str | None = None, fetch_missing: bool = False) -> Objects:
     """Objects of a data set's split ("train" or "test"), z up, in the unit sphere.
 
     domain "target" shows a real set as a scanner would (see scan); None takes the data set's own.
+    fetch_missing: fetch what is not there and may be fetched without a form.
     Raises: ValueError for a name that is not in DATASETS, and for what the loaders find wrong.
     """
     if name not in DATASETS:
@@ -736,7 +878,7 @@ def load_dataset(name: str, root: str | Path, split: str, points: int = 1024,
     if name == "shapes":
         objects = load_shapes(Path(root), split, points, domain)
     else:
-        objects = row["load"](Path(root), split, points)
+        objects = row["load"](Path(root), split, points, fetch_missing)
         if domain == "target":
             objects.points = scan(objects.points, points, seed=("train", "test").index(split))
     objects.name = name if domain == row["domain"] else f"{name}-{domain}"

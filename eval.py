@@ -138,7 +138,7 @@ def main(argv=None) -> dict:
     objects = load_dataset(args.dataset, args.data_root, args.split, args.points, args.domain)
     results = {"dataset": objects.name, "split": args.split, "objects": len(objects)}
     for which in ("student", "teacher"):
-        model = load_checkpoint(args.checkpoint, which).to(args.device)
+        model = load_checkpoint(args.checkpoint, which=which).to(args.device)
         results[which] = evaluate(model, objects, args.views)
     print(table(results))
     width = max(map(len, objects.class_names)) + 2

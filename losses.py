@@ -141,6 +141,19 @@ def masked_point_loss(prediction: Tensor, target: Tensor, hidden: Tensor) -> Ten
     return (error * hidden).sum() / hidden.sum().clamp(min=1)
 
 
+def masked_terms(out, images: Tensor, image_hidden: Tensor | None,
+                 point_hidden: Tensor | None) -> dict[str, Tensor]:
+    """mim, mpm and gl-align, by name, of whichever modality has something hidden; `out` of CrossMoST."""
+    terms = {}
+    if image_hidden is not None:
+        terms["mim"] = masked_image_loss(out.image_pixels, images, image_hidden)
+        terms["gl_image"] = global_local_alignment_loss(out.image_features, out.image_tokens, image_hidden)
+    if point_hidden is not None:
+        terms["mpm"] = masked_point_loss(out.point_prediction, out.point_target, point_hidden)
+        terms["gl_point"] = global_local_alignment_loss(out.point_cls, out.point_tokens, point_hidden)
+    return terms
+
+
 def name_alignment_loss(features: Tensor, names: Tensor, labels: Tensor, logit_scale: Tensor) -> Tensor:
     """ULIP's InfoNCE against text, a name counted once however many objects bear it (Deviation D21).
 

@@ -4,8 +4,11 @@ B batch, P points, G point groups, S points per group, L image patches, D token 
 C classes, V views. Token masks are bool, True = hidden (replaced by a learnt mask token).
 Parameter names are those of the published checkpoints, so that loading is strict and needs no table.
 """
+import argparse
 import io
+import logging
 import os
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -13,6 +16,8 @@ from typing import NamedTuple
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.constants import (IMAGENET_MEAN, IMAGENET_STD, OPENAI_DATASET_MEAN,
+                                 OPENAI_DATASET_STD)
 from open_clip.transformer import LayerNorm, QuickGELU, TextTransformer, VisionTransformer
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -137,18 +142,17 @@ class PointEncoder(nn.Module):
 
     def __init__(self, embed_dim: int, width: int = 384, layers: int = 12, heads: int = 6, groups: int = 64,
                  group_size: int = 32, stem: tuple = (128, 256, 512), token_width: int = 256,
-                 channels: int = 3,
-                 drop_path: float = 0.1, target: str = "tokens"):
+                 channels: int = 3, drop_path: float = 0.1, target: str = "tokens"):
         super().__init__()
-        self.groups, self.group_size, self.target = groups, group_size, target
+        self.groups, self.group_size, self.channels, self.target = groups, group_size, channels, target
         self.encoder = MiniPointNet(stem, token_width, channels)
         self.reduce_dim = nn.Linear(token_width, width)
         self.cls_token, self.cls_pos, self.mask_token = (
             nn.Parameter(torch.zeros(1, 1, width)) for _ in range(3))
         self.pos_embed = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, width))
-        rates = torch.linspace(0, drop_path, layers).tolist()
-        blocks = [Block(width, heads, drop_path=rate, norm_layer=nn.LayerNorm) for rate in rates]
-        self.blocks = nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
+        stack = [Block(width, heads, drop_path=drop_path * i / max(1, layers - 1), norm_layer=nn.LayerNorm)
+                 for i in range(layers)]
+        self.blocks = nn.ModuleDict({"blocks": nn.ModuleList(stack)})
         self.norm = nn.LayerNorm(width)
         self.proj = nn.Parameter(torch.randn(width, embed_dim) * width ** -0.5)
         self.lm_head = nn.Linear(width, width if target == "tokens" else 3 * group_size)
@@ -157,7 +161,9 @@ class PointEncoder(nn.Module):
 
     def forward(self, groups: Groups, hidden: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Returns features (B, 2D) = [CLS, max over tokens], tokens (B, G, D), tokens before masking."""
-        group_tokens = self.reduce_dim(self.encoder(groups.neighbourhoods))
+        # ULIP-2's colour model takes 0.4 for each channel of a cloud without colours.
+        neighbourhoods = F.pad(groups.neighbourhoods, (0, self.channels - 3), value=0.4)
+        group_tokens = self.reduce_dim(self.encoder(neighbourhoods))
         tokens = group_tokens
         if hidden is not None:
             tokens = torch.where(hidden.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
@@ -175,12 +181,13 @@ class ImageEncoder(VisionTransformer):
 
     Hidden patches are replaced by mask_token_embedding before position embeddings; ln_patch normalises the
     patch tokens that come out; decoder paints them back to pixels [mim]. With nothing hidden the features are
-    open_clip's.
+    open_clip's. SLIP's tower, in the ULIP files, has no ln_pre and an epsilon of its own.
     """
 
     def __init__(self, embed_dim: int, image_size: int, patch_size: int, width: int, layers: int, heads: int,
-                 quick_gelu: bool = False):
-        super().__init__(image_size, patch_size, width, layers, heads, mlp_ratio=4.0, output_dim=embed_dim,
+                 mlp_ratio: float = 4.0, quick_gelu: bool = False, ln_pre: bool = True, eps: float = 1e-5):
+        super().__init__(image_size, patch_size, width, layers, heads, mlp_ratio, output_dim=embed_dim,
+                         no_ln_pre=not ln_pre, norm_layer=partial(LayerNorm, eps=eps),
                          act_layer=QuickGELU if quick_gelu else nn.GELU)
         self.mask_token_embedding = nn.Parameter(torch.zeros(1, 1, width))
         self.ln_patch = LayerNorm(width)
@@ -214,13 +221,15 @@ class CrossMoST(nn.Module):
 
     Args: embed_dim E; image, point: keyword arguments of ImageEncoder and PointEncoder; class_names: one per
     column of the classifier, which is empty until set_classifier; mean, std: of the pixels the image encoder
-    was trained on. The dictionary `architecture` rebuilds the model: CrossMoST(**architecture).
+    was trained on; up: the upright axis the point encoder was trained with. The dictionary `architecture`
+    rebuilds the model: CrossMoST(**architecture).
     """
 
     def __init__(self, embed_dim: int, image: dict, point: dict, class_names: list[str] = (),
-                 mean: tuple = open_clip.OPENAI_DATASET_MEAN, std: tuple = open_clip.OPENAI_DATASET_STD):
+                 mean: tuple = OPENAI_DATASET_MEAN, std: tuple = OPENAI_DATASET_STD,
+                 up: str = "z"):
         super().__init__()
-        self.architecture = {"embed_dim": embed_dim, "image": dict(image), "point": dict(point),
+        self.architecture = {"embed_dim": embed_dim, "image": dict(image), "point": dict(point), "up": up,
                              "mean": list(mean), "std": list(std), "class_names": list(class_names)}
         self.visual = ImageEncoder(embed_dim, **image)
         self.point_encoder = PointEncoder(embed_dim, **point)
@@ -246,7 +255,9 @@ class CrossMoST(nn.Module):
         return (images - self.pixel_mean) / self.pixel_std
 
     def group(self, points: Tensor) -> Groups:
-        """Cut clouds (B, P, 3) into the point encoder's groups; without gradient."""
+        """Cut clouds (B, P, 3), z up, into the point encoder's groups, in its own axes; without gradient."""
+        if self.architecture["up"] == "y":
+            points = points[..., [1, 2, 0]]
         with torch.no_grad():
             return group_points(points.float(), self.point_encoder.groups, self.point_encoder.group_size)
 
@@ -351,15 +362,16 @@ def train_mode(student: CrossMoST, freeze: list[str]):
 
 
 # -----------------------------------------------------------------------------------------------------------
-# Class names to classifier, and files
+# Class names to classifier
 
 class TextEncoder(nn.Module):
     """CLIP's text tower (open_clip's) with its tokenizer: class names to classifier columns."""
 
-    def __init__(self, embed_dim: int, **sizes):
+    def __init__(self, embed_dim: int, quick_gelu: bool = False, **sizes):
         super().__init__()
-        self.architecture = {"embed_dim": embed_dim, **sizes}
-        self.tower = TextTransformer(output_dim=embed_dim, **sizes)
+        self.architecture = {"embed_dim": embed_dim, "quick_gelu": quick_gelu, **sizes}
+        self.tower = TextTransformer(output_dim=embed_dim, act_layer=QuickGELU if quick_gelu else nn.GELU,
+                                     **sizes)
         self.tokenize = open_clip.SimpleTokenizer(context_length=self.tower.context_length)
 
     def forward(self, texts: list[str]) -> Tensor:
@@ -375,9 +387,105 @@ def embed_names(text: TextEncoder, class_names: list[str], templates: tuple[str,
     return F.normalize(torch.stack(features), dim=-1)
 
 
+# -----------------------------------------------------------------------------------------------------------
+# Starts: a model without classifier, and the text tower that names classes for it
+
+# Published files that are starts. Others: `tiny`, or any plain vision transformer of open_clip by its name.
+PUBLISHED = ("ulip2", "ulip1", "crossmost")
+CLIP_OF_CROSSMOST = ("ViT-B-16-quickgelu", "openai")  # where the file holds no text tower
+# What self-training adds to published towers: random where a file lacks it.
+ADDED = ("visual.mask_token_embedding", "visual.ln_patch.", "visual.decoder.", "point_encoder.mask_token",
+         "point_encoder.proj", "point_encoder.lm_head.")
+TEXT_KEYS = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
+TIMM_NAMES = {"patch_embed.proj.weight": "conv1.weight", "cls_token": "class_embedding",
+              "pos_embed": "positional_embedding", "visual.norm.": "visual.ln_post.",
+              "visual.blocks.": "visual.transformer.resblocks.", ".norm1.": ".ln_1.", ".norm2.": ".ln_2.",
+              ".qkv.": ".in_proj_", ".attn.proj.": ".attn.out_proj.", ".fc1.": ".c_fc.", ".fc2.": ".c_proj."}
+
+
+def build_model(name: str, class_names: list[str], templates: tuple[str, ...], pretrained: str | None = None,
+                start_checkpoint: str | Path | None = None, seed: int = 0, **point) -> CrossMoST:
+    """A zero-shot start with one classifier column per class name, in eval mode.
+
+    Args:
+        name: tiny, one of PUBLISHED, or an open_clip model; pretrained: its tag, or a file of its weights.
+        start_checkpoint: the start's file, of any family (see load_start); without one the weights of `tiny`,
+        and of the point encoder beside an open_clip model, are random, from `seed`.
+        templates: texts with {} for the name. point: groups, group_size, target of the PointEncoder.
+    Raises: ValueError for an unknown name, or a file that does not fit or cannot name classes.
+    """
+    clip = text = None
+    if name not in ("tiny", *PUBLISHED):
+        clip, text = model, text = open_clip_start(name, pretrained, seed, **point)
+    if start_checkpoint:
+        model, own_text = load_start(start_checkpoint, clip, **point)
+        text = own_text or text
+    elif name in PUBLISHED:
+        raise ValueError(f"--model {name} is a file; name it with --start-checkpoint")
+    elif name == "tiny":
+        model, text = random_tiny(seed, **point)
+    if text is None and name == "crossmost":
+        _, text = open_clip_start(*CLIP_OF_CROSSMOST, seed)
+    if text is None:
+        raise ValueError(f"{start_checkpoint} holds no text tower to name classes with; add the open_clip "
+                         "name of its CLIP, --model and --pretrained")
+    model.set_classifier(embed_names(text, class_names, templates), class_names)
+    return model.eval()
+
+
+def random_tiny(seed: int, **point) -> tuple[CrossMoST, TextEncoder]:
+    """An untrained small CLIP with its small Point-BERT."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = CrossMoST(TINY["embed_dim"], TINY["image"], {**TINY["point"], **point})
+        return model, TextEncoder(TINY["embed_dim"], **TINY["text"])
+
+
+def open_clip_start(name: str, pretrained: str | None, seed: int = 0, **point) -> tuple[CrossMoST, nn.Module]:
+    """An open_clip model's image and text tower beside an untrained Point-BERT.
+
+    Raises: ValueError for a name open_clip does not know, an image tower that is no plain vision transformer,
+    weights of another activation, or weights that cannot be fetched.
+    """
+    config, weights = open_clip.get_model_config(name), open_clip.get_pretrained_cfg(name, pretrained or "")
+    if config is None:
+        raise ValueError(f"unknown model {name!r}; one of tiny, {', '.join(PUBLISHED)}, or open_clip's: "
+                         "ViT-B-16-quickgelu, ...")
+    vision, quick_gelu = config["vision_cfg"], config.get("quick_gelu", False)
+    odd = set(vision) - {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"}
+    if odd or not isinstance(vision["layers"], int):
+        raise ValueError(f"{name}'s image tower is no plain vision transformer {sorted(odd)}; take a ViT-...")
+    if weights and weights.get("quick_gelu", False) != quick_gelu:  # open_clip would only warn
+        raise ValueError(f"the {pretrained} weights of {name} {'lack' if quick_gelu else 'need'} QuickGELU; "
+                         f"use {name.removesuffix('-quickgelu') if quick_gelu else name + '-quickgelu'}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        logging.disable()  # the hub's retries, and a warning that random weights are random
+        try:
+            clip = open_clip.create_model(name, pretrained)
+        except Exception as error:  # of the hub, of the network, of the file: each has its own type
+            raise ValueError(f"cannot get the weights {pretrained!r} of {name} ({str(error)[:150]}); fetch "
+                             "them once with a connection, or name a file: --pretrained FILE") from error
+        finally:
+            logging.disable(logging.NOTSET)
+        clip.requires_grad_(False).eval()
+        pixels = clip.visual.preprocess_cfg
+        image = {key: vision[key] for key in ("image_size", "patch_size", "width", "layers")}
+        image.update(heads=vision["width"] // vision.get("head_width", 64), quick_gelu=quick_gelu,
+                     mlp_ratio=vision.get("mlp_ratio", 4.0))
+        model = CrossMoST(config["embed_dim"], image, point, mean=pixels["mean"], std=pixels["std"])
+    fill(model.visual, clip.visual.state_dict(), name, tuple(key.removeprefix("visual.") for key in ADDED))
+    model.logit_scale.data.copy_(clip.logit_scale)
+    tokenize = open_clip.get_tokenizer(name)
+    return model, lambda texts: F.normalize(clip.encode_text(tokenize(texts)).float(), dim=-1)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Files
+
 def save_file(content: dict, path: Path):
     """torch.save that leaves either the old file or the whole new one: temporary name, fsync, rename."""
-    buffer = io.BytesIO()
+    buffer = io.BytesIO()  # torch.save to a full disk does not raise OSError
     torch.save(content, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -399,7 +507,8 @@ def read_file(path: str | Path, *needed: str) -> dict:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # published files hold their options
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different type for each way a file can be broken
         raise ValueError(f"cannot read checkpoint {path}: {str(error).splitlines()[0][:200]}") from error
     if not isinstance(content, dict) or any(key not in content for key in needed):
@@ -408,43 +517,129 @@ def read_file(path: str | Path, *needed: str) -> dict:
     return content
 
 
-def load_checkpoint(path: str | Path, which: str = "teacher") -> CrossMoST:
-    """The teacher (or "student") of a `last.pt`, in eval mode, with its classifier and class names."""
-    content = read_file(path, "architecture", which)
-    model = CrossMoST(**content["architecture"])
-    model.load_state_dict(content[which])
-    return model.eval()
+def fill(module: nn.Module, state: dict, path: str | Path, may_lack: tuple[str, ...] = ()):
+    """Load `state` strictly, but for parameters that begin with one of `may_lack`.
 
-
-def build_model(name: str, class_names: list[str], templates: tuple[str, ...],
-                start_checkpoint: str | Path | None = None, seed: int = 0, **point) -> CrossMoST:
-    """A zero-shot start with one classifier column per class name, in eval mode.
-
-    Args:
-        name: "tiny". start_checkpoint: file written by pre-training; without one the weights are random, from
-        `seed`.
-        templates: texts with {} for the name. point: PointEncoder arguments that replace the start's own.
-    Raises: ValueError for an unknown name or a file that does not fit.
+    Raises: ValueError naming the keys that are missing, left over or of another shape.
     """
-    if name != "tiny":
-        raise ValueError(f"unknown model {name!r}; one of tiny")
-    model, text = load_start(start_checkpoint) if start_checkpoint else random_tiny(seed, **point)
-    model.set_classifier(embed_names(text.eval(), class_names, templates), class_names)
+    own = module.state_dict()
+    missing = [key for key in own if key not in state and not key.startswith(may_lack)]
+    shapes = [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in own
+              if key in state and state[key].shape != own[key].shape]
+    extra = [key for key in state if key not in own]
+    if missing or shapes or extra:
+        raise ValueError(f"{path} does not fit: {len(missing)} missing {missing[:3]}, {len(extra)} left over "
+                         f"{extra[:3]}, {len(shapes)} of another shape {shapes[:3]}")
+    module.load_state_dict(state, strict=False)
+
+
+def load_checkpoint(path: str | Path, groups: int = 64, group_size: int = 32, point_heads: int | None = None,
+                    which: str = "teacher") -> CrossMoST:
+    """The model in a file of any family (see load_start), in eval mode: the teacher, or the "student".
+
+    groups, group_size and heads (default: width // 64) are not in published files; `last.pt` has its own.
+    """
+    model, _ = load_start(path, None, which, groups=groups, group_size=group_size, heads=point_heads)
     return model.eval()
 
 
-def random_tiny(seed: int, **point) -> tuple[CrossMoST, TextEncoder]:
-    """An untrained small CLIP with its small Point-BERT."""
+def load_start(path: str | Path, clip: CrossMoST | None = None, which: str = "teacher",
+               **point) -> tuple[CrossMoST, TextEncoder | None]:
+    """Model and text tower (None where there is none) of a file, its family recognised from its keys.
+
+    Our own starts and `last.pt`; ULIP-1 and ULIP-2 (SLIP image tower, text tower, Point-BERT); ULIP-2 with
+    colours (Point-BERT only, the image tower comes from `clip`); Cross-MoST's start and trained checkpoint.
+    Raises: ValueError naming the keys or shapes that do not fit.
+    """
+    content = read_file(path)
+    if "architecture" in content:
+        model = CrossMoST(**content["architecture"])
+        fill(model, content["model"] if "model" in content else content[which], path)
+        text = None
+        if "text" in content:
+            text = TextEncoder(**content["text_architecture"])
+            text.load_state_dict(content["text"])
+        return model, text
+    state = content.get("state_dict", content.get("model_ema" if which == "teacher" else "model"))
+    state = {key.removeprefix("module."): value for key, value in (state or content).items()}
+    text_state = {f"tower.{key}": state.pop(key) for key in list(state) if key.startswith(TEXT_KEYS)}
+    for family, sign in {"OpenShape": "ppat.", "Uni3D": "trans2embed"}.items():
+        if key := next((key for key in state if sign in key), None):
+            raise ValueError(f"{path} is {family}'s ({key}), another network than Point-BERT; README, Starts")
+    slip = "visual.cls_token" in state
+    if slip:
+        state = from_timm(state)
+    if "image_projection" in state:
+        state["visual.proj"] = state.pop("image_projection")
+    if "visual.conv1.weight" not in state:
+        if clip is None:
+            raise ValueError(f"{path} holds a point encoder only; add --model with the open_clip name of its "
+                             "CLIP (ULIP-2 with colours: ViT-bigG-14 --pretrained laion2b_s39b_b160k)")
+        state.update({key: value for key, value in clip.state_dict().items() if key.startswith("visual.")})
+    architecture = published_architecture(state, slip, path, **point)
+    if clip:
+        architecture.update({key: clip.architecture[key] for key in ("image", "mean", "std")})
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = CrossMoST(TINY["embed_dim"], TINY["image"], {**TINY["point"], **point})
-        return model, TextEncoder(TINY["embed_dim"], **TINY["text"])
-
-
-def load_start(path: str | Path) -> tuple[CrossMoST, TextEncoder]:
-    """A pre-trained start: encoders without classifier, and the text tower that names classes for them."""
-    content = read_file(path, "architecture", "model", "text_architecture", "text")
-    model, text = CrossMoST(**content["architecture"]), TextEncoder(**content["text_architecture"])
-    model.load_state_dict(content["model"])
-    text.load_state_dict(content["text"])
+        torch.manual_seed(0)  # of what the file lacks
+        model = CrossMoST(**architecture)
+    fill(model, state, path, may_lack=ADDED)
+    text = None
+    if text_state:
+        words, width = text_state["tower.token_embedding.weight"].shape
+        text = TextEncoder(architecture["embed_dim"], quick_gelu=True, vocab_size=words, width=width,
+                           heads=width // 64, layers=blocks(text_state, "tower.transformer.resblocks."),
+                           context_length=len(text_state["tower.positional_embedding"]))
+        fill(text, text_state, path)
     return model, text
+
+
+def blocks(state: dict, prefix: str) -> int:
+    """How many numbered blocks there are under a prefix."""
+    return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
+
+
+def published_architecture(state: dict, slip: bool, path: str | Path, groups: int = 64, group_size: int = 32,
+                           heads: int | None = None, target: str = "tokens") -> dict:
+    """Sizes of a published model, read off the shapes of its parameters; heads are 64 wide unless given."""
+    try:
+        conv, patches = state["visual.conv1.weight"], len(state["visual.positional_embedding"]) - 1
+        stem = [state[f"point_encoder.encoder.{layer}.weight"] for layer in ("first_conv.0", "first_conv.3",
+                                                                             "second_conv.0")]
+        width, token_width = state["point_encoder.reduce_dim.weight"].shape
+        classes = state["classifier"].shape[1] if "classifier" in state else 0
+        return {
+            "embed_dim": state["pc_projection"].shape[1], "up": "y",
+            "class_names": [str(k) for k in range(classes)],
+            "mean": list(IMAGENET_MEAN if slip else OPENAI_DATASET_MEAN),
+            "std": list(IMAGENET_STD if slip else OPENAI_DATASET_STD),
+            "image": dict(image_size=conv.shape[-1] * round(patches ** 0.5), patch_size=conv.shape[-1],
+                          width=len(conv), layers=blocks(state, "visual.transformer.resblocks."),
+                          heads=len(conv) // 64, quick_gelu=not slip, ln_pre=not slip,
+                          eps=1e-6 if slip else 1e-5),
+            "point": dict(width=width, layers=blocks(state, "point_encoder.blocks.blocks."),
+                          heads=heads or width // 64, stem=[len(layer) for layer in stem],
+                          token_width=token_width, channels=stem[0].shape[1], groups=groups,
+                          group_size=group_size, target=target)}
+    except KeyError as error:
+        raise ValueError(f"{path} is of no known family: no {error}, found {list(state)[:4]}") from error
+
+
+def from_timm(state: dict) -> dict:
+    """SLIP's image tower, in timm's names -> open_clip's.
+
+    The bias of its patch embedding moves into the patches' positions, and out of the mask token, so that a
+    hidden patch keeps its value.
+    """
+    out = {}
+    for key, value in state.items():
+        if key.startswith("visual."):
+            for theirs, ours in TIMM_NAMES.items():
+                key = key.replace(theirs, ours)
+        out[key] = value
+    bias = out.pop("visual.patch_embed.proj.bias")
+    out["visual.class_embedding"] = out["visual.class_embedding"].flatten()
+    position = out["visual.positional_embedding"][0].clone()
+    position[1:] += bias
+    out["visual.positional_embedding"] = position
+    out["visual.mask_token_embedding"] = out.get("visual.mask_token_embedding", 0) - bias.view(1, 1, -1)
+    return out

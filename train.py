@@ -24,22 +24,28 @@ from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
-from data import DATASETS, Objects, draw_views, load_dataset, one_line_errors, rotate, sample_shapes
+from data import (DATASETS, DOWNLOADS, Objects, download, draw_views, load_dataset, one_line_errors, rotate,
+                  sample_shapes)
 from eval import MODALITIES, evaluate, plot_curves, pseudo_label_quality, table
-from losses import (cross_modal_alignment_loss, fairness_loss, global_local_alignment_loss, masked_image_loss,
-                    masked_point_loss, name_alignment_loss, pseudo_labels, self_training_loss)
+from losses import (cross_modal_alignment_loss, fairness_loss, masked_terms, name_alignment_loss,
+                    pseudo_labels, self_training_loss)
 from model import (TEMPLATES, CrossMoST, build_model, hide_groups, hide_patches, parameter_groups,
                    random_tiny, read_file, save_file, teacher_momentum, train_mode, update_teacher)
 
-# What suits a start. The published values hold for towers of 12 blocks and 10^5 steps. `tiny` is trained for
-# hundreds: a larger step, a lower threshold (its confidences are low); of its 4 x 4 patches few are hidden,
-# and repainting them weighs little (README, "The tiny recipe").
+# What suits a start: the original code's values for the published ones and for open_clip's towers; ULIP's
+# files were made with 512 groups. `tiny` is trained for hundreds of steps, not 10^5: a larger step, a lower
+# threshold (its confidences are low); of its 4 x 4 patches few are hidden, and repainting them weighs little.
+PAPER = dict(epochs=200, batch_size=128, lr=2e-5, layer_decay=0.65, momentum=0.9998, points=2048, groups=64,
+             group_size=32, mask_ratio=0.3, w_fair=1.0, w_mim=1.0, w_mpm=1.0, w_gl=0.2, cross_temperature=1.0)
 RECIPES = {
-    "tiny": dict(epochs=3, batch_size=32, lr=2e-3, layer_decay=1.0, momentum=0.999, points=1024,
-                 threshold=0.6, mask_ratio=0.1, w_fair=2.0, w_mim=0.1, w_mpm=0.1, w_gl=0.02,
+    "crossmost": PAPER, "ulip1": {**PAPER, "groups": 512}, "ulip2": {**PAPER, "groups": 512},
+    "tiny": dict(epochs=3, batch_size=32, lr=2e-3, layer_decay=1.0, momentum=0.999, points=1024, groups=32,
+                 group_size=16, threshold=0.6, mask_ratio=0.1, w_fair=2.0, w_mim=0.1, w_mpm=0.1, w_gl=0.02,
                  cross_temperature=0.07),
 }
-SOURCE = dict(count=4000, batch=32)  # objects and batch of the tiny start's pre-training
+# Pre-training: objects, batch, peak learning rate, weight decay; of `tiny`, and of a point encoder beside a
+# CLIP (ULIP's values).
+PRETRAIN = {"tiny": (4000, 32, 1e-3, 0.05), "clip": (4000, 64, 5e-4, 0.1)}
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -49,17 +55,19 @@ def parse_args(argv=None) -> argparse.Namespace:
     group = parser.add_argument_group("data").add_argument
     group("--dataset", choices=sorted(DATASETS), default="shapes", help="objects to adapt to")
     group("--data-root", type=Path, default=Path("data"), help="folder that holds the data sets")
+    group("--download", action=argparse.BooleanOptionalAction, default=True, help="fetch what is missing")
     group("--domain", choices=("source", "target"), help="objects as they are, or as a scanner sees them")
     group("--points", type=int, help="points per cloud")
     group("--views", type=int, default=6, help="fixed depth views averaged in evaluation")
     group("--templates", choices=sorted(TEMPLATES), help="texts around a class name")
     group = parser.add_argument_group("start").add_argument
-    group("--model", choices=sorted(RECIPES), default="tiny", help="the zero-shot start")
-    group("--start-checkpoint", type=Path, help="a start's own file, instead of pre-training one")
+    group("--model", help="zero-shot start: tiny, ulip2, ulip1, crossmost or an open_clip name")
+    group("--pretrained", help="open_clip's weights of --model: a tag or a file")
+    group("--start-checkpoint", type=Path, help="the start's file, of any family, instead of its own")
     group("--pretrain-epochs", type=int, default=12, help="passes over 4,000 source objects")
-    group("--groups", type=int, default=32, help="point groups per cloud")
-    group("--group-size", type=int, default=16, help="points per group")
-    group("--cache", type=Path, default=Path("cache"), help="folder of pre-trained starts")
+    group("--groups", type=int, help="point groups per cloud")
+    group("--group-size", type=int, help="points per group")
+    group("--cache", type=Path, default=Path("cache"), help="folder of fetched and pre-trained starts")
     group = parser.add_argument_group("method").add_argument
     group("--modalities", choices=("both", "image", "point"), default="both", help="what is trained")
     group("--labels", choices=("joint", "mean", "separate", "agree", "truth"), default="joint",
@@ -92,41 +100,68 @@ def parse_args(argv=None) -> argparse.Namespace:
     group("--log-every", type=int, default=10, help="steps per line of log.jsonl")
     asked = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("-h", "--help")]
     chosen = parser.parse_known_args(asked)[0]
-    row = {key: value for key, value in DATASETS[chosen.dataset].items() if key not in ("load", "recipe")}
-    row = {**row, **RECIPES[chosen.model], **DATASETS[chosen.dataset].get("recipe", {})}
-    parser.set_defaults(out=Path("runs", f"{chosen.dataset}-{chosen.model}"), **row)
+    model = chosen.model or ("tiny" if chosen.dataset == "shapes" else "ulip2")
+    row = DATASETS[chosen.dataset]
+    defaults = {key: row[key] for key in ("domain", "templates", "threshold", "point_weight")}
+    defaults |= RECIPES.get(model, PAPER) | row.get(model, {})
+    parser.set_defaults(out=Path("runs", f"{chosen.dataset}-{model}"), model=model, **defaults)
     return parser.parse_args(argv)
 
 
-def pretrain_tiny(args, device) -> Path:
-    """Pre-train image, point and text tower together on procedural objects; returns the start's cached file.
+def find_start(args, target: Objects) -> Path:
+    """The start's file: the one named, fetched, or pre-trained here."""
+    if args.start_checkpoint or args.model == "crossmost":
+        return args.start_checkpoint or args.cache / "ulip-june11-checkpoint_best.pt"
+    if args.model in DOWNLOADS:
+        return download(args.model, args.cache, args.download)
+    return pretrain(args, target, args.device)
 
-    ULIP's losses [pretrain], with the image tower trained too: half the InfoNCE of each pair of modalities. A
-    quarter of the objects are masked, so that self-training meets mask tokens that mean something. The file's
-    name is a hash of everything that made it: settings, seed, code, versions and kind of device.
+
+def pretrain(args, target: Objects, device) -> Path:
+    """Align the modalities of a start without labels of the target [pretrain]; returns its cached file.
+
+    `tiny`: image, point and text tower together, on procedural objects. An open_clip model: the point encoder
+    to the frozen towers (ULIP), on procedural objects with their names and the target's clouds without.
+    ShapeNet-55 as the target lends its names too. A quarter of the objects are masked, so that self-training
+    meets mask tokens that mean something. The file's name is a hash of everything that made it: settings,
+    seed, code, versions and kind of device.
     """
+    tiny, shapenet = args.model == "tiny", args.dataset == "shapenet55"
+    count, batch, lr, weight_decay = PRETRAIN["tiny" if tiny else "clip"]
     sources = [(Path(__file__).parent / f"{name}.py").read_text() for name in ("data", "model", "losses")]
-    sources += [inspect.getsource(part) for part in (pretrain_tiny, pretrain_loss, masked_terms)]
-    made_by = [args.pretrain_epochs, args.groups, args.group_size, args.seed, args.points, args.point_target,
-               SOURCE, torch.__version__, torch.device(device).type,
+    sources += [inspect.getsource(part) for part in (pretrain, pretrain_loss)]
+    made_by = [args.model, args.pretrained, args.pretrain_epochs, args.groups, args.group_size, args.seed,
+               args.points, args.point_target, PRETRAIN, torch.__version__, torch.device(device).type,
+               "" if tiny else (args.templates, target.name, len(target)),
                [ast.dump(ast.parse(source)) for source in sources]]
-    path = args.cache / f"tiny-{hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:16]}.pt"
+    digest = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:16]
+    path = args.cache / f"{args.model.replace('/', '-')}-{digest}.pt"
     if path.exists():
         return path
-    source = sample_shapes(SOURCE["count"], seed=1000 + args.seed, points=args.points)
+    source = target if shapenet else sample_shapes(count, seed=1000 + args.seed, points=args.points)
+    clouds, labels = source.points, source.labels
     point = {"groups": args.groups, "group_size": args.group_size, "target": args.point_target}
-    model, text = (part.to(device).train() for part in random_tiny(args.seed, **point))
+    if tiny:
+        model, text = (part.to(device).train() for part in random_tiny(args.seed, **point))
+        parameters = [*model.parameters(), *text.parameters()]
+    else:
+        model, text = build_model(args.model, source.class_names, TEMPLATES[args.templates], args.pretrained,
+                                  seed=args.seed, **point).to(device).train(), None
+        model.visual.requires_grad_(False).eval()
+        parameters = [*model.point_encoder.parameters(), model.pc_projection, model.logit_scale]
+        if not shapenet:
+            clouds = torch.cat([clouds, target.points])
+            labels = torch.cat([labels, torch.full((len(target),), -1)])
     torch.manual_seed(args.seed)
-    parameters = [*model.parameters(), *text.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    per_epoch = len(source) // SOURCE["batch"]
+    optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
+    per_epoch = len(clouds) // batch
     steps = args.pretrain_epochs * per_epoch
-    schedule = OneCycleLR(optimizer, 1e-3, steps, pct_start=0.05, cycle_momentum=False)
-    with tqdm(total=steps, desc="pre-training the tiny start", unit="step") as bar:
+    schedule = OneCycleLR(optimizer, lr, steps, pct_start=0.05, cycle_momentum=False)
+    with tqdm(total=steps, desc=f"pre-training {args.model}", unit="step") as bar:
         for _ in range(args.pretrain_epochs):
-            for index in torch.randperm(len(source)).split(SOURCE["batch"])[:per_epoch]:
-                points, labels = source.points[index].to(device), source.labels[index].to(device)
-                loss = pretrain_loss(model, text, points, labels, source.class_names)
+            for index in torch.randperm(len(clouds)).split(batch)[:per_epoch]:
+                loss = pretrain_loss(model, text, clouds[index].to(device), labels[index].to(device),
+                                     source.class_names)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -134,13 +169,18 @@ def pretrain_tiny(args, device) -> Path:
                 schedule.step()
                 bar.update()
                 bar.set_postfix(loss=f"{loss.item():.2f}")
-    save_file({"architecture": model.architecture, "model": model.state_dict(),
-               "text_architecture": text.architecture, "text": text.state_dict()}, path)
+    model.classifier = None
+    save_file({"architecture": {**model.architecture, "class_names": []}, "model": model.state_dict(),
+               **({"text_architecture": text.architecture, "text": text.state_dict()} if text else {})}, path)
     return path
 
 
 def pretrain_loss(model, text, points, labels, class_names) -> Tensor:
-    """Half the InfoNCE image-text, point-text and point-image, and a little masked modelling. (B, P, 3)"""
+    """Half the InfoNCE image-text, point-text and point-image, and a little masked modelling. (B, P, 3)
+
+    labels (B,): index of the name, -1 where there is none. Without a `text` tower to train the names are the
+    classifier's columns, and the image tower is taken as it is.
+    """
     batch, device = len(points), points.device
     yaw = F.pad(2 * math.pi * torch.rand(batch, 1, device=device), (2, 0))
     views = draw_views(rotate(points, yaw), model.visual.image_size[0])
@@ -148,28 +188,22 @@ def pretrain_loss(model, text, points, labels, class_names) -> Tensor:
     images = model.normalise(torch.where(strong[0, ..., None], views["strong_image"], views["weak_image"]))
     groups = model.group(torch.where(strong[1], views["strong_points"], views["weak_points"]))
     masked = torch.rand(2, batch, 1, device=device) < 0.25
-    image_hidden = hide_patches(batch, model.visual.grid_size[0], 0.3, device) & masked[0]
+    image_hidden = hide_patches(batch, model.visual.grid_size[0], 0.3, device) & masked[0] if text else None
     point_hidden = hide_groups(groups.centres, 0.3) & masked[1]
     out = model(images, groups, image_hidden, point_hidden)
-    template = TEMPLATES["depth"][torch.randint(len(TEMPLATES["depth"]), ())]
-    names, scale = text([template.format(name) for name in class_names]), model.logit_scale.exp()
-    aligned = (name_alignment_loss(out.image_features, names, labels, scale)
-               + name_alignment_loss(out.point_features, names, labels, scale)
-               + cross_modal_alignment_loss(out.image_features, out.point_features, 1 / scale) / 2) / 2
+    named, scale = labels >= 0, model.logit_scale.exp()
+    aligned = cross_modal_alignment_loss(out.image_features, out.point_features, 1 / scale) / 2
+    if text:
+        template = TEMPLATES["depth"][torch.randint(len(TEMPLATES["depth"]), ())]
+        names = text([template.format(name) for name in class_names])
+        aligned = aligned + name_alignment_loss(out.image_features, names, labels, scale)
+    else:
+        names = model.classifier.detach().T
+    if named.any():
+        aligned = aligned + name_alignment_loss(out.point_features[named], names, labels[named], scale)
     terms = masked_terms(out, images, image_hidden, point_hidden)
-    return aligned + 0.1 * (terms["mim"] + terms["mpm"]) + 0.02 * (terms["gl_image"] + terms["gl_point"])
-
-
-def masked_terms(out, images, image_hidden, point_hidden) -> dict[str, Tensor]:
-    """mim, mpm and gl-align of whichever modality has something hidden."""
-    terms = {}
-    if image_hidden is not None:
-        terms["mim"] = masked_image_loss(out.image_pixels, images, image_hidden)
-        terms["gl_image"] = global_local_alignment_loss(out.image_features, out.image_tokens, image_hidden)
-    if point_hidden is not None:
-        terms["mpm"] = masked_point_loss(out.point_prediction, out.point_target, point_hidden)
-        terms["gl_point"] = global_local_alignment_loss(out.point_cls, out.point_tokens, point_hidden)
-    return terms
+    weights = {"mim": 0.1, "mpm": 0.1, "gl_image": 0.02, "gl_point": 0.02}
+    return aligned / 2 + sum(weights[name] * term for name, term in terms.items())
 
 
 def learning_rate(step: int, total: int, warmup: int, peak: float, floor: float) -> float:
@@ -353,12 +387,14 @@ def provenance(device: str) -> dict:
 def main(argv=None) -> dict:
     """Run all of it. Returns what it writes to OUT/results.json."""
     args, began = parse_args(argv), time.perf_counter()
-    objects = load_dataset(args.dataset, args.data_root, "train", args.points, args.domain)
-    test = load_dataset(args.dataset, args.data_root, "test", args.points, args.domain)
+    objects, test = (load_dataset(args.dataset, args.data_root, split, args.points, args.domain,
+                                  args.download) for split in ("train", "test"))
     if args.labels == "truth" and objects.labels is None:
         raise ValueError(f"--labels truth needs labels, {objects.name} has none; use --labels joint")
-    start = args.start_checkpoint or pretrain_tiny(args, args.device)
-    student = build_model(args.model, objects.class_names, TEMPLATES[args.templates], start).to(args.device)
+    start = find_start(args, objects)
+    point = {"groups": args.groups, "group_size": args.group_size, "target": args.point_target}
+    student = build_model(args.model, objects.class_names, TEMPLATES[args.templates], args.pretrained, start,
+                          **point).to(args.device)
     teacher = copy.deepcopy(student).requires_grad_(False)
     groups = parameter_groups(student, args.weight_decay, args.layer_decay, args.freeze)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
@@ -383,7 +419,7 @@ def main(argv=None) -> dict:
                "epochs": args.epochs, "zero_shot": run.zero_shot}
     print(table(results))
     if args.stage == "train":
-        print("defaults:", ", ".join(f"{name} {getattr(args, name)}" for name in RECIPES[args.model]))
+        print("defaults:", ", ".join(f"{name} {getattr(args, name)}" for name in RECIPES["tiny"]))
         self_train(run, objects, test, args)
         _, results["student"] = score(student)
         results["teacher_per_class"], results["teacher"] = score(teacher)
