@@ -118,7 +118,8 @@ def plot_curves(log_file: Path, picture: Path, zero_shot: dict | None):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a last.pt of train.py")
+    parser.add_argument("--checkpoint", type=Path, required=True,
+                        help="a last.pt of train.py, or the authors' trained file")
     parser.add_argument("--dataset", choices=sorted(DATASETS), default="shapes",
                         help="objects to evaluate on")
     parser.add_argument("--split", choices=("train", "test"), default="test", help="which of its splits")
@@ -139,6 +140,8 @@ def main(argv=None) -> dict:
     results = {"dataset": objects.name, "split": args.split, "objects": len(objects)}
     for which in ("student", "teacher"):
         model = load_checkpoint(args.checkpoint, which=which).to(args.device)
+        if model.class_names == [str(k) for k in range(len(objects.class_names))]:
+            model.architecture["class_names"] = objects.class_names  # a published file has numbers only
         results[which] = evaluate(model, objects, args.views)
     print(table(results))
     width = max(map(len, objects.class_names)) + 2

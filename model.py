@@ -414,6 +414,9 @@ def build_model(name: str, class_names: list[str], templates: tuple[str, ...], p
         templates: texts with {} for the name. point: groups, group_size, target of the PointEncoder.
     Raises: ValueError for an unknown name, or a file that does not fit or cannot name classes.
     """
+    if pretrained and name in ("tiny", *PUBLISHED):
+        raise ValueError(f"--pretrained {pretrained} goes with an open_clip name; for --model {name} use "
+                         "--start-checkpoint")
     clip = text = None
     if name not in ("tiny", *PUBLISHED):
         clip, text = model, text = open_clip_start(name, pretrained, seed, **point)

@@ -433,7 +433,7 @@ def test_a_ulip_file_is_a_complete_start(tmp_path):
     assert model.architecture["mean"] == list(open_clip.constants.IMAGENET_MEAN)
 
 
-def test_the_cross_most_start_and_its_trained_checkpoint_load(tmp_path):
+def test_the_cross_most_start_and_its_trained_checkpoint_load(tmp_path, monkeypatch):
     image = dict(image_size=32, patch_size=8, width=64, layers=2, heads=1, quick_gelu=True)
     model = randomise(CrossMoST(32, image, dict(width=64, layers=3, heads=1, token_width=32)))
     state = {**model.state_dict()}
@@ -449,6 +449,13 @@ def test_the_cross_most_start_and_its_trained_checkpoint_load(tmp_path):
     assert load_checkpoint(tmp_path / "trained.pth", 16, 8, which="student").logit_scale == 9
     out = trained(*(inputs()[0][..., :32, :32], inputs()[1]))
     assert out.image_logits.shape == out.point_logits.shape == (4, 7)
+    with pytest.raises(ValueError, match="evaluate it on the data set"):
+        evaluation.main(["--checkpoint", str(tmp_path / "trained.pth"), "--points", "128", "--views", "1"])
+    torch.save({"model": state | {"classifier": torch.randn(32, 10)}}, tmp_path / "ten.pth")
+    ten = load_checkpoint(tmp_path / "ten.pth", which="student")
+    monkeypatch.setattr(evaluation, "load_checkpoint", lambda path, which: ten)
+    results = evaluation.main(["--checkpoint", "ten.pth", "--points", "128", "--views", "1"])
+    assert set(results["teacher"]["per_class"]) == set(NAMES)
 
 
 def test_an_open_clip_model_lends_its_towers_to_a_file_without(tmp_path):
@@ -478,6 +485,8 @@ def test_a_start_that_cannot_be_is_refused(name, says):
 def test_weights_of_another_activation_or_out_of_reach_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="use ViT-B-16-quickgelu"):
         build_model("ViT-B-16", NAMES, models.TEMPLATES["3d"], "openai")
+    with pytest.raises(ValueError, match="use --start-checkpoint"):
+        build_model("tiny", NAMES, models.TEMPLATES["3d"], "openai")
     with pytest.raises(ValueError, match="--pretrained FILE"):
         build_model("ViT-S-32-alt", NAMES, models.TEMPLATES["3d"], "/nowhere.pt")
 
