@@ -508,7 +508,7 @@ def read_file(path: str | Path, *needed: str) -> dict:
     Raises: FileNotFoundError, or ValueError if it is unreadable or lacks one of the `needed` keys.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint {path}")
+        raise FileNotFoundError(f"no checkpoint {path}; README, Starts, says where to get which")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # published files hold their options
             content = torch.load(path, map_location="cpu", weights_only=True)

@@ -24,12 +24,12 @@ from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
-from data import (DATASETS, DOWNLOADS, Objects, download, draw_views, load_dataset, one_line_errors, rotate,
+from data import (DATASETS, Objects, download, draw_views, load_dataset, one_line_errors, rotate,
                   sample_shapes)
 from eval import MODALITIES, evaluate, plot_curves, pseudo_label_quality, table
 from losses import (cross_modal_alignment_loss, fairness_loss, masked_terms, name_alignment_loss,
                     pseudo_labels, self_training_loss)
-from model import (TEMPLATES, CrossMoST, build_model, hide_groups, hide_patches, parameter_groups,
+from model import (PUBLISHED, TEMPLATES, CrossMoST, build_model, hide_groups, hide_patches, parameter_groups,
                    random_tiny, read_file, save_file, teacher_momentum, train_mode, update_teacher)
 
 # What suits a start: the original code's values for the published ones and for open_clip's towers; ULIP's
@@ -112,7 +112,7 @@ def find_start(args, target: Objects) -> Path:
     """The start's file: the one named, fetched, or pre-trained here."""
     if args.start_checkpoint or args.model == "crossmost":
         return args.start_checkpoint or args.cache / "ulip-june11-checkpoint_best.pt"
-    if args.model in DOWNLOADS:
+    if args.model in PUBLISHED:
         return download(args.model, args.cache, args.download)
     return pretrain(args, target, args.device)
 
@@ -132,7 +132,7 @@ def pretrain(args, target: Objects, device) -> Path:
     sources += [inspect.getsource(part) for part in (pretrain, pretrain_loss)]
     made_by = [args.model, args.pretrained, args.pretrain_epochs, args.groups, args.group_size, args.seed,
                args.points, args.point_target, PRETRAIN, torch.__version__, torch.device(device).type,
-               "" if tiny else (args.templates, target.name, len(target)),
+               () if tiny and not shapenet else (args.templates, target.name, len(target)),
                [ast.dump(ast.parse(source)) for source in sources]]
     digest = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:16]
     path = args.cache / f"{args.model.replace('/', '-')}-{digest}.pt"
@@ -289,7 +289,8 @@ class Run:
         self.student, self.teacher, self.optimizer, self.device = student, teacher, optimizer, device
         self.path, self.log_path = args.out / "last.pt", args.out / "log.jsonl"
         self.options = {key: str(value) for key, value in sorted(vars(args).items())
-                        if key not in ("out", "cache", "data_root", "resume", "device", "stage", "log_every")}
+                        if key not in ("out", "cache", "data_root", "download", "resume", "device", "stage",
+                                       "log_every")}
         self.step, self.sums, self.count, self.zero_shot = 0, {}, 0, None
 
     def log(self, **row):
@@ -419,7 +420,8 @@ def main(argv=None) -> dict:
                "epochs": args.epochs, "zero_shot": run.zero_shot}
     print(table(results))
     if args.stage == "train":
-        print("defaults:", ", ".join(f"{name} {getattr(args, name)}" for name in RECIPES["tiny"]))
+        shown = (*RECIPES["tiny"], "point_weight", "templates", "domain")
+        print("settings:", ", ".join(f"{name} {getattr(args, name)}" for name in shown))
         self_train(run, objects, test, args)
         _, results["student"] = score(student)
         results["teacher_per_class"], results["teacher"] = score(teacher)
