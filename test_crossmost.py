@@ -972,7 +972,7 @@ def test_pretraining_is_cached_by_what_made_it(tmp_path, monkeypatch):
     assert train.pretrain(args, None, "cpu") == path and path.stat().st_mtime_ns == written
     other = options("--cache", str(tmp_path), "--pretrain-epochs", "1", "--points", "64", "--seed", "1")
     assert train.pretrain(other, None, "cpu") != path
-    model = build_model("tiny", NAMES, models.TEMPLATES["depth"], path)
+    model = build_model("tiny", NAMES, models.TEMPLATES["depth"], start_checkpoint=path)
     assert not model.training and model.class_names == NAMES
 
 
