@@ -479,6 +479,7 @@ def open_clip_start(name: str, pretrained: str | None, seed: int = 0, **point) -
         model = CrossMoST(config["embed_dim"], image, point, mean=pixels["mean"], std=pixels["std"])
     fill(model.visual, clip.visual.state_dict(), name, tuple(key.removeprefix("visual.") for key in ADDED))
     model.logit_scale.data.copy_(clip.logit_scale)
+    clip.visual = None  # its weights are copied: ViT-bigG's are 7 GB
     tokenize = open_clip.get_tokenizer(name)
     return model, lambda texts: F.normalize(clip.encode_text(tokenize(texts)).float(), dim=-1)
 

@@ -447,6 +447,7 @@ def test_the_cross_most_start_and_its_trained_checkpoint_load(tmp_path, monkeypa
     trained = load_checkpoint(tmp_path / "trained.pth", 16, 8)
     assert len(trained.class_names) == 7 and torch.equal(trained.classifier, state["classifier"])
     assert load_checkpoint(tmp_path / "trained.pth", 16, 8, which="student").logit_scale == 9
+    assert trained.logit_scale == state["logit_scale"] != 9
     out = trained(*(inputs()[0][..., :32, :32], inputs()[1]))
     assert out.image_logits.shape == out.point_logits.shape == (4, 7)
     with pytest.raises(ValueError, match="evaluate it on the data set"):
