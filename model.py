@@ -2,7 +2,8 @@
 
 B batch, P points, G point groups, S points per group, L image patches, D token width, E joint embedding,
 C classes, V views. Token masks are bool, True = hidden (replaced by a learnt mask token).
-Parameter names are those of the published checkpoints, so that loading is strict and needs no table.
+Parameter names are those of the published checkpoints, so that loading is strict; only SLIP's image tower is
+renamed (TIMM_NAMES).
 """
 import argparse
 import io
@@ -414,19 +415,17 @@ def build_model(name: str, class_names: list[str], templates: tuple[str, ...], p
         templates: texts with {} for the name. point: groups, group_size, target of the PointEncoder.
     Raises: ValueError for an unknown name, or a file that does not fit or cannot name classes.
     """
-    if pretrained and name in ("tiny", *PUBLISHED):
+    from_open_clip = name not in ("tiny", *PUBLISHED)
+    if pretrained and not from_open_clip:
         raise ValueError(f"--pretrained {pretrained} goes with an open_clip name; for --model {name} use "
                          "--start-checkpoint")
-    clip = text = None
-    if name not in ("tiny", *PUBLISHED):
-        clip, text = model, text = open_clip_start(name, pretrained, seed, **point)
-    if start_checkpoint:
-        model, own_text = load_start(start_checkpoint, clip, **point)
-        text = own_text or text
-    elif name in PUBLISHED:
+    if name in PUBLISHED and not start_checkpoint:
         raise ValueError(f"--model {name} is a file; name it with --start-checkpoint")
-    elif name == "tiny":
-        model, text = random_tiny(seed, **point)
+    model, text = (open_clip_start(name, pretrained, seed, **point) if from_open_clip else
+                   (None, None) if start_checkpoint else random_tiny(seed, **point))
+    if start_checkpoint:
+        model, own_text = load_start(start_checkpoint, model, **point)
+        text = own_text or text
     if text is None and name == "crossmost":
         _, text = open_clip_start(*CLIP_OF_CROSSMOST, seed)
     if text is None:
