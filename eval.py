@@ -3,15 +3,18 @@
     python eval.py --checkpoint runs/shapes-tiny/last.pt --dataset shapes
 """
 import argparse
+import csv
 import json
 from pathlib import Path
 
 import matplotlib
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from data import DATASETS, Objects, fixed_views, load_dataset, one_line_errors
-from model import CrossMoST, load_checkpoint
+from data import (DATASETS, UP, Objects, draw_views, fixed_images, load_dataset, one_line_errors,
+                  training_photographs)
+from model import CrossMoST, group_points, hide_groups, hide_patches, load_checkpoint
 
 matplotlib.use("Agg")  # draws into files; no screen needed
 import matplotlib.pyplot as plt  # noqa: E402
@@ -20,27 +23,26 @@ MODALITIES = ("image", "point", "joint")
 
 
 @torch.no_grad()
-def predict(model: CrossMoST, objects: Objects, views: int = 6, batch_size: int = 64) -> dict[str, Tensor]:
+def predict(model: CrossMoST, objects: Objects, views: int | None = None,
+            batch_size: int = 64) -> dict[str, Tensor]:
     """Class probabilities of every object, each (N, C), on the CPU, from fixed inputs.
 
-    image: softmax of the mean logits of `views` fixed depth views; point: of the cloud as it is; joint: the
-    mean of the two.
+    image: softmax of the mean logits of `views` (6) fixed depth views or of all photographs, at most `views`;
+    point: of the cloud as it is; joint: the mean of the two.
     """
     device, size = model.logit_scale.device, model.visual.image_size[0]
     was_training = model.training
     model.eval()
-    probs = {"image": [], "point": []}
-    for points in objects.points.split(batch_size):
-        points = points.to(device)
-        out = model(model.normalise(fixed_views(points, views, size)), points)
-        probs["image"].append(out.image_logits.softmax(dim=-1).cpu())
-        probs["point"].append(out.point_logits.softmax(dim=-1).cpu())
+    image = [model(model.normalise(images), None).image_logits.softmax(dim=-1).cpu()
+             for images in fixed_images(objects, views, size, batch_size, device)]
+    point = [model(None, points.to(device)).point_logits.softmax(dim=-1).cpu()
+             for points in objects.points.split(batch_size)]
     model.train(was_training)
-    probs = {name: torch.cat(parts) for name, parts in probs.items()}
+    probs = {"image": torch.cat(image), "point": torch.cat(point)}
     return {**probs, "joint": (probs["image"] + probs["point"]) / 2}
 
 
-def evaluate(model: CrossMoST, objects: Objects, views: int = 6) -> dict:
+def evaluate(model: CrossMoST, objects: Objects, views: int | None = None) -> dict:
     """Top-1 accuracy in percent: {"image", "point", "joint", "per_class": {name: {"image", ...}}}.
 
     Raises: ValueError if the objects have no labels or other classes than the model's, in this order.
@@ -50,13 +52,33 @@ def evaluate(model: CrossMoST, objects: Objects, views: int = 6) -> dict:
     if list(objects.class_names) != list(model.class_names):
         raise ValueError(f"{objects.name} has {objects.class_names[:4]}, the model {model.class_names[:4]}"
                          "; evaluate it on the data set it was trained for")
-    correct = {name: (probs.argmax(dim=-1) == objects.labels).double()
-               for name, probs in predict(model, objects, views).items()}
+    return accuracy(predict(model, objects, views), objects)
+
+
+def accuracy(probs: dict[str, Tensor], objects: Objects) -> dict:
+    """What evaluate returns, of probabilities (N, C)."""
+    correct = {name: (p.argmax(dim=-1) == objects.labels).double() for name, p in probs.items()}
     per_class = {}
     for k, name in enumerate(objects.class_names):
         if (objects.labels == k).any():
             per_class[name] = {m: percent(correct[m][objects.labels == k].mean()) for m in MODALITIES}
     return {**{m: percent(correct[m].mean()) for m in MODALITIES}, "per_class": per_class}
+
+
+def write_predictions(path: Path, objects: Objects, probs: dict[str, Tensor]):
+    """A CSV file with a line for each object: the joint class and its probability, either modality's, and
+    whether these two agree. An object without a name is its number."""
+    names = objects.names or [str(i) for i in range(len(objects))]
+    best = {m: p.max(dim=-1) for m, p in probs.items()}
+    with open(path, "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["object", "class", "confidence", "image", "image_confidence", "point",
+                       "point_confidence", "agree"])
+        for i, name in enumerate(names):
+            opinions = [(objects.class_names[best[m].indices[i]], f"{best[m].values[i]:.4f}")
+                        for m in ("joint", "image", "point")]
+            agree = "yes" if opinions[1][0] == opinions[2][0] else "no"
+            rows.writerow([name, *(cell for opinion in opinions for cell in opinion), agree])
 
 
 def percent(share) -> float:
@@ -66,6 +88,8 @@ def percent(share) -> float:
 
 def table(results: dict) -> str:
     """The closing table: one row for each of zero-shot, student, teacher that `results` holds."""
+    if not any(results.get(key) for key in ("zero_shot", "student", "teacher")):
+        return f"{results['dataset']} {results['split']}, {results['objects']} objects without labels"
     rows = [f"top-1 %, {results['dataset']} {results['split']}, {results['objects']} objects".ljust(44)
             + "".join(name.rjust(8) for name in MODALITIES)]
     for key, label in (("zero_shot", "zero-shot"), ("student", "student"), ("teacher", "teacher")):
@@ -115,19 +139,58 @@ def plot_curves(log_file: Path, picture: Path, zero_shot: dict | None):
     plt.close(figure)
 
 
+def preview(objects: Objects, picture: Path, size: int = 224, count: int = 8):
+    """A sheet of objects: cloud, one evaluation view, weak and strong views, and the strong ones masked."""
+    torch.manual_seed(0)
+    index = torch.linspace(0, len(objects) - 1, min(count, len(objects))).long()
+    points = objects.points[index]
+    some = Objects(points, None, [], images=objects.images and [objects.images[i] for i in index])
+    stills = [images[:, 0] for images in fixed_images(some, None, size, len(points), "cpu")]
+    batches = (torch.arange(len(points)),)
+    views = draw_views(points, size, next(iter(training_photographs(some, batches, size, seed=0))))
+    hidden = hide_patches(len(points), size // 16, 0.3, "cpu").view(len(points), 1, size // 16, size // 16)
+    masked = views["strong_image"].where(F.interpolate((~hidden).float(), size=size) > 0, torch.tensor(0.5))
+    neighbourhoods, centres = group_points(views["strong_points"], 64, 32)
+    kept = ~hide_groups(centres, 0.3)
+    columns = {"cloud": points, "evaluation view": torch.cat(stills), "weak image": views["weak_image"],
+               "strong image": views["strong_image"], "masked image": masked,
+               "weak points": views["weak_points"], "strong points": views["strong_points"],
+               "masked points": [(n + c[:, None])[k].flatten(0, 1)
+                                 for n, c, k in zip(neighbourhoods, centres, kept)]}
+    figure = plt.figure(figsize=(1.9 * len(columns), 2 * len(points)), layout="constrained")
+    for row, i in enumerate(index.tolist()):
+        for column, (title, items) in enumerate(columns.items()):
+            flat = items[row].shape[0] == 3
+            axes = figure.add_subplot(len(points), len(columns), row * len(columns) + column + 1,
+                                      projection=None if flat else "3d")
+            if flat:
+                axes.imshow(items[row].permute(1, 2, 0).clamp(0, 1).numpy())
+            else:
+                x, y, z = items[row].T.numpy()
+                axes.scatter(x, y, z, s=1, c=z, cmap="viridis", linewidths=0)
+                axes.set(aspect="equal")
+                axes.view_init(20, -60)
+            axes.axis("off")
+            label = "" if objects.labels is None else objects.class_names[objects.labels[i]]
+            axes.set_title(title if row == 0 and column else label if column == 0 else "", fontsize=9)
+    figure.savefig(picture, dpi=80)
+    plt.close(figure)
+    print(f"{len(objects)} objects of {objects.name} {objects.split}, {len(points)} of them in {picture}")
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True,
                         help="a last.pt of train.py, or the authors' trained file")
-    parser.add_argument("--dataset", choices=sorted(DATASETS), default="shapes",
-                        help="objects to evaluate on")
+    parser.add_argument("--dataset", default="shapes", help=f"{', '.join(DATASETS)}: a folder of your own")
     parser.add_argument("--split", choices=("train", "test"), default="test", help="which of its splits")
     parser.add_argument("--data-root", type=Path, default=Path("data"),
                         help="folder that holds the data sets")
     parser.add_argument("--domain", choices=("source", "target"), help="as it is, or as a scanner sees it")
     parser.add_argument("--points", type=int, default=1024, help="points per cloud")
-    parser.add_argument("--views", type=int, default=6, help="fixed depth views whose logits are averaged")
+    parser.add_argument("--up", choices=sorted(UP), help="axis that points upwards in the files")
+    parser.add_argument("--views", type=int, help="depth views (6) or photographs (all) to average")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="where to compute")
     return parser.parse_args(argv)
@@ -136,8 +199,8 @@ def parse_args(argv=None):
 def main(argv=None) -> dict:
     """Evaluate student and teacher of a checkpoint; print the table, return it as a dictionary."""
     args = parse_args(argv)
-    objects = load_dataset(args.dataset, args.data_root, args.split, args.points, args.domain)
-    results = {"dataset": objects.name, "split": args.split, "objects": len(objects)}
+    objects = load_dataset(args.dataset, args.data_root, args.split, args.points, args.domain, up=args.up)
+    results = {"dataset": objects.name, "split": objects.split, "objects": len(objects)}
     for which in ("student", "teacher"):
         model = load_checkpoint(args.checkpoint, which=which).to(args.device)
         if model.class_names == [str(k) for k in range(len(objects.class_names))]:

@@ -24,9 +24,10 @@ from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
-from data import (DATASETS, Objects, download, draw_views, load_dataset, one_line_errors, rotate,
-                  sample_shapes)
-from eval import MODALITIES, evaluate, plot_curves, pseudo_label_quality, table
+from data import (DATASETS, UP, Objects, download, draw_views, load_dataset, one_line_errors, rotate,
+                  sample_shapes, settings, training_photographs)
+from eval import (MODALITIES, accuracy, evaluate, plot_curves, predict, pseudo_label_quality, table,
+                  write_predictions)
 from losses import (cross_modal_alignment_loss, fairness_loss, masked_terms, name_alignment_loss,
                     pseudo_labels, self_training_loss)
 from model import (PUBLISHED, TEMPLATES, CrossMoST, build_model, hide_groups, hide_patches, parameter_groups,
@@ -53,12 +54,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("data").add_argument
-    group("--dataset", choices=sorted(DATASETS), default="shapes", help="objects to adapt to")
+    group("--dataset", default="shapes", help=f"objects to adapt to: {', '.join(DATASETS)}, a folder of yours")
     group("--data-root", type=Path, default=Path("data"), help="folder that holds the data sets")
-    group("--download", action=argparse.BooleanOptionalAction, default=True, help="fetch what is missing")
+    group("--download", action=argparse.BooleanOptionalAction,
+          help="fetch what is missing: all that may be; by default what is small, too; or nothing")
     group("--domain", choices=("source", "target"), help="objects as they are, or as a scanner sees them")
     group("--points", type=int, help="points per cloud")
-    group("--views", type=int, default=6, help="fixed depth views averaged in evaluation")
+    group("--up", choices=sorted(UP), help="axis that points upwards in the files, if not as documented")
+    group("--views", type=int, help="evaluation: depth views (6) or photographs (all) averaged")
     group("--templates", choices=sorted(TEMPLATES), help="texts around a class name")
     group = parser.add_argument_group("start").add_argument
     group("--model", help="zero-shot start: tiny, ulip2, ulip1, crossmost or an open_clip name")
@@ -101,10 +104,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     asked = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("-h", "--help")]
     chosen = parser.parse_known_args(asked)[0]
     model = chosen.model or ("tiny" if chosen.dataset == "shapes" else "ulip2")
-    row = DATASETS[chosen.dataset]
-    defaults = {key: row[key] for key in ("domain", "templates", "threshold", "point_weight")}
+    row = settings(chosen.dataset)
+    defaults = {key: row[key] for key in ("templates", "threshold", "point_weight")}
     defaults |= RECIPES.get(model, PAPER) | row.get(model, {})
-    parser.set_defaults(out=Path("runs", f"{chosen.dataset}-{model}"), model=model, **defaults)
+    parser.set_defaults(out=Path("runs", f"{Path(chosen.dataset).name}-{model}"), model=model, **defaults)
     return parser.parse_args(argv)
 
 
@@ -113,7 +116,7 @@ def find_start(args, target: Objects) -> Path:
     if args.start_checkpoint or args.model == "crossmost":
         return args.start_checkpoint or args.cache / "ulip-june11-checkpoint_best.pt"
     if args.model in PUBLISHED:
-        return download(args.model, args.cache, args.download)
+        return download(args.model, args.cache, args.download is not False)
     return pretrain(args, target, args.device)
 
 
@@ -352,11 +355,12 @@ def self_train(run: Run, objects: Objects, test: Objects, args):
     while run.step < total and not caught:
         epoch, at = divmod(run.step, per_epoch)
         shuffle = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
-        order = torch.randperm(len(points), generator=shuffle)
-        for index in order.split(args.batch_size)[at:per_epoch]:
+        batches = torch.randperm(len(points), generator=shuffle).split(args.batch_size)[at:per_epoch]
+        photographs = training_photographs(objects, batches, size, shuffle.initial_seed())
+        for index, pictures in zip(batches, photographs):
             index = index.to(run.device)
             real = None if truth is None else truth[index]
-            views = draw_views(points[index], size)
+            views = draw_views(points[index], size, pictures)
             terms, labels = train_step(run.student, run.teacher, views, run.optimizer, run.step, total, args,
                                        real if args.labels == "truth" else None)
             run.count_step(terms, labels, real)
@@ -367,8 +371,8 @@ def self_train(run: Run, objects: Objects, test: Objects, args):
             if caught:
                 break
         if run.step % per_epoch == 0 and test.labels is not None:
-            accuracy = evaluate(run.teacher, test, args.views)
-            run.log(epoch=epoch + 1, step=run.step, teacher={name: accuracy[name] for name in MODALITIES})
+            right = evaluate(run.teacher, test, args.views)
+            run.log(epoch=epoch + 1, step=run.step, teacher={name: right[name] for name in MODALITIES})
         run.save()
     bar.close()
     for stop, handler in before.items():
@@ -389,7 +393,7 @@ def main(argv=None) -> dict:
     """Run all of it. Returns what it writes to OUT/results.json."""
     args, began = parse_args(argv), time.perf_counter()
     objects, test = (load_dataset(args.dataset, args.data_root, split, args.points, args.domain,
-                                  args.download) for split in ("train", "test"))
+                                  args.download, args.up) for split in ("train", "test"))
     if args.labels == "truth" and objects.labels is None:
         raise ValueError(f"--labels truth needs labels, {objects.name} has none; use --labels joint")
     start = find_start(args, objects)
@@ -404,8 +408,10 @@ def main(argv=None) -> dict:
     torch.manual_seed(args.seed)
 
     def score(model):
-        accuracy = evaluate(model, test, args.views) if test.labels is not None else {}
-        return accuracy.pop("per_class", None), accuracy or None
+        probs = predict(model, test, args.views)
+        write_predictions(args.out / "predictions.csv", test, probs)
+        right = accuracy(probs, test) if test.labels is not None else {}
+        return right.pop("per_class", None), right or None
     if args.resume and run.path.exists():
         run.load()
         print(f"continuing {run.path} at step {run.step}")
@@ -415,12 +421,12 @@ def main(argv=None) -> dict:
         run.log(options={key: str(value) for key, value in vars(args).items()}, start=start.stem,
                 train=len(objects), test=len(test), trainable=trainable, **provenance(args.device))
         _, run.zero_shot = score(student)
-    results = {"dataset": objects.name, "split": "test", "objects": len(test),
+    results = {"dataset": objects.name, "split": test.split, "objects": len(test),
                "classes": len(test.class_names), "model": args.model, "start": start.stem, "seed": args.seed,
                "epochs": args.epochs, "zero_shot": run.zero_shot}
     print(table(results))
     if args.stage == "train":
-        shown = (*RECIPES["tiny"], "point_weight", "templates", "domain")
+        shown = (*RECIPES["tiny"], "point_weight", "templates")
         print("settings:", ", ".join(f"{name} {getattr(args, name)}" for name in shown))
         self_train(run, objects, test, args)
         _, results["student"] = score(student)
@@ -428,6 +434,7 @@ def main(argv=None) -> dict:
         results["pseudo_label"] = pseudo_label_quality(run.log_path, args.epochs)
         plot_curves(run.log_path, args.out / "curves.png", run.zero_shot)
         print(f"\n{table(results)}\npseudo-labels of the last epoch, %: {results['pseudo_label']}")
+    print(f"predictions: {args.out / 'predictions.csv'}")
     results["seconds"] = round(time.perf_counter() - began, 1)
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     return results
