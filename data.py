@@ -567,8 +567,8 @@ def render_depth_views(points: Tensor, azimuths: Tensor, elevations: Tensor, siz
     """Depth maps in PointCLIP V2's recipe: quantise, densify, smooth, squeeze (arXiv 2211.11682).
 
     The nearest point of each grid cell wins, holes of up to four cells are closed by a max- and a min-pool,
-    edges smoothed by a Gaussian; grey, near = bright (1), far = 0.2, background 0. The grid is as fine as the cloud allows, about 1.6
-    sqrt(P) cells.
+    edges smoothed by a Gaussian; grey, near = bright (1), far = 0.2, background 0. The grid is as fine as the
+    cloud allows, about 1.6 sqrt(P) cells.
 
     Args: points (B, P, 3) in the unit sphere, z up; azimuths, elevations (B, V) radians; size: pixels.
     Returns: (B, V, 3, size, size) in [0, 1], without gradient.
@@ -1087,8 +1087,8 @@ def load_redwood(root: Path, split: str, points: int, fetch_missing: bool | None
     if fetch_missing:
         fetch_redwood(folder)
     if not (folder / "categories.json").is_file():
-        raise FileNotFoundError(f"no {folder / 'categories.json'}; --download fetches it, meshes and 24 frames "
-                                "of each object (some 100 GB pass by); README, Data, says what goes there")
+        raise FileNotFoundError(f"no {folder / 'categories.json'}; --download fetches it, meshes and 24 "
+                                "frames of each object (some 100 GB pass by); README, Data, has the layout")
     try:
         ids = json.loads((folder / "categories.json").read_text())
         ids = [(name, k) for k, key in enumerate(REDWOOD) for name in ids[key] if in_split(name, split)]
@@ -1121,9 +1121,9 @@ def fetch_redwood(folder: Path):
 
 # In label order, as folders are named; names for people where they differ.
 CO3D = ("bench skateboard backpack laptop cup umbrella teddybear bowl cake toyplane remote orange toaster "
-        "couch apple bottle donut hairdryer hydrant toytrain pizza motorcycle suitcase banana toilet sandwich "
-        "keyboard mouse toytruck handbag broccoli wineglass microwave baseballglove book carrot ball bicycle "
-        "chair stopsign vase plant").split()
+        "couch apple bottle donut hairdryer hydrant toytrain pizza motorcycle suitcase banana toilet "
+        "sandwich keyboard mouse toytruck handbag broccoli wineglass microwave baseballglove book carrot ball "
+        "bicycle chair stopsign vase plant").split()
 CO3D_NAMES = {"teddybear": "teddy bear", "toyplane": "toy plane", "hairdryer": "hair dryer",
               "toytrain": "toy train", "toytruck": "toy truck", "wineglass": "wine glass",
               "baseballglove": "baseball glove", "stopsign": "stop sign", "remote": "remote control"}

@@ -65,9 +65,9 @@ def accuracy(probs: dict[str, Tensor], objects: Objects) -> dict:
     return {**{m: percent(correct[m].mean()) for m in MODALITIES}, "per_class": per_class}
 
 
-def write_predictions(path: Path, objects: Objects, probs: dict[str, Tensor]):
+def write_predictions(path: Path, objects: Objects, probs: dict[str, Tensor]) -> float:
     """A CSV file with a line for each object: the joint class and its probability, either modality's, and
-    whether these two agree. An object without a name is its number."""
+    whether these two agree. An object without a name is its number. Returns their agreement, percent."""
     names = objects.names or [str(i) for i in range(len(objects))]
     best = {m: p.max(dim=-1) for m, p in probs.items()}
     with open(path, "w", newline="") as file:
@@ -79,6 +79,7 @@ def write_predictions(path: Path, objects: Objects, probs: dict[str, Tensor]):
                         for m in ("joint", "image", "point")]
             agree = "yes" if opinions[1][0] == opinions[2][0] else "no"
             rows.writerow([name, *(cell for opinion in opinions for cell in opinion), agree])
+    return percent((best["image"].indices == best["point"].indices).double().mean())
 
 
 def percent(share) -> float:

@@ -1119,6 +1119,28 @@ def test_objects_without_labels_train_just_the_same(tmp_path, monkeypatch):
     assert results["zero_shot"] is None and results["pseudo_label"]["accuracy"] is None
 
 
+def test_a_folder_without_labels_trains_to_predictions_with_photographs_or_without(tmp_path, monkeypatch):
+    own = write_folder(tmp_path / "own", labelled=False, test=False, count=10)
+    argv = "--dataset", str(own), "--model", "tiny", "--data-root", str(tmp_path), "--threshold", "0.4"
+    plain = small_run(tmp_path, monkeypatch, *argv, "--out", str(tmp_path / "plain"))
+    for k in range(2):
+        for i in range(10):
+            write_pictures(own / f"views/train{k}{i}", "a.png", "b.jpg")
+    results = small_run(tmp_path, monkeypatch, *argv, "--out", str(tmp_path / "out"))
+    assert results["zero_shot"] is None and "teacher" in results and results["objects"] == 20
+    rows = [line.split(",") for line in (tmp_path / "out/predictions.csv").read_text().splitlines()]
+    assert rows[0][:3] == ["object", "class", "confidence"] and rows[0][-1] == "agree" and len(rows) == 21
+    for name, joint, confidence, image, image_confidence, point, point_confidence, agree in rows[1:]:
+        assert {joint, image, point} <= {"mug", "night stand"} and agree in ("yes", "no")
+        assert (agree == "yes") == (image == point) and joint in (image, point) and float(confidence) >= 0.5
+    share = sum(row[-1] == "yes" for row in rows[1:]) / 20
+    assert results["agreement"] == pytest.approx(100 * share)
+    assert not same(weights(tmp_path / "plain/last.pt"), weights(tmp_path / "out/last.pt"))
+    assert plain["agreement"] is not None
+    again = small_run(tmp_path, monkeypatch, *argv, "--out", str(tmp_path / "again"))
+    assert without_seconds(again) == without_seconds(results)  # workers or not, the same views
+
+
 def test_a_run_that_stops_and_goes_on_equals_one_that_does_not(tmp_path, monkeypatch):
     whole = small_run(tmp_path, monkeypatch, "--out", str(tmp_path / "whole"))
     real, calls = train.train_step, []

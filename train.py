@@ -54,7 +54,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group("data").add_argument
-    group("--dataset", default="shapes", help=f"objects to adapt to: {', '.join(DATASETS)}, a folder of yours")
+    group("--dataset", default="shapes", help=f"{', '.join(DATASETS)}: a folder of your own objects")
     group("--data-root", type=Path, default=Path("data"), help="folder that holds the data sets")
     group("--download", action=argparse.BooleanOptionalAction,
           help="fetch what is missing: all that may be; by default what is small, too; or nothing")
@@ -407,9 +407,13 @@ def main(argv=None) -> dict:
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
 
+    results = {"dataset": objects.name, "split": test.split, "objects": len(test),
+               "classes": len(test.class_names), "model": args.model, "start": start.stem, "seed": args.seed,
+               "epochs": args.epochs}
+
     def score(model):
         probs = predict(model, test, args.views)
-        write_predictions(args.out / "predictions.csv", test, probs)
+        results["agreement"] = write_predictions(args.out / "predictions.csv", test, probs)
         right = accuracy(probs, test) if test.labels is not None else {}
         return right.pop("per_class", None), right or None
     if args.resume and run.path.exists():
@@ -421,9 +425,7 @@ def main(argv=None) -> dict:
         run.log(options={key: str(value) for key, value in vars(args).items()}, start=start.stem,
                 train=len(objects), test=len(test), trainable=trainable, **provenance(args.device))
         _, run.zero_shot = score(student)
-    results = {"dataset": objects.name, "split": test.split, "objects": len(test),
-               "classes": len(test.class_names), "model": args.model, "start": start.stem, "seed": args.seed,
-               "epochs": args.epochs, "zero_shot": run.zero_shot}
+    results["zero_shot"] = run.zero_shot
     print(table(results))
     if args.stage == "train":
         shown = (*RECIPES["tiny"], "point_weight", "templates")
@@ -434,7 +436,7 @@ def main(argv=None) -> dict:
         results["pseudo_label"] = pseudo_label_quality(run.log_path, args.epochs)
         plot_curves(run.log_path, args.out / "curves.png", run.zero_shot)
         print(f"\n{table(results)}\npseudo-labels of the last epoch, %: {results['pseudo_label']}")
-    print(f"predictions: {args.out / 'predictions.csv'}")
+    print(f"{args.out / 'predictions.csv'}: image and point agree on {results['agreement']} % of the objects")
     results["seconds"] = round(time.perf_counter() - began, 1)
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     return results
