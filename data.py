@@ -1122,8 +1122,8 @@ def fetch_redwood(folder: Path):
 # In label order, as folders are named; names for people where they differ.
 CO3D = ("bench skateboard backpack laptop cup umbrella teddybear bowl cake toyplane remote orange toaster "
         "couch apple bottle donut hairdryer hydrant toytrain pizza motorcycle suitcase banana toilet "
-        "sandwich keyboard mouse toytruck handbag broccoli wineglass microwave baseballglove book carrot ball "
-        "bicycle chair stopsign vase plant").split()
+        "sandwich keyboard mouse toytruck handbag broccoli wineglass microwave baseballglove book carrot "
+        "ball bicycle chair stopsign vase plant").split()
 CO3D_NAMES = {"teddybear": "teddy bear", "toyplane": "toy plane", "hairdryer": "hair dryer",
               "toytrain": "toy train", "toytruck": "toy truck", "wineglass": "wine glass",
               "baseballglove": "baseball glove", "stopsign": "stop sign", "remote": "remote control"}

@@ -23,23 +23,57 @@ MODALITIES = ("image", "point", "joint")
 
 
 @torch.no_grad()
-def predict(model: CrossMoST, objects: Objects, views: int | None = None,
-            batch_size: int = 64) -> dict[str, Tensor]:
-    """Class probabilities of every object, each (N, C), on the CPU, from fixed inputs.
+def embed(model: CrossMoST, objects: Objects, views: int | None = None, batch_size: int = 64) -> dict:
+    """Logits (N, C) and features (N, E) of every object: {"image": (logits, features), "point": ...}, on the
+    CPU, from fixed inputs.
 
-    image: softmax of the mean logits of `views` (6) fixed depth views or of all photographs, at most `views`;
-    point: of the cloud as it is; joint: the mean of the two.
+    image: the mean over `views` (6) fixed depth views or over all photographs, at most `views`; point: of the
+    cloud as it is.
     """
     device, size = model.logit_scale.device, model.visual.image_size[0]
     was_training = model.training
     model.eval()
-    image = [model(model.normalise(images), None).image_logits.softmax(dim=-1).cpu()
-             for images in fixed_images(objects, views, size, batch_size, device)]
-    point = [model(None, points.to(device)).point_logits.softmax(dim=-1).cpu()
-             for points in objects.points.split(batch_size)]
+    image, point = [], []
+    for images in fixed_images(objects, views, size, batch_size, device):
+        out = model(model.normalise(images), None)
+        image.append((out.image_logits.cpu(), out.image_features.cpu()))
+    for points in objects.points.split(batch_size):
+        out = model(None, points.to(device))
+        point.append((out.point_logits.cpu(), out.point_features.cpu()))
     model.train(was_training)
-    probs = {"image": torch.cat(image), "point": torch.cat(point)}
-    return {**probs, "joint": (probs["image"] + probs["point"]) / 2}
+    return {"image": tuple(map(torch.cat, zip(*image))), "point": tuple(map(torch.cat, zip(*point)))}
+
+
+def to_probs(image_logits: Tensor, point_logits: Tensor) -> dict[str, Tensor]:
+    """Class probabilities (N, C) of the modalities, and joint: the mean of the two."""
+    image, point = image_logits.softmax(dim=-1), point_logits.softmax(dim=-1)
+    return {"image": image, "point": point, "joint": (image + point) / 2}
+
+
+def predict(model: CrossMoST, objects: Objects, views: int | None = None) -> dict[str, Tensor]:
+    """Class probabilities of every object: {"image", "point", "joint"}, each (N, C), on the CPU."""
+    out = embed(model, objects, views)
+    return to_probs(out["image"][0], out["point"][0])
+
+
+def predict_by_cache(model: CrossMoST, unlabelled: Objects, objects: Objects, views: int | None = None,
+                     shots: int = 16, sharpness: float = 5.5) -> dict[str, Tensor]:
+    """A rival without training: a cache of confident objects, after Point-Cache (arXiv 2503.12150).
+
+    The `shots` unlabelled objects of each predicted class with the highest joint confidence are its keys;
+    logits_m + s sum_k exp(-sharpness (1 - f_m . f_mk)) onehot(y_k) / shots, in each modality m, with the
+    model's logit scale s. shots and sharpness are Tip-Adapter's (arXiv 2111.03930). Returns as predict.
+    """
+    cached, out = embed(model, unlabelled, views), embed(model, objects, views)
+    confidence, labels = to_probs(cached["image"][0], cached["point"][0])["joint"].max(dim=-1)
+    keys = torch.cat([(labels == k).nonzero()[:, 0][confidence[labels == k].argsort(descending=True)[:shots]]
+                      for k in range(len(unlabelled.class_names))])
+    names, logits = F.one_hot(labels[keys], len(unlabelled.class_names)).float(), {}
+    for m, (zero_shot, features) in out.items():
+        near = features @ cached[m][1][keys].T
+        near = (-sharpness * (1 - near)).exp()
+        logits[m] = zero_shot + model.logit_scale.exp().item() * near @ names / shots
+    return to_probs(logits["image"], logits["point"])
 
 
 def evaluate(model: CrossMoST, objects: Objects, views: int | None = None) -> dict:
