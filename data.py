@@ -582,8 +582,10 @@ def render_depth_views(points: Tensor, azimuths: Tensor, elevations: Tensor, siz
         bright = 0.6 + 0.4 * depth.clamp(-1, 1)
         image = points.new_zeros(batch, views, grid * grid)
         image = image.scatter_reduce(2, row * grid + column, bright, "amax")
-        image = F.max_pool2d(image.view(-1, 1, grid, grid), 5, stride=1, padding=2)
-        image = -F.max_pool2d(-F.pad(image, (1, 1, 1, 1)), 3, stride=1)  # a closing, one cell wider
+        image = image.view(-1, 1, grid, grid)  # a closing, one cell wider: max over 5 x 5, min over 3 x 3
+        image = F.max_pool2d(F.max_pool2d(image, (1, 5), 1, (0, 2)), (5, 1), 1, (2, 0))
+        image = F.pad(-image, (1, 1, 1, 1))
+        image = -F.max_pool2d(F.max_pool2d(image, (1, 3), 1), (3, 1), 1)
         kernel = image.new_tensor([0.25, 0.5, 0.25])
         image = F.conv2d(image, kernel.view(1, 1, 1, 3), padding=(0, 1))
         image = F.conv2d(image, kernel.view(1, 1, 3, 1), padding=(1, 0))

@@ -5,6 +5,7 @@
 import argparse
 import csv
 import json
+import statistics
 from pathlib import Path
 
 import matplotlib
@@ -127,10 +128,44 @@ def table(results: dict) -> str:
         return f"{results['dataset']} {results['split']}, {results['objects']} objects without labels"
     rows = [f"top-1 %, {results['dataset']} {results['split']}, {results['objects']} objects".ljust(44)
             + "".join(name.rjust(8) for name in MODALITIES)]
-    for key, label in (("zero_shot", "zero-shot"), ("student", "student"), ("teacher", "teacher")):
+    for key, label in (("zero_shot", "zero-shot"), ("cache", "confident-sample cache"),
+                       ("student", "student"), ("teacher", "teacher")):
         if results.get(key):
             rows.append(label.ljust(44) + "".join(f"{results[key][name]:8.1f}" for name in MODALITIES))
     return "\n".join(rows)
+
+
+def mean_and_std(values: list[float]) -> str:
+    """mean ± standard deviation over seeds; of one value just that."""
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if values[1:] else "")
+
+
+def summary(runs: list[dict]) -> str:
+    """Many runs' results as Markdown: a table for each data set, a row for each setting, over its seeds.
+
+    Accuracy is the teacher's; gap: the share of the way from the start to the ceiling, --labels truth.
+    """
+    lines = []
+    for name in dict.fromkeys(run["dataset"] for run in runs):
+        rows, ceiling = {"zero-shot start": {}, "Cross-MoST": {}}, {}
+        for run in (run for run in runs if run["dataset"] == name):
+            flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in run["changed"].items())
+            right, seed = run.get("teacher") or run["cache"], run["seed"]
+            rows.setdefault(f"`{flags}`" if flags else "Cross-MoST", {})[seed] = right
+            rows["zero-shot start"][seed] = run["zero_shot"]
+            if run["changed"] == {"labels": "truth"}:
+                ceiling[seed] = right["joint"]
+        lines += ["", f"| {name}, {run['objects']} objects | image | point | joint | gap | joint by seed |",
+                  "|---|---|---|---|---|---|"]
+        for label, seeds in rows.items():
+            start = rows["zero-shot start"]
+            ways = [(right["joint"] - start[seed]["joint"]) / (ceiling[seed] - start[seed]["joint"])
+                    for seed, right in seeds.items() if seed in ceiling]
+            cells = [mean_and_std([right[m] for right in seeds.values()]) for m in MODALITIES]
+            cells.append(f"{100 * statistics.mean(ways):.0f} %" if ways else "")
+            cells.append(", ".join(f"{right['joint']:.1f}" for _, right in sorted(seeds.items())))
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines[1:])
 
 
 def pseudo_label_quality(log_path: Path, epochs: int) -> dict:
@@ -165,8 +200,7 @@ def plot_curves(log_file: Path, picture: Path, zero_shot: dict | None):
                label="coverage")
     if any(row.get("label_accuracy") is not None for row in steps):
         right.plot([row["step"] for row in steps], [100 * (row["label_accuracy"] or 0) for row in steps],
-                   color="#CC79A7",
-                   label="accuracy of the kept")
+                   color="#CC79A7", label="accuracy of the kept")
     right.set(xlabel="step", ylabel="%", ylim=(0, 102), title="pseudo-labels")
     if steps:
         right.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
@@ -213,11 +247,21 @@ def preview(objects: Objects, picture: Path, size: int = 224, count: int = 8):
     print(f"{len(objects)} objects of {objects.name} {objects.split}, {len(points)} of them in {picture}")
 
 
+def collect(folder: Path, file: Path) -> str:
+    """Gather FOLDER/*/results.json into one file, sorted, and return their summary."""
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*/results.json"))]
+    if not runs:
+        raise FileNotFoundError(f"no {folder}/*/results.json; make them as in README, Results")
+    file.write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")
+    return summary(runs)
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True,
-                        help="a last.pt of train.py, or the authors' trained file")
+    parser.add_argument("--checkpoint", type=Path, help="a last.pt of train.py, or the authors' trained file")
+    parser.add_argument("--runs", type=Path, help="instead: gather the results of all runs in this folder")
+    parser.add_argument("--json", type=Path, default=Path("assets/results.json"), help="into this file")
     parser.add_argument("--dataset", default="shapes", help=f"{', '.join(DATASETS)}: a folder of your own")
     parser.add_argument("--split", choices=("train", "test"), default="test", help="which of its splits")
     parser.add_argument("--data-root", type=Path, default=Path("data"),
@@ -226,14 +270,17 @@ def parse_args(argv=None):
     parser.add_argument("--points", type=int, default=1024, help="points per cloud")
     parser.add_argument("--up", choices=sorted(UP), help="axis that points upwards in the files")
     parser.add_argument("--views", type=int, help="depth views (6) or photographs (all) to average")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="where to compute")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where")
     return parser.parse_args(argv)
 
 
-def main(argv=None) -> dict:
+def main(argv=None) -> dict | None:
     """Evaluate student and teacher of a checkpoint; print the table, return it as a dictionary."""
     args = parse_args(argv)
+    if args.runs:
+        return print(collect(args.runs, args.json))
+    if not args.checkpoint:
+        raise ValueError("nothing to evaluate; name a --checkpoint, or --runs to gather")
     objects = load_dataset(args.dataset, args.data_root, args.split, args.points, args.domain, up=args.up)
     results = {"dataset": objects.name, "split": objects.split, "objects": len(objects)}
     for which in ("student", "teacher"):

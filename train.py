@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from data import (DATASETS, UP, Objects, download, draw_views, load_dataset, one_line_errors, rotate,
                   sample_shapes, settings, training_photographs)
-from eval import (MODALITIES, accuracy, evaluate, plot_curves, predict, pseudo_label_quality, table,
-                  write_predictions)
+from eval import (MODALITIES, accuracy, evaluate, plot_curves, predict, predict_by_cache,
+                  pseudo_label_quality, table, write_predictions)
 from losses import (cross_modal_alignment_loss, fairness_loss, masked_terms, name_alignment_loss,
                     pseudo_labels, self_training_loss)
 from model import (PUBLISHED, TEMPLATES, CrossMoST, build_model, hide_groups, hide_patches, parameter_groups,
@@ -36,17 +36,19 @@ from model import (PUBLISHED, TEMPLATES, CrossMoST, build_model, hide_groups, hi
 # What suits a start: the original code's values for the published ones and for open_clip's towers; ULIP's
 # files were made with 512 groups. `tiny` is trained for hundreds of steps, not 10^5: a larger step, a lower
 # threshold (its confidences are low); of its 4 x 4 patches few are hidden, and repainting them weighs little.
-PAPER = dict(epochs=200, batch_size=128, lr=2e-5, layer_decay=0.65, momentum=0.9998, points=2048, groups=64,
-             group_size=32, mask_ratio=0.3, w_fair=1.0, w_mim=1.0, w_mpm=1.0, w_gl=0.2, cross_temperature=1.0)
+PAPER = dict(pretrain_epochs=12, epochs=200, batch_size=128, lr=2e-5, layer_decay=0.65, momentum=0.9998,
+             points=2048, groups=64, group_size=32, mask_ratio=0.3, w_fair=1.0, w_mim=1.0, w_mpm=1.0, w_gl=0.2,
+             cross_temperature=1.0)
 RECIPES = {
     "crossmost": PAPER, "ulip1": {**PAPER, "groups": 512}, "ulip2": {**PAPER, "groups": 512},
-    "tiny": dict(epochs=3, batch_size=32, lr=2e-3, layer_decay=1.0, momentum=0.999, points=1024, groups=32,
-                 group_size=16, threshold=0.6, mask_ratio=0.1, w_fair=2.0, w_mim=0.1, w_mpm=0.1, w_gl=0.02,
-                 cross_temperature=0.07),
+    "tiny": dict(pretrain_epochs=4, epochs=3, batch_size=32, lr=2e-3, layer_decay=1.0, momentum=0.999,
+                 points=1024, groups=32, group_size=16, threshold=0.6, mask_ratio=0.1, w_fair=2.0, w_mim=0.1,
+                 w_mpm=0.1, w_gl=0.02, cross_temperature=0.07),
 }
 # Pre-training: objects, batch, peak learning rate, weight decay; of `tiny`, and of a point encoder beside a
 # CLIP (ULIP's values).
-PRETRAIN = {"tiny": (4000, 32, 1e-3, 0.05), "clip": (4000, 64, 5e-4, 0.1)}
+PRETRAIN = {"tiny": (12000, 32, 1e-3, 0.05), "clip": (4000, 64, 5e-4, 0.1)}
+NOT_THE_METHOD = ("out", "cache", "data_root", "download", "resume", "device", "log_every")
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -67,7 +69,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     group("--model", help="zero-shot start: tiny, ulip2, ulip1, crossmost or an open_clip name")
     group("--pretrained", help="open_clip's weights of --model: a tag or a file")
     group("--start-checkpoint", type=Path, help="the start's file, of any family, instead of its own")
-    group("--pretrain-epochs", type=int, default=12, help="passes over 4,000 source objects")
+    group("--pretrain-epochs", type=int, help="passes over the procedural objects: 12,000, else 4,000")
     group("--groups", type=int, help="point groups per cloud")
     group("--group-size", type=int, help="points per group")
     group("--cache", type=Path, default=Path("cache"), help="folder of fetched and pre-trained starts")
@@ -95,7 +97,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     group("--warmup-epochs", type=float, default=1.0, help="epochs of linear warm-up")
     group("--freeze", nargs="*", default=["point_encoder.encoder"], help="parameters not trained, by prefix")
     group = parser.add_argument_group("run").add_argument
-    group("--stage", choices=("pretrain", "train"), default="train", help="pretrain: stop after zero-shot")
+    group("--stage", choices=("pretrain", "cache", "train"), default="train",
+          help="pretrain: stop after zero-shot; cache: and after a rival without training")
     group("--out", type=Path, help="results folder (default: runs/DATASET-MODEL)")
     group("--seed", type=int, default=0, help="of the start, the views, the order and the masks")
     group("--resume", action=argparse.BooleanOptionalAction, default=True, help="continue OUT/last.pt")
@@ -112,41 +115,42 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def find_start(args, target: Objects) -> Path:
-    """The start's file: the one named, fetched, or pre-trained here."""
+    """The start's file: the one named, fetched, or pre-trained here and kept under a hash of all it hangs on:
+    settings, seed, code, versions and kind of device."""
     if args.start_checkpoint or args.model == "crossmost":
         return args.start_checkpoint or args.cache / "ulip-june11-checkpoint_best.pt"
     if args.model in PUBLISHED:
         return download(args.model, args.cache, args.download is not False)
-    return pretrain(args, target, args.device)
-
-
-def pretrain(args, target: Objects, device) -> Path:
-    """Align the modalities of a start without labels of the target [pretrain]; returns its cached file.
-
-    `tiny`: image, point and text tower together, on procedural objects. An open_clip model: the point encoder
-    to the frozen towers (ULIP), on procedural objects with their names and the target's clouds without.
-    ShapeNet-55 as the target lends its names too. A quarter of the objects are masked, so that self-training
-    meets mask tokens that mean something. The file's name is a hash of everything that made it: settings,
-    seed, code, versions and kind of device.
-    """
-    tiny, shapenet = args.model == "tiny", args.dataset == "shapenet55"
-    count, batch, lr, weight_decay = PRETRAIN["tiny" if tiny else "clip"]
     sources = [(Path(__file__).parent / f"{name}.py").read_text() for name in ("data", "model", "losses")]
     sources += [inspect.getsource(part) for part in (pretrain, pretrain_loss)]
+    alone = args.model == "tiny" and args.dataset != "shapenet55"  # sees nothing of the target
     made_by = [args.model, args.pretrained, args.pretrain_epochs, args.groups, args.group_size, args.seed,
-               args.points, args.point_target, PRETRAIN, torch.__version__, torch.device(device).type,
-               () if tiny and not shapenet else (args.templates, target.name, len(target)),
+               args.points, args.point_target, PRETRAIN, torch.__version__, torch.device(args.device).type,
+               () if alone else (args.templates, target.name, len(target)),
                [ast.dump(ast.parse(source)) for source in sources]]
     digest = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:16]
     path = args.cache / f"{args.model.replace('/', '-')}-{digest}.pt"
-    if path.exists():
-        return path
+    if not path.exists():
+        pretrain(args, target, args.device, path)
+    return path
+
+
+def pretrain(args, target: Objects, device, path: Path):
+    """Align the modalities of a start without labels of the target, into a file [pretrain].
+
+    `tiny`: image, point and text tower together, on procedural objects. An open_clip model: the point encoder
+    to the frozen towers (ULIP), on procedural objects with their names and the target's clouds without.
+    ShapeNet-55 as the target lends its names too.
+    """
+    tiny, shapenet = args.model == "tiny", args.dataset == "shapenet55"
+    count, batch, lr, weight_decay = PRETRAIN["tiny" if tiny else "clip"]
     source = target if shapenet else sample_shapes(count, seed=1000 + args.seed, points=args.points)
     clouds, labels = source.points, source.labels
     point = {"groups": args.groups, "group_size": args.group_size, "target": args.point_target}
     if tiny:
         model, text = (part.to(device).train() for part in random_tiny(args.seed, **point))
-        parameters = [*model.parameters(), *text.parameters()]
+        text.tower.token_embedding.requires_grad_(False)  # 3.2 M random numbers tell ten names apart
+        parameters = [p for part in (model, text) for p in part.parameters() if p.requires_grad]
     else:
         model, text = build_model(args.model, source.class_names, TEMPLATES[args.templates], args.pretrained,
                                   seed=args.seed, **point).to(device).train(), None
@@ -157,25 +161,22 @@ def pretrain(args, target: Objects, device) -> Path:
             labels = torch.cat([labels, torch.full((len(target),), -1)])
     torch.manual_seed(args.seed)
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
-    per_epoch = len(clouds) // batch
-    steps = args.pretrain_epochs * per_epoch
-    schedule = OneCycleLR(optimizer, lr, steps, pct_start=0.05, cycle_momentum=False)
-    with tqdm(total=steps, desc=f"pre-training {args.model}", unit="step") as bar:
-        for _ in range(args.pretrain_epochs):
-            for index in torch.randperm(len(clouds)).split(batch)[:per_epoch]:
-                loss = pretrain_loss(model, text, clouds[index].to(device), labels[index].to(device),
-                                     source.class_names)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-                optimizer.step()
-                schedule.step()
-                bar.update()
-                bar.set_postfix(loss=f"{loss.item():.2f}")
+    batches = [index for _ in range(args.pretrain_epochs)
+               for index in torch.randperm(len(clouds)).split(batch) if len(index) == batch]
+    schedule = OneCycleLR(optimizer, lr, len(batches), pct_start=0.05, cycle_momentum=False)
+    bar = tqdm(batches, f"pre-training {args.model}", unit="step")
+    for index in bar:
+        loss = pretrain_loss(model, text, clouds[index].to(device), labels[index].to(device),
+                             source.class_names)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.2f}")
     model.classifier = None
     save_file({"architecture": {**model.architecture, "class_names": []}, "model": model.state_dict(),
                **({"text_architecture": text.architecture, "text": text.state_dict()} if text else {})}, path)
-    return path
 
 
 def pretrain_loss(model, text, points, labels, class_names) -> Tensor:
@@ -292,8 +293,7 @@ class Run:
         self.student, self.teacher, self.optimizer, self.device = student, teacher, optimizer, device
         self.path, self.log_path = args.out / "last.pt", args.out / "log.jsonl"
         self.options = {key: str(value) for key, value in sorted(vars(args).items())
-                        if key not in ("out", "cache", "data_root", "download", "resume", "device", "stage",
-                                       "log_every")}
+                        if key not in (*NOT_THE_METHOD, "stage")}
         self.step, self.sums, self.count, self.zero_shot = 0, {}, 0, None
 
     def log(self, **row):
@@ -392,6 +392,9 @@ def provenance(device: str) -> dict:
 def main(argv=None) -> dict:
     """Run all of it. Returns what it writes to OUT/results.json."""
     args, began = parse_args(argv), time.perf_counter()
+    plain = vars(parse_args(["--dataset", args.dataset, "--model", args.model]))
+    changed = {key: value for key, value in vars(args).items() if value != plain[key]
+               and key not in (*NOT_THE_METHOD, "seed", "domain", "pretrain_epochs", "start_checkpoint")}
     objects, test = (load_dataset(args.dataset, args.data_root, split, args.points, args.domain,
                                   args.download, args.up) for split in ("train", "test"))
     if args.labels == "truth" and objects.labels is None:
@@ -409,7 +412,7 @@ def main(argv=None) -> dict:
 
     results = {"dataset": objects.name, "split": test.split, "objects": len(test),
                "classes": len(test.class_names), "model": args.model, "start": start.stem, "seed": args.seed,
-               "epochs": args.epochs}
+               "epochs": args.epochs, "changed": changed}
 
     def score(model):
         probs = predict(model, test, args.views)
@@ -436,6 +439,10 @@ def main(argv=None) -> dict:
         results["pseudo_label"] = pseudo_label_quality(run.log_path, args.epochs)
         plot_curves(run.log_path, args.out / "curves.png", run.zero_shot)
         print(f"\n{table(results)}\npseudo-labels of the last epoch, %: {results['pseudo_label']}")
+    elif args.stage == "cache":
+        probs = predict_by_cache(student, objects, test, args.views)
+        results["cache"] = {m: accuracy(probs, test)[m] for m in MODALITIES}
+        print(table(results))
     print(f"{args.out / 'predictions.csv'}: image and point agree on {results['agreement']} % of the objects")
     results["seconds"] = round(time.perf_counter() - began, 1)
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
