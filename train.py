@@ -37,8 +37,8 @@ from model import (PUBLISHED, TEMPLATES, CrossMoST, build_model, hide_groups, hi
 # files were made with 512 groups. `tiny` is trained for hundreds of steps, not 10^5: a larger step, a lower
 # threshold (its confidences are low); of its 4 x 4 patches few are hidden, and repainting them weighs little.
 PAPER = dict(pretrain_epochs=12, epochs=200, batch_size=128, lr=2e-5, layer_decay=0.65, momentum=0.9998,
-             points=2048, groups=64, group_size=32, mask_ratio=0.3, w_fair=1.0, w_mim=1.0, w_mpm=1.0, w_gl=0.2,
-             cross_temperature=1.0)
+             points=2048, groups=64, group_size=32, mask_ratio=0.3, w_fair=1.0, w_mim=1.0, w_mpm=1.0,
+             w_gl=0.2, cross_temperature=1.0)
 RECIPES = {
     "crossmost": PAPER, "ulip1": {**PAPER, "groups": 512}, "ulip2": {**PAPER, "groups": 512},
     "tiny": dict(pretrain_epochs=4, epochs=3, batch_size=32, lr=2e-3, layer_decay=1.0, momentum=0.999,
@@ -58,8 +58,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     group = parser.add_argument_group("data").add_argument
     group("--dataset", default="shapes", help=f"{', '.join(DATASETS)}: a folder of your own objects")
     group("--data-root", type=Path, default=Path("data"), help="folder that holds the data sets")
-    group("--download", action=argparse.BooleanOptionalAction,
-          help="fetch what is missing: all that may be; by default what is small, too; or nothing")
+    group("--download", action=argparse.BooleanOptionalAction, help="fetch all that is missing, or nothing")
     group("--domain", choices=("source", "target"), help="objects as they are, or as a scanner sees them")
     group("--points", type=int, help="points per cloud")
     group("--up", choices=sorted(UP), help="axis that points upwards in the files, if not as documented")
@@ -97,8 +96,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     group("--warmup-epochs", type=float, default=1.0, help="epochs of linear warm-up")
     group("--freeze", nargs="*", default=["point_encoder.encoder"], help="parameters not trained, by prefix")
     group = parser.add_argument_group("run").add_argument
-    group("--stage", choices=("pretrain", "cache", "train"), default="train",
-          help="pretrain: stop after zero-shot; cache: and after a rival without training")
+    group("--stage", choices=("pretrain", "cache", "train"), default="train", help="cache: an untrained rival")
     group("--out", type=Path, help="results folder (default: runs/DATASET-MODEL)")
     group("--seed", type=int, default=0, help="of the start, the views, the order and the masks")
     group("--resume", action=argparse.BooleanOptionalAction, default=True, help="continue OUT/last.pt")
