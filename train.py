@@ -96,7 +96,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     group("--warmup-epochs", type=float, default=1.0, help="epochs of linear warm-up")
     group("--freeze", nargs="*", default=["point_encoder.encoder"], help="parameters not trained, by prefix")
     group = parser.add_argument_group("run").add_argument
-    group("--stage", choices=("pretrain", "cache", "train"), default="train", help="cache: an untrained rival")
+    group("--stage", choices=("pretrain", "cache", "train"), default="train", help="cache: untrained rival")
     group("--out", type=Path, help="results folder (default: runs/DATASET-MODEL)")
     group("--seed", type=int, default=0, help="of the start, the views, the order and the masks")
     group("--resume", action=argparse.BooleanOptionalAction, default=True, help="continue OUT/last.pt")
