@@ -240,8 +240,9 @@ def preview(objects: Objects, picture: Path, size: int = 224, count: int = 8):
                 axes.set(aspect="equal")
                 axes.view_init(20, -60)
             axes.axis("off")
-            label = "" if objects.labels is None else objects.class_names[objects.labels[i]]
-            axes.set_title(title if row == 0 and column else label if column == 0 else "", fontsize=9)
+            label = objects.names[i] if objects.names else str(i)
+            label = label if objects.labels is None else objects.class_names[objects.labels[i]]
+            axes.set_title(label if column == 0 else title if row == 0 else "", fontsize=9)
     figure.savefig(picture, dpi=80)
     plt.close(figure)
     print(f"{len(objects)} objects of {objects.name} {objects.split}, {len(points)} of them in {picture}")

@@ -1222,6 +1222,10 @@ def test_a_run_leaves_its_results_and_eval_repeats_them(tmp_path, monkeypatch):
     assert {p.name for p in out.iterdir()} == {"last.pt", "log.jsonl", "results.json", "curves.png",
                                                "predictions.csv"}
     assert results["objects"] == 20 and results["pseudo_label"]["coverage"] > 0
+    assert results["changed"] == {"points": 128, "batch_size": 16, "epochs": 2, "views": 2, "threshold": 0.12}
+    rival = small_run(tmp_path, monkeypatch, "--stage", "cache", "--out", str(tmp_path / "rival"))
+    assert rival["zero_shot"] == results["zero_shot"] and rival["changed"].pop("stage") == "cache"
+    assert set(rival["cache"]) == {"image", "point", "joint"} and rival["changed"] == results["changed"]
     first = json.loads((out / "log.jsonl").read_text().splitlines()[0])
     assert {"options", "torch", "commit", "device", "start", "train"} <= first.keys()
     again = [evaluation.main(["--checkpoint", str(out / "last.pt"), "--points", "128", "--views", "2"])
