@@ -968,6 +968,55 @@ def test_redwood_and_co3d_are_fetched_piece_by_piece(tmp_path, monkeypatch):
         assert not list((tmp_path / folder).glob("*.zip")) and not list((tmp_path / folder).rglob("*.part"))
 
 
+def zipped(folder, *members):
+    """The bytes of a zip of a folder's files, with `members` of any name beside them."""
+    path = folder.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w") as file:
+        for one in sorted(folder.rglob("*.*")):
+            file.write(one, one.relative_to(folder.parent))
+        for name in members:
+            file.writestr(name, "x")
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["modelnet40", "scanobjectnn-obj-only"])
+def test_a_missing_data_set_is_fetched_checked_unpacked_and_read(tmp_path, monkeypatch, capsys, name):
+    made, root, row = tmp_path / "made", tmp_path / "root", name.split("-")[0]
+    made.mkdir()
+    if row == "modelnet40":
+        folder = write_modelnet(made)
+    else:
+        folder = made / "h5_files"
+        for file in (*data.SCANOBJECTNN_SHA256, "main_split_nobg/training_objectdataset.h5"):
+            write_h5(folder / file, np.arange(15))
+        known = {file: data.sha256(folder / file) for file in data.SCANOBJECTNN_SHA256}
+        monkeypatch.setattr(data, "SCANOBJECTNN_SHA256", known)
+    content = zipped(folder)
+
+    def fetch(content, *paths):
+        monkeypatch.setattr(Server, "content", content)
+        sha256 = hashlib.sha256(content).hexdigest()
+        with serving(monkeypatch, *paths, sha256=sha256):
+            toy = {**data.DOWNLOADS[row], "urls": data.DOWNLOADS["toy"]["urls"], "sha256": sha256}
+            monkeypatch.setitem(data.DOWNLOADS, row, toy)
+            return data.load_dataset(name, root, "test", points=64)
+    with pytest.raises(FileNotFoundError, match="README, Data"):
+        data.load_dataset(name, root, "test", points=64, fetch_missing=False)
+    with pytest.raises(ValueError, match="member .*outside.txt leaves its folder"):
+        fetch(zipped(folder, "../../outside.txt"), "/good")
+    assert not list(tmp_path.rglob("outside.txt")) and not list(root.rglob("*.h5"))
+    for archive in root.rglob("*.zip"):
+        archive.unlink()
+    with pytest.raises(ValueError, match="wrong sha256.*put it at"):
+        fetch(content, "/wrong")
+    capsys.readouterr()
+    objects = fetch(content, "/broken", "/good")
+    assert data.DOWNLOADS[row]["terms"] in capsys.readouterr().out  # said before it is fetched
+    again = data.load_dataset(name, root, "test", points=64, fetch_missing=False)
+    assert torch.equal(objects.points, again.points)
+    assert len(objects) == (12 if row == "modelnet40" else 15)
+
+
 def run_script(*argv, script="train.py"):
     return subprocess.run([sys.executable, HERE / script, *map(str, argv)], capture_output=True, text=True,
                           cwd=HERE)
