@@ -299,21 +299,28 @@ class Run:
             file.write(json.dumps(row) + "\n")
 
     def count_step(self, terms: dict, labels: dict, truth: Tensor | None):
-        """Add up terms, kept and, where the truth is known, correctly named objects (modalities averaged)."""
-        values = {**terms, "kept": torch.stack([keep.float().mean() for _, keep in labels.values()]).mean()}
+        """Add up terms and, class by class, names given and, where the truth is known, rightly given; shares
+        of the objects, modalities averaged."""
+        classes = self.student.classifier.shape[1]
+        given = {m: F.one_hot(label, classes) * keep[:, None] for m, (label, keep) in labels.items()}
+        values = {**terms, "named": torch.stack([*given.values()]).double().mean(dim=(0, 1))}
         if truth is not None:
-            right = [(keep & (label == truth)).float().mean() for label, keep in labels.values()]
-            values["right"] = torch.stack(right).mean()
+            right = [given[m] * (label == truth)[:, None] for m, (label, _) in labels.items()]
+            values["right"] = torch.stack(right).double().mean(dim=(0, 1))
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + value.double()
         self.step, self.count = self.step + 1, self.count + 1
 
     def flush(self, epoch: int):
         """Log the means since the last line; starts new sums."""
-        means = {name: float(total) / self.count for name, total in self.sums.items()}
-        kept, right = means.pop("kept"), means.pop("right", None)
-        self.log(epoch=epoch, step=self.step, steps=self.count, coverage=kept,
-                 label_accuracy=right and right / kept, **means)
+        means = {name: total / self.count for name, total in self.sums.items()}
+        named, right = means.pop("named"), means.pop("right", None)
+        kept, known = named.sum().clamp(min=1e-12), right is not None
+        row = {"coverage": named.sum(), "entropy": torch.special.entr(named / kept).sum(), "named": named,
+               "label_accuracy": right.sum() / kept if known else None,
+               "label_accuracy_by_class": right / named.clamp(min=1e-12) if known else None, **means}
+        self.log(epoch=epoch, step=self.step, steps=self.count,
+                 **{name: value if value is None else value.tolist() for name, value in row.items()})
         self.sums, self.count = {}, 0
 
     def save(self):
@@ -363,7 +370,8 @@ def self_train(run: Run, objects: Objects, test: Objects, args):
                                        real if args.labels == "truth" else None)
             run.count_step(terms, labels, real)
             bar.update()
-            bar.set_postfix(loss=f"{terms['loss']:.2f}", coverage=f"{run.sums['kept'] / run.count:.2f}")
+            coverage = run.sums["named"].sum() / run.count
+            bar.set_postfix(loss=f"{terms['loss']:.2f}", coverage=f"{coverage:.2f}")
             if run.step % args.log_every == 0 or run.step % per_epoch == 0:
                 run.flush(epoch + 1)
             if caught:
