@@ -695,8 +695,8 @@ class Photographs(Dataset):
     """Photographs or renderings of objects, decoded and cropped by the workers of a DataLoader.
 
     Item i, with a `seed`: the weak (random crop [joint-label]) and the strong image (crop of 0.3 to 1, flip,
-    RandAugment of magnitude 9 [self-training]; Deviation D22) of one photograph of object i, each (3, size,
-    size). Without: its centre crops (V, 3, size, size), all or at most `views` of them, evenly spaced. An object without a
+    RandAugment of magnitude 9 [self-training]) of one photograph of object i, each (3, size, size). Without:
+    its centre crops (V, 3, size, size), all or at most `views` of them, evenly spaced. An object without a
     photograph lends a depth view. A file that is no picture is a ValueError that names it.
     """
     def __init__(self, objects: Objects, size: int, seed: int | None = None, views: int | None = None):
