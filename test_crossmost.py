@@ -916,6 +916,7 @@ def test_a_folder_of_ones_own_is_read_with_and_without_labels(tmp_path):
     assert objects.labels.tolist() == [0] * 4 + [1] * 4 and objects.class_names == ["mug", "night stand"]
     assert objects.names[0] == "test00" and objects.name == "named" and objects.split == "test"
     assert torch.allclose(objects.points.norm(dim=-1).amax(dim=1), torch.ones(8), atol=1e-5)
+    assert options("--up=-y").up == "-y"
     lying = data.load_dataset(str(named), tmp_path, "test", points=64, up="y")
     assert torch.allclose(lying.points, objects.points[..., [2, 0, 1]], atol=1e-6)
     bare = write_folder(tmp_path / "bare", labelled=False, test=False)

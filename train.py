@@ -61,7 +61,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     group("--download", action=argparse.BooleanOptionalAction, help="fetch all that is missing, or nothing")
     group("--domain", choices=("source", "target"), help="objects as they are, or as a scanner sees them")
     group("--points", type=int, help="points per cloud")
-    group("--up", choices=sorted(UP), help="axis that points upwards in the files, if not as documented")
+    group("--up", choices=sorted(UP), help="axis that points upwards in the files (down: --up=-y)")
     group("--views", type=int, help="evaluation: depth views (6) or photographs (all) averaged")
     group("--templates", choices=sorted(TEMPLATES), help="texts around a class name")
     group = parser.add_argument_group("start").add_argument
