@@ -695,9 +695,9 @@ class Photographs(Dataset):
     """Photographs or renderings of objects, decoded and cropped by the workers of a DataLoader.
 
     Item i, with a `seed`: the weak (random crop [joint-label]) and the strong image (crop of 0.3 to 1, flip,
-    RandAugment of magnitude 9 [self-training]) of one photograph of object i, each (3, size, size). Without:
-    its centre crops (V, 3, size, size), all or at most `views` of them, evenly spaced. An object without a
-    photograph lends a depth view. A file that is no picture is a ValueError that names it.
+    RandAugment of magnitude 9 [self-training]; Deviation D22) of one photograph of object i, each (3, size,
+    size). Without: its centre crops (V, 3, size, size), all or at most `views` of them, evenly spaced. An
+    object without a photograph lends a depth view. A file that is no picture is a ValueError that names it.
     """
     def __init__(self, objects: Objects, size: int, seed: int | None = None, views: int | None = None):
         from torchvision.transforms import v2  # here: 160 MB and a second that depth views do not need
@@ -1025,7 +1025,9 @@ def read_h5(path: Path, points: int, classes: int) -> tuple[np.ndarray, np.ndarr
     try:
         with h5py.File(path) as file:
             clouds, labels = file["data"][:, :points], file["label"][:].reshape(-1).astype(np.int64)
-            names = [name.decode() for name in file["name"]] if "name" in file else None
+            listed = path.with_name(f"{path.stem[:-1]}_{path.stem[-1]}_id2file.json")  # PointNet's names
+            names = ([name.decode() for name in file["name"]] if "name" in file else
+                     [Path(name).stem for name in json.loads(listed.read_text())] if listed.is_file() else None)
             clouds = clouds[..., UP["y"][0]] if "normal" in file else clouds
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}; expected data (N, P, 3) and label; fetch it again")
@@ -1055,6 +1057,9 @@ def load_modelnet(root: Path, split: str, points: int, fetch_missing: bool | Non
         chosen, class_names = index[labels] >= 0, list(classes)
         clouds, labels = clouds[chosen], index[labels][chosen]
         names = names and [name for name, keep in zip(names, chosen) if keep]
+    if views and names is None and (folder / "views").is_dir():
+        raise ValueError(f"{folder} has views, but no names of its objects to find them by; expected `name` in "
+                         "its h5 files, or ply_data_SPLIT_N_id2file.json")
     images = find_photographs(folder / "views", names) if views and names else None
     return Objects(clouds.float(), labels, class_names, split=split, names=names, images=images)
 

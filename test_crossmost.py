@@ -805,13 +805,19 @@ def test_scanobjectnn_is_read_in_its_layout(tmp_path, name, file, counts):
 def test_pointnets_own_modelnet_files_are_turned_and_named(tmp_path):
     folder = write_modelnet(tmp_path)
     plain = data.load_dataset("modelnet40", tmp_path, "test", points=64)
+    (folder / "views").mkdir()
+    with pytest.raises(ValueError, match="has views, but no names"):
+        data.load_dataset("modelnet40", tmp_path, "test", points=64)
+    listed = folder / "ply_data_test_0_id2file.json"
+    listed.write_text(json.dumps([f"airplane/plane_{i}.ply" for i in range(12)]))
+    assert data.load_dataset("modelnet40-depth", tmp_path, "test", points=64).names[3] == "plane_3"
     with h5py.File(folder / "ply_data_test0.h5", "a") as file:
         file["normal"] = np.zeros((12, 64, 3), np.float32)
         file["name"] = [f"object_{i}".encode() for i in range(12)]
+    write_pictures(folder / "views/airplane/test", *[f"object_{i // 2}.obj_v{i % 2}.png" for i in range(24)])
     turned_ones = data.load_dataset("modelnet40", tmp_path, "test", points=64)
     assert torch.allclose(turned_ones.points, plain.points[..., [2, 0, 1]], atol=1e-6)
     assert turned_ones.names[3] == "object_3" and plain.names is None
-    write_pictures(folder / "views/airplane/test", *[f"object_{i // 2}.obj_v{i % 2}.png" for i in range(24)])
     objects = data.load_dataset("modelnet40", tmp_path, "test", points=64)
     assert [len(paths) for paths in objects.images] == [2] * 12
     assert objects.images[7][1].name == "object_7.obj_v1.png"
@@ -1525,8 +1531,8 @@ def test_the_results_tables_are_those_of_the_recorded_runs():
 
 
 def test_line_budgets_hold():
-    budget = {"losses": 200, "model": 650, "data": 1330, "eval": 310, "train": 460,
-              "test_crossmost": 1540}
+    budget = {"losses": 200, "model": 650, "data": 1320, "eval": 310, "train": 460,
+              "test_crossmost": 1545}
     for name, lines in budget.items():
         text = (HERE / f"{name}.py").read_text().splitlines()
         assert len(text) <= lines and max(map(len, text)) <= 110, name
