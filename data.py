@@ -1026,8 +1026,9 @@ def read_h5(path: Path, points: int, classes: int) -> tuple[np.ndarray, np.ndarr
         with h5py.File(path) as file:
             clouds, labels = file["data"][:, :points], file["label"][:].reshape(-1).astype(np.int64)
             listed = path.with_name(f"{path.stem[:-1]}_{path.stem[-1]}_id2file.json")  # PointNet's names
-            names = ([name.decode() for name in file["name"]] if "name" in file else
-                     [Path(name).stem for name in json.loads(listed.read_text())] if listed.is_file() else None)
+            names = [name.decode() for name in file["name"]] if "name" in file else None
+            if names is None and listed.is_file():
+                names = [Path(name).stem for name in json.loads(listed.read_text())]
             clouds = clouds[..., UP["y"][0]] if "normal" in file else clouds
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}; expected data (N, P, 3) and label; fetch it again")
@@ -1058,8 +1059,8 @@ def load_modelnet(root: Path, split: str, points: int, fetch_missing: bool | Non
         clouds, labels = clouds[chosen], index[labels][chosen]
         names = names and [name for name, keep in zip(names, chosen) if keep]
     if views and names is None and (folder / "views").is_dir():
-        raise ValueError(f"{folder} has views, but no names of its objects to find them by; expected `name` in "
-                         "its h5 files, or ply_data_SPLIT_N_id2file.json")
+        raise ValueError(f"{folder} has views, but no names of objects to find them by; expected `name` in its "
+                         "h5 files, or ply_data_SPLIT_N_id2file.json")
     images = find_photographs(folder / "views", names) if views and names else None
     return Objects(clouds.float(), labels, class_names, split=split, names=names, images=images)
 
