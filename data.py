@@ -1059,8 +1059,8 @@ def load_modelnet(root: Path, split: str, points: int, fetch_missing: bool | Non
         clouds, labels = clouds[chosen], index[labels][chosen]
         names = names and [name for name, keep in zip(names, chosen) if keep]
     if views and names is None and (folder / "views").is_dir():
-        raise ValueError(f"{folder} has views, but no names of objects to find them by; expected `name` in its "
-                         "h5 files, or ply_data_SPLIT_N_id2file.json")
+        raise ValueError(f"{folder} has views, but no names of objects to find them by; expected `name` in "
+                         "the h5 files, or ply_data_SPLIT_N_id2file.json")
     images = find_photographs(folder / "views", names) if views and names else None
     return Objects(clouds.float(), labels, class_names, split=split, names=names, images=images)
 
