@@ -13,7 +13,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
@@ -26,6 +26,7 @@ import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -808,6 +809,14 @@ def download(name: str, root: str | Path, allowed: bool = True) -> Path:
     return fetch(path, row["urls"], row["sha256"])
 
 
+def making(path: Path) -> FileLock | nullcontext:
+    """A lock on making `path` where it is missing: another process waits, and then finds it made."""
+    if path.exists():
+        return nullcontext()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(f"{path}.lock")
+
+
 def fetch(path: Path, urls: list, expected: str | None = None) -> Path:
     """A file, fetched if it is not there; its sha256 is checked every time.
 
@@ -816,23 +825,23 @@ def fetch(path: Path, urls: list, expected: str | None = None) -> Path:
     Raises: ValueError that names the file, where to put it, and what went wrong at each address.
     """
     part, recorded = path.with_name(path.name + ".part"), path.with_name(path.name + ".sha256")
-    path.parent.mkdir(parents=True, exist_ok=True)
     reasons = {}
-    for url in urls * 3:
-        if path.exists():
-            break
-        try:
-            fetch_part(url, part)
-            found = sha256(part)
-            if found != (expected or found):
-                part.unlink()
-                raise ValueError("wrong sha256")
-            if not expected:
-                recorded.write_text(found)
-            os.replace(part, path)
-            return path
-        except (OSError, ValueError, HTTPException) as error:
-            reasons[url] = str(error)
+    with making(path):
+        for url in urls * 3:
+            if path.exists():
+                break
+            try:
+                fetch_part(url, part)
+                found = sha256(part)
+                if found != (expected or found):
+                    part.unlink()
+                    raise ValueError("wrong sha256")
+                if not expected:
+                    recorded.write_text(found)
+                os.replace(part, path)
+                return path
+            except (OSError, ValueError, HTTPException) as error:
+                reasons[url] = str(error)
     if not path.exists():
         failed = ", ".join(f"{url}: {reason}" for url, reason in reasons.items())
         raise ValueError(f"cannot fetch {path.name} ({failed}); fetch it yourself and put it at {path}")

@@ -260,12 +260,13 @@ class CrossMoST(nn.Module):
         """Cut clouds (B, P, 3), z up, into the point encoder's groups, in its own axes; without gradient."""
         if self.architecture["up"] == "y":
             points = points[..., [1, 2, 0]]
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(points.device.type, enabled=False):
             return group_points(points.float(), self.point_encoder.groups, self.point_encoder.group_size)
 
     def logits(self, features: Tensor) -> Tensor:
         """s f phi, in float32. (B, E) unit norm -> (B, C)"""
-        return self.logit_scale.float().exp() * features.float() @ self.classifier.float()
+        with torch.autocast(features.device.type, enabled=False):
+            return self.logit_scale.float().exp() * features.float() @ self.classifier.float()
 
     def forward(self, images: Tensor | None, points: Tensor | Groups | None,
                 image_hidden: Tensor | None = None, point_hidden: Tensor | None = None) -> Output:

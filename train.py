@@ -5,6 +5,7 @@
 """
 import argparse
 import ast
+import atexit
 import copy
 import hashlib
 import inspect
@@ -12,6 +13,7 @@ import json
 import math
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -19,36 +21,40 @@ from pathlib import Path
 
 import open_clip
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import (DATASETS, UP, Objects, download, draw_views, load_dataset, one_line_errors, rotate,
+from data import (DATASETS, UP, Objects, download, draw_views, load_dataset, making, one_line_errors, rotate,
                   sample_shapes, settings, training_photographs)
 from eval import (MODALITIES, accuracy, evaluate, plot_curves, predict, predict_by_cache,
                   pseudo_label_quality, table, write_predictions)
 from losses import (cross_modal_alignment_loss, fairness_loss, masked_terms, name_alignment_loss,
                     pseudo_labels, self_training_loss)
-from model import (PUBLISHED, TEMPLATES, CrossMoST, build_model, hide_groups, hide_patches, parameter_groups,
-                   random_tiny, read_file, save_file, teacher_momentum, train_mode, update_teacher)
+from model import (PUBLISHED, TEMPLATES, CrossMoST, Groups, Output, build_model, hide_groups, hide_patches,
+                   parameter_groups, random_tiny, read_file, save_file, teacher_momentum, train_mode,
+                   update_teacher)
 
 # What suits a start: the original code's values for the published ones and for open_clip's towers; ULIP's
 # files were made with 512 groups. `tiny` is trained for hundreds of steps, not 10^5: a larger step, a lower
 # threshold (its confidences are low); of its 4 x 4 patches few are hidden, and repainting them weighs little.
 PAPER = dict(pretrain_epochs=12, epochs=200, batch_size=128, lr=2e-5, layer_decay=0.65, momentum=0.9998,
              points=2048, groups=64, group_size=32, mask_ratio=0.3, w_fair=1.0, w_mim=1.0, w_mpm=1.0,
-             w_gl=0.2, cross_temperature=1.0)
+             w_gl=0.2, cross_temperature=1.0, precision="auto")
 RECIPES = {
     "crossmost": PAPER, "ulip1": {**PAPER, "groups": 512}, "ulip2": {**PAPER, "groups": 512},
     "tiny": dict(pretrain_epochs=4, epochs=3, batch_size=32, lr=2e-3, layer_decay=1.0, momentum=0.999,
                  points=1024, groups=32, group_size=16, threshold=0.6, mask_ratio=0.1, w_fair=2.0, w_mim=0.1,
-                 w_mpm=0.1, w_gl=0.02, cross_temperature=0.07),
+                 w_mpm=0.1, w_gl=0.02, cross_temperature=0.07, precision="fp32"),
 }
 # Pre-training: objects, batch, peak learning rate, weight decay; of `tiny`, and of a point encoder beside a
 # CLIP (ULIP's values).
 PRETRAIN = {"tiny": (12000, 32, 1e-3, 0.05), "clip": (4000, 64, 5e-4, 0.1)}
-NOT_THE_METHOD = ("out", "cache", "data_root", "download", "resume", "device", "log_every")
+NOT_THE_METHOD = ("out", "cache", "data_root", "download", "resume", "device", "log_every", "precision",
+                  "compile", "grad_checkpointing", "benchmark")
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -101,6 +107,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     group("--seed", type=int, default=0, help="of the start, the views, the order and the masks")
     group("--resume", action=argparse.BooleanOptionalAction, default=True, help="continue OUT/last.pt")
     group("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    group("--precision", choices=("auto", "bf16", "fp32"), help="of the networks; auto: the faster")
+    group("--compile", action="store_true", help="compile the encoders (minutes at first, then faster)")
+    group("--grad-checkpointing", action="store_true", help="less memory: compute image blocks twice")
+    group("--benchmark", action="store_true", help="time the parts of a step, and leave")
     group("--log-every", type=int, default=10, help="steps per line of log.jsonl")
     asked = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("-h", "--help")]
     chosen = parser.parse_known_args(asked)[0]
@@ -128,8 +138,9 @@ def find_start(args, target: Objects) -> Path:
                [ast.dump(ast.parse(source)) for source in sources]]
     digest = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:16]
     path = args.cache / f"{args.model.replace('/', '-')}-{digest}.pt"
-    if not path.exists():
-        pretrain(args, target, args.device, path)
+    with making(path):
+        if not path.exists():
+            pretrain(args, target, args.device, path)
     return path
 
 
@@ -216,14 +227,54 @@ def learning_rate(step: int, total: int, warmup: int, peak: float, floor: float)
     return floor + (peak - floor) * (1 + math.cos(math.pi * min(1, done))) / 2
 
 
+def networks_precision(args) -> torch.autocast:
+    """Both networks in bfloat16 where --precision says so; features, logits and losses stay in float32.
+
+    auto: on a GPU that computes in it, or a CPU with AMX; AVX512-BF16 alone was measured slower than float32.
+    """
+    device = torch.device(args.device).type
+    fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda"
+            else torch.cpu._is_amx_tile_supported())
+    chosen = args.precision == "bf16" or args.precision == "auto" and fast
+    return torch.autocast(device, torch.bfloat16, enabled=chosen)
+
+
+def leader() -> bool:
+    """Whether this process writes: the only one, or torchrun's first."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def my_share(batch):
+    """Under torchrun this process's part of a whole batch (a tensor, or Groups); otherwise all of it."""
+    if batch is None or not dist.is_initialized():
+        return batch
+    if isinstance(batch, Groups):
+        return Groups(*map(my_share, batch))
+    return batch.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def whole_batch(out: Output) -> Output:
+    """Under torchrun the outputs of all processes, in order: losses see the whole batch. Gradient flows into
+    this process's own part only, which makes each process's gradient its share of the whole one."""
+    if dist.is_initialized():
+        for name, own in vars(out).items():
+            parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+            dist.all_gather(parts, own.detach().contiguous())
+            parts[dist.get_rank()] = own
+            setattr(out, name, torch.cat(parts))
+    return out
+
+
 @torch.no_grad()
 def name_objects(teacher: CrossMoST, views: dict, args, truth: Tensor | None) -> dict:
     """(labels, keep) for each trained modality, from the teacher's weak views [joint-label]."""
     if args.labels == "truth":
         everything = torch.ones_like(truth, dtype=torch.bool)
         return {"image": (truth, everything), "point": (truth, everything)}
-    out = teacher(teacher.normalise(views["weak_image"]) if args.modalities != "point" else None,
-                  views["weak_points"] if args.modalities != "image" else None)
+    with networks_precision(args):
+        out = whole_batch(teacher(
+            teacher.normalise(my_share(views["weak_image"])) if args.modalities != "point" else None,
+            my_share(views["weak_points"]) if args.modalities != "image" else None))
     if args.modalities != "both":
         probs = (out.image_logits if args.modalities == "image" else out.point_logits).softmax(dim=-1)
         return pseudo_labels("separate", probs, probs, args.threshold)
@@ -243,7 +294,8 @@ def student_terms(student: CrossMoST, views: dict, labels: dict, args) -> dict[s
         points = student.group(views["strong_points"])
         if args.mask_ratio > 0:
             point_hidden = hide_groups(points.centres, args.mask_ratio)
-    out = student(images, points, image_hidden, point_hidden)
+    with networks_precision(args):
+        out = whole_batch(student(*map(my_share, (images, points, image_hidden, point_hidden))))
     terms = masked_terms(out, images, image_hidden, point_hidden)
     for modality in ("image", "point") if args.modalities == "both" else (args.modalities,):
         logits = getattr(out, f"{modality}_logits")
@@ -274,11 +326,13 @@ def train_step(student, teacher, views, optimizer, step, total_steps, args, trut
     terms = student_terms(student, views, labels, args)
     loss = sum(weights[name] * term for name, term in terms.items() if weights[name])
     terms = {name: term.detach() for name, term in {"loss": loss, **terms}.items()}
-    if not torch.isfinite(loss):
-        raise ValueError(f"loss is not finite at step {step}: {terms}; lower --lr, or look at the data")
 
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    if dist.is_initialized():
+        for parameter in student.parameters():
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)  # the sum of the processes' shares
     optimizer.step()
     update_teacher(teacher, student, teacher_momentum(step, args.momentum))
     return terms, labels
@@ -292,9 +346,11 @@ class Run:
         self.path, self.log_path = args.out / "last.pt", args.out / "log.jsonl"
         self.options = {key: str(value) for key, value in sorted(vars(args).items())
                         if key not in (*NOT_THE_METHOD, "stage")}
-        self.step, self.sums, self.count, self.zero_shot = 0, {}, 0, None
+        self.step, self.sums, self.count, self.last, self.zero_shot = 0, {}, 0, {}, None
 
     def log(self, **row):
+        if not leader():
+            return
         with open(self.log_path, "a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -309,25 +365,39 @@ class Run:
             values["right"] = torch.stack(right).double().mean(dim=(0, 1))
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + value.double()
-        self.step, self.count = self.step + 1, self.count + 1
+        self.check()  # the step before: waiting for this one would leave the device idle
+        self.last, self.step, self.count = terms, self.step + 1, self.count + 1
 
-    def flush(self, epoch: int):
-        """Log the means since the last line; starts new sums."""
+    def check(self):
+        """Raises: ValueError where the last step's loss is not finite."""
+        if self.last and not torch.isfinite(self.last["loss"]):
+            terms = {name: term.item() for name, term in self.last.items()}
+            raise ValueError(f"loss is not finite at step {self.step - 1}: {terms}; lower --lr, or look at "
+                             "the data")
+
+    def flush(self, epoch: int) -> dict:
+        """Log the means since the last line and return them; starts new sums."""
+        self.check()
         means = {name: total / self.count for name, total in self.sums.items()}
         named, right = means.pop("named"), means.pop("right", None)
         kept, known = named.sum().clamp(min=1e-12), right is not None
         row = {"coverage": named.sum(), "entropy": torch.special.entr(named / kept).sum(), "named": named,
                "label_accuracy": right.sum() / kept if known else None,
                "label_accuracy_by_class": right / named.clamp(min=1e-12) if known else None, **means}
-        self.log(epoch=epoch, step=self.step, steps=self.count,
-                 **{name: value if value is None else value.tolist() for name, value in row.items()})
+        row = {name: value if value is None else value.tolist() for name, value in row.items()}
+        self.log(epoch=epoch, step=self.step, steps=self.count, **row)
         self.sums, self.count = {}, 0
+        return row
 
     def save(self):
+        if not leader():
+            return
         save_file({**{name: getattr(self, name).state_dict() for name in ("student", "teacher", "optimizer")},
                    **{key: getattr(self, key) for key in ("options", "step", "sums", "count", "zero_shot")},
                    "architecture": self.student.architecture, "log_bytes": self.log_path.stat().st_size,
-                   "random": torch.get_rng_state(), "cuda_random": torch.cuda.get_rng_state_all()}, self.path)
+                   "random": torch.get_rng_state(),
+                   "cuda_random": torch.cuda.get_rng_state(self.device) if "cuda" in self.device else None},
+                  self.path)
 
     def load(self):
         """Go back to last.pt. Raises: ValueError where it was made with other options."""
@@ -342,7 +412,8 @@ class Run:
         for name in ("step", "sums", "count", "zero_shot"):
             setattr(self, name, saved[name])
         torch.set_rng_state(saved["random"])
-        torch.cuda.set_rng_state_all(saved["cuda_random"])
+        if "cuda" in self.device:
+            torch.cuda.set_rng_state(saved["cuda_random"], self.device)
         with open(self.log_path, "a") as file:  # forget lines written after the checkpoint
             file.truncate(min(saved["log_bytes"], self.log_path.stat().st_size))
 
@@ -354,8 +425,9 @@ def self_train(run: Run, objects: Objects, test: Objects, args):
     points, truth = objects.points.to(run.device), objects.labels
     truth = None if truth is None else truth.to(run.device)
     train_mode(run.student, args.freeze)
-    caught, bar = [], tqdm(total=total, initial=run.step, desc="self-training", unit="step")
-    stops = (signal.SIGINT, signal.SIGTERM)
+    caught, bar = [], tqdm(total=total, initial=run.step, desc="self-training", unit="step",
+                           disable=not leader())
+    stops = () if dist.is_initialized() else (signal.SIGINT, signal.SIGTERM)  # processes would stop apart
     before = {stop: signal.signal(stop, lambda number, _: caught.append(number)) for stop in stops}
     while run.step < total and not caught:
         epoch, at = divmod(run.step, per_epoch)
@@ -370,13 +442,12 @@ def self_train(run: Run, objects: Objects, test: Objects, args):
                                        real if args.labels == "truth" else None)
             run.count_step(terms, labels, real)
             bar.update()
-            coverage = run.sums["named"].sum() / run.count
-            bar.set_postfix(loss=f"{terms['loss']:.2f}", coverage=f"{coverage:.2f}")
             if run.step % args.log_every == 0 or run.step % per_epoch == 0:
-                run.flush(epoch + 1)
+                row = run.flush(epoch + 1)
+                bar.set_postfix(loss=f"{row['loss']:.2f}", coverage=f"{row['coverage']:.2f}")
             if caught:
                 break
-        if run.step % per_epoch == 0 and test.labels is not None:
+        if run.step % per_epoch == 0 and test.labels is not None and leader():
             right = evaluate(run.teacher, test, args.views)
             run.log(epoch=epoch + 1, step=run.step, teacher={name: right[name] for name in MODALITIES})
         run.save()
@@ -385,6 +456,60 @@ def self_train(run: Run, objects: Objects, test: Objects, args):
         signal.signal(stop, handler)
     if caught:
         sys.exit(128 + caught[0])
+
+
+def benchmark(run: Run, objects: Objects, args, repeats: int = 10) -> dict:
+    """Print how long a step and its parts take, each the median of `repeats` after three to warm up, and how
+    much of the device that uses: its peak is that of a large matrix product in the same precision.
+
+    Parts run one by one; backward is what they leave of the whole. Photographs are decoded apart. Returns
+    seconds of each, TFLOP of a step (matrix products), and the peak, TFLOP/s.
+    """
+    gpu, size = "cuda" in args.device, run.student.visual.image_size[0]
+    pick = torch.arange(args.batch_size) % len(objects)
+    points, truth = objects.points[pick].to(args.device), torch.zeros_like(pick, device=args.device)
+    truth = truth if args.labels == "truth" else None
+    pictures = next(iter(training_photographs(objects, (pick,), size, seed=0)))
+    train_mode(run.student, args.freeze)
+
+    def seconds(part):
+        times = []
+        for _ in range(3 + repeats):
+            began = time.perf_counter()
+            part()
+            if gpu:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        return statistics.median(times[3:])
+
+    def draw():
+        return draw_views(points, size, pictures)
+
+    def step():
+        return train_step(run.student, run.teacher, draw(), run.optimizer, 0, 1000, args, truth)
+
+    def update():
+        run.optimizer.step()
+        update_teacher(run.teacher, run.student, args.momentum)
+    whole, views, labels = seconds(step), draw(), step()[1]
+    parts = {"views": seconds(draw),
+             "teacher": seconds(lambda: name_objects(run.teacher, views, args, truth)),
+             "forward": seconds(lambda: student_terms(run.student, views, labels, args)),
+             "update": seconds(update)}
+    with FlopCounterMode(display=False) as counter:
+        step()
+    work = counter.get_total_flops() / 1e12
+    kind = torch.bfloat16 if networks_precision(args)._enabled else torch.float32
+    square = torch.randn(*[8192 if gpu else 2048] * 2, device=args.device, dtype=kind)
+    peak = 2 * len(square) ** 3 / 1e12 / seconds(lambda: square @ square)
+    print(f"{args.model}, batch {len(pick)}, {kind}{', compiled' * args.compile}, {provenance(args.device)}")
+    parts = {"step": whole, **parts, "backward": whole - sum(parts.values())}
+    for name, took in parts.items():
+        print(f"{name:8} {1000 * took:9.1f} ms {100 * took / whole:5.1f} %")
+    print(f"{len(pick) / whole:.1f} objects/s, {work / whole:.2f} TFLOP/s, {100 * work / whole / peak:.0f} % "
+          f"of a matrix product's {peak:.2f}"
+          + f", {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB" * gpu)
+    return {**parts, "tflop": work, "peak": peak}
 
 
 def provenance(device: str) -> dict:
@@ -398,6 +523,17 @@ def provenance(device: str) -> dict:
 def main(argv=None) -> dict:
     """Run all of it. Returns what it writes to OUT/results.json."""
     args, began = parse_args(argv), time.perf_counter()
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32; bfloat16 is the fast way
+    if "LOCAL_RANK" in os.environ:  # started by torchrun
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        dist.init_process_group()
+        atexit.register(dist.destroy_process_group)
+        if not leader():
+            sys.stdout = open(os.devnull, "w")
+        if args.batch_size % dist.get_world_size():
+            raise ValueError(f"{dist.get_world_size()} processes cannot share --batch-size {args.batch_size}")
     plain = vars(parse_args(["--dataset", args.dataset, "--model", args.model]))
     changed = {key: value for key, value in vars(args).items() if value != plain[key]
                and key not in (*NOT_THE_METHOD, "seed", "domain", "pretrain_epochs", "start_checkpoint")}
@@ -405,14 +541,21 @@ def main(argv=None) -> dict:
                                   args.download, args.up) for split in ("train", "test"))
     if args.labels == "truth" and objects.labels is None:
         raise ValueError(f"--labels truth needs labels, {objects.name} has none; use --labels joint")
-    start = find_start(args, objects)
+    untrained = args.benchmark and args.model not in PUBLISHED  # as fast as any other
+    start = None if untrained else find_start(args, objects)
     point = {"groups": args.groups, "group_size": args.group_size, "target": args.point_target}
     student = build_model(args.model, objects.class_names, TEMPLATES[args.templates], args.pretrained, start,
                           **point).to(args.device)
     teacher = copy.deepcopy(student).requires_grad_(False)
     groups = parameter_groups(student, args.weight_decay, args.layer_decay, args.freeze)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
+    if args.compile:
+        for part in (student.visual, student.point_encoder, teacher.visual, teacher.point_encoder):
+            part.compile()
+    student.visual.set_grad_checkpointing(args.grad_checkpointing)
     run = Run(student, teacher, optimizer, args, args.device)
+    if args.benchmark:
+        return benchmark(run, objects, args)
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
 
@@ -429,17 +572,21 @@ def main(argv=None) -> dict:
         run.load()
         print(f"continuing {run.path} at step {run.step}")
     else:
-        run.log_path.write_text("")
+        if leader():
+            run.log_path.write_text("")
         trainable = sum(parameter.numel() for group in groups for parameter in group["params"])
         run.log(options={key: str(value) for key, value in vars(args).items()}, start=start.stem,
                 train=len(objects), test=len(test), trainable=trainable, **provenance(args.device))
-        _, run.zero_shot = score(student)
+        if leader():
+            _, run.zero_shot = score(student)
     results["zero_shot"] = run.zero_shot
     print(table(results))
     if args.stage == "train":
         shown = (*RECIPES["tiny"], "point_weight", "templates")
         print("settings:", ", ".join(f"{name} {getattr(args, name)}" for name in shown))
         self_train(run, objects, test, args)
+        if not leader():
+            return results
         _, results["student"] = score(student)
         results["teacher_per_class"], results["teacher"] = score(teacher)
         results["pseudo_label"] = pseudo_label_quality(run.log_path, args.epochs)
