@@ -1249,7 +1249,7 @@ def load_folder(folder: Path, split: str, points: int, root: Path) -> Objects:
 SCANS = dict(up="y", images="depth", templates="depth", threshold=0.82, point_weight=1.0)
 CAD = dict(up="z", images="depth", templates="depth", threshold=0.84, point_weight=0.9)
 DATASETS = {
-    "shapes": dict(CAD, load=load_shapes, point_weight=1.0, tiny=dict(epochs=10, momentum=0.99, w_fair=4.0)),
+    "shapes": dict(CAD, load=load_shapes, point_weight=1.0),
     "modelnet10": dict(CAD, load=partial(load_modelnet, classes=MODELNET10)),
     "modelnet40": dict(CAD, load=load_modelnet),
     "modelnet40-depth": dict(CAD, load=partial(load_modelnet, views=False)),

@@ -1,6 +1,7 @@
-"""Accuracy of a trained checkpoint, and the curves of a run.
+"""Accuracy, predictions and pictures of a trained checkpoint or of a zero-shot start; the curves of a run.
 
-    python eval.py --checkpoint runs/shapes-tiny/last.pt --dataset shapes
+    python eval.py --checkpoint runs/shapes-tiny/last.pt                 # on the data it was trained for
+    python eval.py --model ulip2 --dataset modelnet40 --classes "chair,mug,desk lamp" --predictions named.csv
 """
 import argparse
 import csv
@@ -9,18 +10,24 @@ import statistics
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import (DATASETS, UP, Objects, draw_views, fixed_images, load_dataset, one_line_errors,
-                  training_photographs)
-from model import CrossMoST, group_points, hide_groups, hide_patches, load_checkpoint
+from data import (DATASETS, UP, Objects, download, draw_views, fixed_images, load_dataset, one_line_errors,
+                  read_lines, settings, training_photographs)
+from model import (PUBLISHED, TEMPLATES, CrossMoST, build_model, group_points, hide_groups, hide_patches,
+                   load_checkpoint, read_file)
 
 matplotlib.use("Agg")  # draws into files; no screen needed
 import matplotlib.pyplot as plt  # noqa: E402
 
 MODALITIES = ("image", "point", "joint")
+# Safe for colour-blind eyes: Okabe and Ito's for few things, Petroff's (arXiv 2107.02270) for ten.
+COLOURS = {"image": "#0072B2", "point": "#D55E00", "joint": "#000000"}
+TEN = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581",
+       "#92dadd")
 
 
 @torch.no_grad()
@@ -84,10 +91,15 @@ def evaluate(model: CrossMoST, objects: Objects, views: int | None = None) -> di
     """
     if objects.labels is None:
         raise ValueError(f"{objects.name} has no labels; accuracy cannot be measured")
+    check_names(model, objects)
+    return accuracy(predict(model, objects, views), objects)
+
+
+def check_names(model: CrossMoST, objects: Objects):
+    """Raises: ValueError if the model's classes are not the objects', in this order."""
     if list(objects.class_names) != list(model.class_names):
         raise ValueError(f"{objects.name} has {objects.class_names[:4]}, the model {model.class_names[:4]}"
                          "; evaluate it on the data set it was trained for")
-    return accuracy(predict(model, objects, views), objects)
 
 
 def accuracy(probs: dict[str, Tensor], objects: Objects) -> dict:
@@ -98,6 +110,28 @@ def accuracy(probs: dict[str, Tensor], objects: Objects) -> dict:
         if (objects.labels == k).any():
             per_class[name] = {m: percent(correct[m][objects.labels == k].mean()) for m in MODALITIES}
     return {**{m: percent(correct[m].mean()) for m in MODALITIES}, "per_class": per_class}
+
+
+def calibration_error(probs: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """Expected calibration error: sum over bins of confidence of share x |accuracy - confidence|, in [0, 1]
+    (Guo et al., arXiv 1706.04599). probs (N, C), labels (N,)."""
+    confidence, named = probs.double().max(dim=-1)
+    each = (confidence * bins).ceil().clamp(min=1).long() - 1
+    gap = (named == labels).double() - confidence
+    return torch.zeros(bins, dtype=torch.double).index_add(0, each, gap).abs().sum().item() / len(labels)
+
+
+def report(probs: dict[str, Tensor], objects: Objects) -> dict:
+    """accuracy(), and in percent: mean_class, the mean over classes; top5; calibration error."""
+    found = accuracy(probs, objects)
+    classes, top = found["per_class"].values(), min(5, len(objects.class_names))
+    found["mean_class"] = {m: round(statistics.mean(row[m] for row in classes), 2) for m in MODALITIES}
+    found[f"top-{top}"], found["calibration_error"] = {}, {}
+    for m, p in probs.items():
+        among = (p.topk(top).indices == objects.labels[:, None]).any(dim=1)
+        found[f"top-{top}"][m] = percent(among.double().mean())
+        found["calibration_error"][m] = percent(calibration_error(p, objects.labels))
+    return found
 
 
 def write_predictions(path: Path, objects: Objects, probs: dict[str, Tensor]) -> float:
@@ -183,11 +217,9 @@ def pseudo_label_quality(log_path: Path, epochs: int) -> dict:
 def plot_curves(log_file: Path, picture: Path, zero_shot: dict | None):
     """Accuracy of the teacher by epoch with its zero-shot lines; coverage and accuracy of pseudo-labels."""
     rows = [json.loads(line) for line in log_file.read_text().splitlines()]
-    # Okabe and Ito's colours: safe for colour-blind eyes.
-    colours = {"image": "#0072B2", "point": "#D55E00", "joint": "#000000"}
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     epochs = [row for row in rows if "teacher" in row]
-    for name, colour in colours.items():
+    for name, colour in COLOURS.items():
         if zero_shot:
             left.axhline(zero_shot[name], color=colour, linestyle=":", linewidth=1)
         left.plot([row["epoch"] for row in epochs], [row["teacher"][name] for row in epochs], color=colour,
@@ -206,6 +238,101 @@ def plot_curves(log_file: Path, picture: Path, zero_shot: dict | None):
         right.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     figure.savefig(picture, dpi=120)
     plt.close(figure)
+
+
+def plot_confusion(probs: Tensor, objects: Objects, picture: Path):
+    """Percent of each class (row) that was given each name (column)."""
+    count, names = len(objects.class_names), objects.class_names
+    pairs = objects.labels * count + probs.argmax(dim=-1)
+    matrix = torch.bincount(pairs, minlength=count * count).view(count, count).double()
+    matrix = 100 * matrix / matrix.sum(dim=1, keepdim=True).clamp(min=1)
+    figure, axes = plt.subplots(figsize=(2.5 + 0.32 * count, 2 + 0.32 * count), layout="constrained")
+    axes.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=100)
+    axes.set_xticks(range(count), names, rotation=90)
+    axes.set_yticks(range(count), names)
+    axes.set(xlabel="predicted", ylabel="true", title=f"{objects.name} {objects.split}, joint, % of a class")
+    for i, j in (matrix >= 0.5).nonzero().tolist():
+        axes.text(j, i, f"{matrix[i, j]:.0f}", ha="center", va="center", fontsize=7,
+                  color="white" if matrix[i, j] > 55 else "black")
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+
+
+def plot_gallery(probs: dict[str, Tensor], objects: Objects, picture: Path, count: int = 12):
+    """View and cloud of objects that are named wrongly or on which the modalities disagree, with both
+    opinions; spread evenly over all such objects."""
+    named = {m: p.max(dim=-1) for m, p in probs.items()}
+    odd = named["image"].indices != named["point"].indices
+    if objects.labels is not None:
+        odd |= named["joint"].indices != objects.labels
+    odd = odd.nonzero()[:, 0]
+    chosen = odd[torch.linspace(0, len(odd) - 1, min(count, len(odd))).long()].tolist()
+    images = objects.images and [objects.images[i] for i in chosen]
+    some = Objects(objects.points[chosen], None, [], images=images)
+    views = [images[0, 0] for images in fixed_images(some, 1, 224, 1, "cpu")]
+    rows = max(1, -(-len(chosen) // 4))
+    figure = plt.figure(figsize=(15, 2.4 * rows + 0.4), layout="constrained")
+    figure.suptitle(f"{objects.name} {objects.split}: {len(odd)} of {len(objects)} are named wrongly or in "
+                    "two ways")
+    for at, i in enumerate(chosen):
+        axes = figure.add_subplot(rows, 8, 2 * at + 1)
+        axes.imshow(views[at].permute(1, 2, 0).clamp(0, 1).numpy())
+        axes.axis("off")
+        says = [f"{m}: {objects.class_names[named[m].indices[i]]} {named[m].values[i]:.2f}"
+                for m in ("image", "point")]
+        if objects.labels is not None:
+            says.insert(0, f"is {objects.class_names[objects.labels[i]]}")
+        axes.set_title("\n".join(says), fontsize=8, loc="left")
+        axes = figure.add_subplot(rows, 8, 2 * at + 2, projection="3d")
+        draw_cloud(axes, objects.points[i])
+    figure.savefig(picture, dpi=80)
+    plt.close(figure)
+
+
+def draw_cloud(axes, points: Tensor):
+    """One cloud (P, 3) in a 3-D plot, coloured by height."""
+    x, y, z = points.T.numpy()
+    axes.scatter(x, y, z, s=1, c=z, cmap="viridis", linewidths=0)
+    axes.set(aspect="equal")
+    axes.view_init(20, -60)
+    axes.axis("off")
+
+
+def plot_map(embedded: dict[str, dict], objects: Objects, picture: Path):
+    """Both modalities' features of each model, {title: embed()}, on the two main axes of the last one's; the
+    ten most frequent classes in colours."""
+    both = {title: torch.cat([out[m][1] for m in ("image", "point")]) for title, out in embedded.items()}
+    last = list(both.values())[-1]
+    _, _, main_axes = torch.pca_lowrank(last - last.mean(dim=0), q=2, niter=8)
+    names = ["no label"] if objects.labels is None else objects.class_names
+    labels = torch.zeros(len(objects), dtype=torch.long) if objects.labels is None else objects.labels
+    colour = dict(zip(labels.bincount().argsort(descending=True)[:10].tolist(), TEN))
+    figure, panels = plt.subplots(1, len(both), figsize=(5.5 * len(both) + 1.5, 5.5), layout="constrained",
+                                  squeeze=False)
+    for axes, (title, features) in zip(panels[0], both.items()):
+        flat = (features - last.mean(dim=0)) @ main_axes
+        for part, mark in zip(flat.chunk(2), "o^"):
+            axes.scatter(*part.T, c=[colour.get(k, "#dddddd") for k in labels.tolist()], marker=mark, s=10,
+                         alpha=0.7, linewidths=0)
+        axes.set(title=title, xticks=[], yticks=[])
+    key = [plt.Line2D([], [], color=c, marker="s", linestyle="", label=names[k])
+           for k, c in sorted(colour.items())]
+    key += [plt.Line2D([], [], color="black", marker=mark, linestyle="", label=name)
+            for mark, name in zip("o^", ("image", "point"))]
+    figure.legend(handles=key, loc="outside right center", frameon=False)
+    figure.savefig(picture, dpi=100)
+    plt.close(figure)
+
+
+def write_embeddings(path: Path, out: dict, model: CrossMoST, objects: Objects):
+    """An .npz file: image and point features (N, E), their logits (N, C), the classifier (E, C), its names,
+    the objects' names and labels (-1: none). It opens with numpy.load(path), no pickle."""
+    labels = torch.full((len(objects),), -1) if objects.labels is None else objects.labels
+    names = objects.names or [str(i) for i in range(len(objects))]
+    with open(path, "wb") as file:
+        np.savez_compressed(file, image=out["image"][1], point=out["point"][1], image_logits=out["image"][0],
+                            point_logits=out["point"][0], classifier=model.classifier.detach().cpu(),
+                            class_names=np.array(objects.class_names), names=np.array(names), labels=labels)
 
 
 def preview(objects: Objects, picture: Path, size: int = 224, count: int = 8):
@@ -235,10 +362,7 @@ def preview(objects: Objects, picture: Path, size: int = 224, count: int = 8):
             if flat:
                 axes.imshow(items[row].permute(1, 2, 0).clamp(0, 1).numpy())
             else:
-                x, y, z = items[row].T.numpy()
-                axes.scatter(x, y, z, s=1, c=z, cmap="viridis", linewidths=0)
-                axes.set(aspect="equal")
-                axes.view_init(20, -60)
+                draw_cloud(axes, items[row])
             axes.axis("off")
             label = objects.names[i] if objects.names else str(i)
             label = label if objects.labels is None else objects.class_names[objects.labels[i]]
@@ -260,41 +384,120 @@ def collect(folder: Path, file: Path) -> str:
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, help="a last.pt of train.py, or the authors' trained file")
-    parser.add_argument("--runs", type=Path, help="instead: gather the results of all runs in this folder")
-    parser.add_argument("--json", type=Path, default=Path("assets/results.json"), help="into this file")
-    parser.add_argument("--dataset", default="shapes", help=f"{', '.join(DATASETS)}: a folder of your own")
-    parser.add_argument("--split", choices=("train", "test"), default="test", help="which of its splits")
-    parser.add_argument("--data-root", type=Path, default=Path("data"),
-                        help="folder that holds the data sets")
-    parser.add_argument("--domain", choices=("source", "target"), help="as it is, or as a scanner sees it")
-    parser.add_argument("--points", type=int, default=1024, help="points per cloud")
-    parser.add_argument("--up", choices=sorted(UP), help="axis that points upwards in the files")
-    parser.add_argument("--views", type=int, help="depth views (6) or photographs (all) to average")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where")
+    group = parser.add_argument_group("what").add_argument
+    group("--checkpoint", type=Path, help="a last.pt of train.py, or the authors' trained file")
+    group("--model", help="or a zero-shot start: ulip2, ulip1, crossmost, an open_clip name; tiny has a file")
+    group("--pretrained", help="open_clip's weights of --model: a tag or a file")
+    group("--start-checkpoint", type=Path, help="the start's file; with --checkpoint: both")
+    group("--templates", choices=sorted(TEMPLATES), help="texts around a class name of a start")
+    group("--classes", help="names for a start instead of the data set's: \"a,b,c\" or a file, a name a line")
+    group("--cache", type=Path, default=Path("cache"), help="folder of fetched starts")
+    group("--runs", type=Path, help="nothing of these: gather the results of all runs in this folder")
+    group = parser.add_argument_group("on (if not given: what the checkpoint was trained on)").add_argument
+    group("--dataset", help=f"{', '.join(DATASETS)}: a folder of your own")
+    group("--split", choices=("train", "test"), default="test", help="which of its splits")
+    group("--data-root", type=Path, default=Path("data"), help="folder that holds the data sets")
+    group("--domain", choices=("source", "target"), help="as it is, or as a scanner sees it")
+    group("--points", type=int, help="points per cloud")
+    group("--up", choices=sorted(UP), help="axis that points upwards in the files")
+    group("--views", type=int, help="depth views (6) or photographs (all) to average")
+    group("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where")
+    group = parser.add_argument_group("into").add_argument
+    group("--predictions", type=Path, help="FILE.csv: every object's name, confidence, either opinion")
+    group("--embeddings", type=Path, help="FILE.npz: features, logits, classifier")
+    group("--confusion", type=Path, help="FILE.png: the confusion matrix")
+    group("--gallery", type=Path, help="FILE.png: objects named wrongly or in two ways")
+    group("--map", type=Path, help="FILE.png: features on their two main axes")
+    group("--json", type=Path, help="FILE.json: all figures (--runs: assets/results.json)")
     return parser.parse_args(argv)
 
 
+def rename(objects: Objects, names: list[str]):
+    """Name the objects' classes otherwise. Labels stay where every true class is among the names."""
+    names, before = [name.strip() for name in names], objects.class_names
+    if len(set(names)) < len(names) or "" in names:
+        raise ValueError(f"--classes has a name twice, or an empty one: {names}")
+    known = objects.labels is not None and set(before) <= set(names)
+    objects.labels = torch.tensor([names.index(name) for name in before])[objects.labels] if known else None
+    objects.class_names = names
+
+
+def load_models(args, objects: Objects) -> dict[str, CrossMoST]:
+    """{"student", "teacher"} of a checkpoint, {"zero-shot"} of a start, or all three."""
+    class_names = list(objects.class_names)
+    if args.checkpoint:
+        if args.classes:
+            raise ValueError(f"{args.checkpoint} was trained for its own names, the columns of its classifier"
+                             "; for --classes name a start: --model or --start-checkpoint")
+        models = {which: load_checkpoint(args.checkpoint, which=which) for which in ("student", "teacher")}
+        for model in models.values():
+            if model.class_names == [str(k) for k in range(len(class_names))]:
+                model.architecture["class_names"] = class_names  # a published file has numbers only
+            check_names(model, objects)
+    if not args.checkpoint or args.start_checkpoint:
+        start, name = args.start_checkpoint, args.model or "tiny"
+        if not start and name == "tiny":
+            raise ValueError("nothing to evaluate; name a --checkpoint, a --model (of tiny the file that "
+                             "train.py left in cache/, with --start-checkpoint), or --runs to gather")
+        if not start and name in PUBLISHED:
+            start = args.cache / "ulip-june11-checkpoint_best.pt"
+            start = start if name == "crossmost" else download(name, args.cache)
+        point = {} if name == "tiny" else {"groups": 512 if name in ("ulip1", "ulip2") else 64}
+        zero_shot = build_model(name, class_names, TEMPLATES[args.templates], args.pretrained, start, **point)
+        models = {"zero-shot": zero_shot} | (models if args.checkpoint else {})
+    return {name: model.to(args.device) for name, model in models.items()}
+
+
 def main(argv=None) -> dict | None:
-    """Evaluate student and teacher of a checkpoint; print the table, return it as a dictionary."""
+    """Evaluate student and teacher of a checkpoint, or a start; print the tables, return them."""
     args = parse_args(argv)
     if args.runs:
-        return print(collect(args.runs, args.json))
-    if not args.checkpoint:
-        raise ValueError("nothing to evaluate; name a --checkpoint, or --runs to gather")
-    objects = load_dataset(args.dataset, args.data_root, args.split, args.points, args.domain, up=args.up)
+        return print(collect(args.runs, args.json or Path("assets/results.json")))
+    trained = read_file(args.checkpoint).get("options", {}) if args.checkpoint else {}
+    if args.dataset in (None, trained.get("dataset")):  # as it was trained, but for what is asked here
+        for key, kind in {"dataset": str, "domain": str, "points": int, "up": str, "views": int}.items():
+            if getattr(args, key) is None and trained.get(key, "None") != "None":
+                setattr(args, key, kind(trained[key]))
+    args.dataset = args.dataset or "shapes"
+    args.templates = args.templates or settings(args.dataset)["templates"]
+    points = args.points or (1024 if args.model in (None, "tiny") else 2048)
+    objects = load_dataset(args.dataset, args.data_root, args.split, points, args.domain, up=args.up)
+    if args.classes:
+        is_file = Path(args.classes).is_file()
+        rename(objects, read_lines(Path(args.classes)) if is_file else args.classes.split(","))
     results = {"dataset": objects.name, "split": objects.split, "objects": len(objects)}
-    for which in ("student", "teacher"):
-        model = load_checkpoint(args.checkpoint, which=which).to(args.device)
-        if model.class_names == [str(k) for k in range(len(objects.class_names))]:
-            model.architecture["class_names"] = objects.class_names  # a published file has numbers only
-        results[which] = evaluate(model, objects, args.views)
+    embedded, best = {}, None
+    for which, best in load_models(args, objects).items():
+        embedded[which] = embed(best, objects, args.views)
+        probs = to_probs(*(embedded[which][m][0] for m in ("image", "point")))
+        if objects.labels is not None:
+            results[which.replace("-", "_")] = report(probs, objects)
     print(table(results))
-    width = max(map(len, objects.class_names)) + 2
-    print("teacher, by class".ljust(max(width, 44)) + "".join(name.rjust(8) for name in MODALITIES))
-    for name, row in results["teacher"]["per_class"].items():
-        print(name.ljust(max(width, 44)) + "".join(f"{row[m]:8.1f}" for m in MODALITIES))
+    if objects.labels is not None:
+        show_details(which, results[which.replace("-", "_")])
+    if args.confusion and objects.labels is None:
+        raise ValueError("--confusion needs labels, of classes that are all among the names")
+    embedded.pop("student", None)  # the map shows what was before and what is kept
+    write = {"predictions": lambda path: write_predictions(path, objects, probs),
+             "embeddings": lambda path: write_embeddings(path, embedded[which], best, objects),
+             "confusion": lambda path: plot_confusion(probs["joint"], objects, path),
+             "gallery": lambda path: plot_gallery(probs, objects, path),
+             "map": lambda path: plot_map(embedded, objects, path),
+             "json": lambda path: path.write_text(json.dumps(results, indent=1) + "\n")}
+    for name, into in write.items():
+        if path := getattr(args, name):
+            into(path)
+            print(f"wrote {path}")
     return results
+
+
+def show_details(which: str, found: dict):
+    """Print the mean over classes, top-5, calibration error, and every class, in percent."""
+    width = max(44, *(len(name) + 2 for name in found["per_class"]))
+    rows = {f"{which}, {key.replace('_', ' ')}": row for key, row in found.items()
+            if key not in (*MODALITIES, "per_class")}
+    for name, row in {**rows, **found["per_class"]}.items():
+        print(name.ljust(width) + "".join(f"{row[m]:8.1f}" for m in MODALITIES))
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ RECIPES = {
                  points=1024, groups=32, group_size=16, threshold=0.6, mask_ratio=0.1, w_fair=2.0, w_mim=0.1,
                  w_mpm=0.1, w_gl=0.02, cross_temperature=0.07, precision="fp32"),
 }
+FAR = dict(epochs=10, momentum=0.99, w_fair=4.0)  # `tiny` on what a scanner sees, far from its start
 # Pre-training: objects, batch, peak learning rate, weight decay; of `tiny`, and of a point encoder beside a
 # CLIP (ULIP's values).
 PRETRAIN = {"tiny": (12000, 32, 1e-3, 0.05), "clip": (4000, 64, 5e-4, 0.1)}
@@ -117,7 +118,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     model = chosen.model or ("tiny" if chosen.dataset == "shapes" else "ulip2")
     row = settings(chosen.dataset)
     defaults = {key: row[key] for key in ("templates", "threshold", "point_weight")}
-    defaults |= RECIPES.get(model, PAPER) | row.get(model, {})
+    defaults |= RECIPES.get(model, PAPER)
+    if model == "tiny" and (chosen.domain or chosen.dataset) in ("target", "shapes"):
+        defaults |= FAR
     parser.set_defaults(out=Path("runs", f"{Path(chosen.dataset).name}-{model}"), model=model, **defaults)
     return parser.parse_args(argv)
 
@@ -534,7 +537,8 @@ def main(argv=None) -> dict:
             sys.stdout = open(os.devnull, "w")
         if args.batch_size % dist.get_world_size():
             raise ValueError(f"{dist.get_world_size()} processes cannot share --batch-size {args.batch_size}")
-    plain = vars(parse_args(["--dataset", args.dataset, "--model", args.model]))
+    plain = vars(parse_args(["--dataset", args.dataset, "--model", args.model,
+                             *(["--domain", args.domain] if args.domain else [])]))
     changed = {key: value for key, value in vars(args).items() if value != plain[key]
                and key not in (*NOT_THE_METHOD, "seed", "domain", "pretrain_epochs", "start_checkpoint")}
     objects, test = (load_dataset(args.dataset, args.data_root, split, args.points, args.domain,
