@@ -1652,9 +1652,20 @@ def test_the_results_tables_are_those_of_the_recorded_runs():
     assert evaluation.summary(runs) in readme
 
 
+def test_the_readme_s_diff_applies():
+    diff = (HERE / "README.md").read_text().split("```diff\n")[1].split("```")[0].splitlines()
+    code = (HERE / "train.py").read_text()
+    after = code
+    for line in diff:
+        assert line[0] == "+" or code.count(line[1:] + "\n") == 1, line
+    after = code.replace(diff[0][1:] + "\n", "\n".join(line[1:] for line in diff[:3]) + "\n")
+    after = after.replace(diff[4][1:], diff[5][1:])
+    compile(after, "train.py", "exec")
+
+
 def test_line_budgets_hold():
-    budget = {"losses": 200, "model": 650, "data": 1330, "eval": 510, "train": 610,
-              "test_crossmost": 1680}
+    budget = {"losses": 200, "model": 650, "data": 1330, "eval": 510, "train": 615,
+              "test_crossmost": 1700}
     for name, lines in budget.items():
         text = (HERE / f"{name}.py").read_text().splitlines()
         assert len(text) <= lines and max(map(len, text)) <= 110, name
