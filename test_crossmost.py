@@ -1329,11 +1329,9 @@ def test_the_report_is_what_its_names_say():
 
 def test_eval_names_a_start_by_any_words_and_writes_all_it_knows(tmp_path, monkeypatch):
     small_run(tmp_path, monkeypatch)
-    files = {name: tmp_path / f"x.{name}" for name in ("predictions", "embeddings", "confusion", "gallery", "map",
-                                                       "json")}
+    files = {name: tmp_path / name for name in ("predictions", "embeddings", "json")}
+    files |= {name: tmp_path / f"{name}.png" for name in ("confusion", "gallery", "map")}
     flags = [word for name, path in files.items() for word in (f"--{name}", str(path))]
-    flags = [word.replace("x.confusion", "c.png").replace("x.gallery", "g.png").replace("x.map", "m.png")
-             for word in flags]
     start = ["--start-checkpoint", str(tmp_path / "start.pt")]
     both = evaluation.main(["--checkpoint", str(tmp_path / "out/last.pt"), *start, *flags])
     assert {"zero_shot", "student", "teacher"} <= both.keys()
@@ -1344,8 +1342,8 @@ def test_eval_names_a_start_by_any_words_and_writes_all_it_knows(tmp_path, monke
     assert np.allclose(logits, kept["point_logits"], atol=1e-4) and len(kept["labels"]) == 20
     named = [line.split(",")[5] for line in files["predictions"].read_text().splitlines()[1:]]
     assert named == [kept["class_names"][k] for k in logits.argmax(axis=1)]
-    for picture in ("c.png", "g.png", "m.png"):
-        image = np.asarray(Image.open(tmp_path / picture).convert("L"))
+    for picture in ("confusion", "gallery", "map"):
+        image = np.asarray(Image.open(files[picture]).convert("L"))
         assert min(image.shape) > 300 and image.std() > 5
     # Other words in another order: the same accuracy where all true names are among them, none where not.
     where = ["--points", "128", "--views", "2"]
@@ -1356,7 +1354,8 @@ def test_eval_names_a_start_by_any_words_and_writes_all_it_knows(tmp_path, monke
     found = evaluation.main([*start, *where, "--classes", str(tmp_path / "names.txt"), *flags[:2]])
     assert "zero_shot" not in found and {"mug", "lamp"} >= {
         line.split(",")[1] for line in files["predictions"].read_text().splitlines()[1:]}
-    for refused, says in ((["--checkpoint", str(tmp_path / "out/last.pt"), "--classes", "mug"], "its own names"),
+    trained = ["--checkpoint", str(tmp_path / "out/last.pt")]
+    for refused, says in (([*trained, "--classes", "mug"], "its own names"),
                           ([*start, "--classes", "mug,mug"], "twice"), ([], "nothing to evaluate"),
                           ([*start, "--classes", "mug", "--confusion", "c.png"], "needs labels")):
         with pytest.raises(ValueError, match=says):
