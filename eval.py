@@ -177,7 +177,7 @@ def mean_and_std(values: list[float]) -> str:
 def summary(runs: list[dict]) -> str:
     """Many runs' results as Markdown: a table for each data set, a row for each setting, over its seeds.
 
-    Accuracy is the teacher's; gap: the share of the way from the start to the ceiling, --labels truth.
+    Accuracy is the teacher's; gap, where there is a ceiling, --labels truth: the share of the way there.
     """
     lines = []
     for name in dict.fromkeys(run["dataset"] for run in runs):
@@ -189,14 +189,16 @@ def summary(runs: list[dict]) -> str:
             rows["zero-shot start"][seed] = run["zero_shot"]
             if run["changed"] == {"labels": "truth"}:
                 ceiling[seed] = right["joint"]
-        lines += ["", f"| {name}, {run['objects']} objects | image | point | joint | gap | joint by seed |",
-                  "|---|---|---|---|---|---|"]
+        heads = [f"{name}, {run['objects']} objects", *MODALITIES, *["gap"] * bool(ceiling), "joint by seed"]
+        lines += ["", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+        rows = {label: seeds for label, seeds in rows.items() if seeds}
         for label, seeds in rows.items():
             start = rows["zero-shot start"]
             ways = [(right["joint"] - start[seed]["joint"]) / (ceiling[seed] - start[seed]["joint"])
                     for seed, right in seeds.items() if seed in ceiling]
             cells = [mean_and_std([right[m] for right in seeds.values()]) for m in MODALITIES]
-            cells.append(f"{100 * statistics.mean(ways):.0f} %" if ways else "")
+            if ceiling:
+                cells.append(f"{100 * statistics.mean(ways):.0f} %" if ways else "")
             cells.append(", ".join(f"{right['joint']:.1f}" for _, right in sorted(seeds.items())))
             lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines[1:])

@@ -1647,8 +1647,9 @@ def test_a_summary_averages_seeds_and_measures_the_way_to_the_ceiling(tmp_path):
 
 
 def test_the_results_tables_are_those_of_the_recorded_runs():
-    runs, readme = json.loads((HERE / "assets/results.json").read_text()), (HERE / "README.md").read_text()
-    assert evaluation.summary(runs) in readme
+    for name in ("results", "ablations"):
+        runs = json.loads((HERE / f"assets/{name}.json").read_text())
+        assert evaluation.summary(runs) in (HERE / "README.md").read_text()
 
 
 def test_the_readme_s_diff_applies():
