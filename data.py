@@ -809,6 +809,11 @@ def download(name: str, root: str | Path, allowed: bool = True) -> Path:
     return fetch(path, row["urls"], row["sha256"])
 
 
+def published_start(name: str, cache: Path, allowed: bool = True) -> Path:
+    """The file of ulip1, ulip2 (fetched if it is missing) or crossmost (by hand; README, Starts)."""
+    return cache / "ulip-june11-checkpoint_best.pt" if name == "crossmost" else download(name, cache, allowed)
+
+
 def making(path: Path) -> FileLock | nullcontext:
     """A lock on making `path` where it is missing: another process waits, and then finds it made."""
     if path.exists():

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import (DATASETS, UP, Objects, download, draw_views, fixed_images, load_dataset, one_line_errors,
-                  read_lines, settings, training_photographs)
+from data import (DATASETS, UP, Objects, draw_views, fixed_images, load_dataset, one_line_errors,
+                  published_start, read_lines, settings, training_photographs)
 from model import (PUBLISHED, TEMPLATES, CrossMoST, build_model, group_points, hide_groups, hide_patches,
                    load_checkpoint, read_file)
 
@@ -442,8 +442,7 @@ def load_models(args, objects: Objects) -> dict[str, CrossMoST]:
             raise ValueError("nothing to evaluate; name a --checkpoint, a --model (of tiny the file that "
                              "train.py left in cache/, with --start-checkpoint), or --runs to gather")
         if not start and name in PUBLISHED:
-            start = args.cache / "ulip-june11-checkpoint_best.pt"
-            start = start if name == "crossmost" else download(name, args.cache)
+            start = published_start(name, args.cache)
         point = {} if name == "tiny" else {"groups": 512 if name in ("ulip1", "ulip2") else 64}
         zero_shot = build_model(name, class_names, TEMPLATES[args.templates], args.pretrained, start, **point)
         models = {"zero-shot": zero_shot} | (models if args.checkpoint else {})
@@ -468,9 +467,9 @@ def main(argv=None) -> dict | None:
         is_file = Path(args.classes).is_file()
         rename(objects, read_lines(Path(args.classes)) if is_file else args.classes.split(","))
     results = {"dataset": objects.name, "split": objects.split, "objects": len(objects)}
-    embedded, best = {}, None
-    for which, best in load_models(args, objects).items():
-        embedded[which] = embed(best, objects, args.views)
+    embedded = {}
+    for which, model in load_models(args, objects).items():
+        embedded[which] = embed(model, objects, args.views)
         probs = to_probs(*(embedded[which][m][0] for m in ("image", "point")))
         if objects.labels is not None:
             results[which.replace("-", "_")] = report(probs, objects)
@@ -481,7 +480,7 @@ def main(argv=None) -> dict | None:
         raise ValueError("--confusion needs labels, of classes that are all among the names")
     embedded.pop("student", None)  # the map shows what was before and what is kept
     write = {"predictions": lambda path: write_predictions(path, objects, probs),
-             "embeddings": lambda path: write_embeddings(path, embedded[which], best, objects),
+             "embeddings": lambda path: write_embeddings(path, embedded[which], model, objects),
              "confusion": lambda path: plot_confusion(probs["joint"], objects, path),
              "gallery": lambda path: plot_gallery(probs, objects, path),
              "map": lambda path: plot_map(embedded, objects, path),

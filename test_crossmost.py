@@ -1655,7 +1655,6 @@ def test_the_results_tables_are_those_of_the_recorded_runs():
 def test_the_readme_s_diff_applies():
     diff = (HERE / "README.md").read_text().split("```diff\n")[1].split("```")[0].splitlines()
     code = (HERE / "train.py").read_text()
-    after = code
     for line in diff:
         assert line[0] == "+" or code.count(line[1:] + "\n") == 1, line
     after = code.replace(diff[0][1:] + "\n", "\n".join(line[1:] for line in diff[:3]) + "\n")

@@ -28,8 +28,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import (DATASETS, UP, Objects, download, draw_views, load_dataset, making, one_line_errors, rotate,
-                  sample_shapes, settings, training_photographs)
+from data import (DATASETS, UP, Objects, draw_views, load_dataset, making, one_line_errors, published_start,
+                  rotate, sample_shapes, settings, training_photographs)
 from eval import (MODALITIES, accuracy, evaluate, plot_curves, predict, predict_by_cache,
                   pseudo_label_quality, table, write_predictions)
 from losses import (cross_modal_alignment_loss, fairness_loss, masked_terms, name_alignment_loss,
@@ -128,10 +128,10 @@ def parse_args(argv=None) -> argparse.Namespace:
 def find_start(args, target: Objects) -> Path:
     """The start's file: the one named, fetched, or pre-trained here and kept under a hash of all it hangs on:
     settings, seed, code, versions and kind of device."""
-    if args.start_checkpoint or args.model == "crossmost":
-        return args.start_checkpoint or args.cache / "ulip-june11-checkpoint_best.pt"
+    if args.start_checkpoint:
+        return args.start_checkpoint
     if args.model in PUBLISHED:
-        return download(args.model, args.cache, args.download is not False)
+        return published_start(args.model, args.cache, args.download is not False)
     sources = [(Path(__file__).parent / f"{name}.py").read_text() for name in ("data", "model", "losses")]
     sources += [inspect.getsource(part) for part in (pretrain, pretrain_loss)]
     alone = args.model == "tiny" and args.dataset != "shapenet55"  # sees nothing of the target
