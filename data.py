@@ -13,7 +13,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
@@ -26,7 +26,7 @@ import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -42,9 +42,41 @@ def one_line_errors():
         yield
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch's, of a GPU or a CPU
+            raise
+        print("error:", " ".join(str(error).split()) or "out of memory", file=sys.stderr)
         sys.exit(2)
+
+
+def number(low: float, high: float = math.inf, kind: type = float):
+    """An argparse type: a finite number in [low, high]."""
+    def parse(text: str):
+        value = kind(text)
+        if not low <= value <= high or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
+        return value
+    parse.__name__ = kind.__name__  # argparse prints it
+    return parse
+
+
+def option_parser(purpose: str) -> argparse.ArgumentParser:
+    """Shows defaults; says what is wrong in one line, without forty options' usage before it."""
+    return argparse.ArgumentParser(description=purpose, usage=argparse.SUPPRESS,
+                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+COUNT, SHARE, WEIGHT = number(1, kind=int), number(0, 1), number(0)
+
+
+def usable_device(name: str) -> str:
+    """An argparse type: a device torch can compute on here."""
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"cannot compute on {name!r}: {str(error).split('. ')[0][:100]}")
+    return name
 
 
 @dataclass
@@ -814,12 +846,30 @@ def published_start(name: str, cache: Path, allowed: bool = True) -> Path:
     return cache / "ulip-june11-checkpoint_best.pt" if name == "crossmost" else download(name, cache, allowed)
 
 
-def making(path: Path) -> FileLock | nullcontext:
+@contextmanager
+def making(path: Path):
     """A lock on making `path` where it is missing: another process waits, and then finds it made."""
     if path.exists():
-        return nullcontext()
+        yield
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(f"{path}.lock")
+    lock = FileLock(f"{path}.lock")
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for another process that makes {path}", file=sys.stderr)
+        held = lock.acquire()
+    with held:
+        yield
+
+
+def sole_use(folder: Path) -> AcquireReturnProxy:
+    """A lock on a folder, made if it is missing. Raises: ValueError where another process has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"another process writes to {folder}; wait for it, or name another --out") from error
 
 
 def fetch(path: Path, urls: list, expected: str | None = None) -> Path:
@@ -1308,20 +1358,21 @@ def load_dataset(name: str, root: str | Path, split: str, points: int = 1024, do
 
 def main(argv=None):
     """Fetch and look at a data set."""
-    parser = argparse.ArgumentParser(description="Fetch a data set and draw what the models see of it.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = option_parser("Fetch a data set and draw what the models see of it.")
     parser.add_argument("--dataset", default="shapes", help=f"{', '.join(DATASETS)}: a folder of your own")
     parser.add_argument("--preview", type=Path, default=Path("preview.png"), help="picture to draw")
     parser.add_argument("--split", choices=("train", "test"), default="train", help="which of its splits")
     parser.add_argument("--data-root", type=Path, default=Path("data"), help="where data sets lie")
     parser.add_argument("--download", action=argparse.BooleanOptionalAction, help="fetch what is missing")
     parser.add_argument("--domain", choices=("source", "target"), help="as it is, or as a scanner sees it")
-    parser.add_argument("--points", type=int, default=1024, help="points per cloud")
+    parser.add_argument("--points", type=COUNT, default=1024, help="points per cloud")
     parser.add_argument("--up", choices=sorted(UP), help="axis that points upwards in the files")
     args = parser.parse_args(argv)
-    from eval import preview  # here, for eval.py builds on this file
-    preview(load_dataset(args.dataset, args.data_root, args.split, args.points, args.domain, args.download,
-                         args.up), args.preview)
+    from eval import preview, whole_file  # here, for eval.py builds on this file
+    objects = load_dataset(args.dataset, args.data_root, args.split, args.points, args.domain, args.download,
+                           args.up)
+    with whole_file(args.preview) as path:
+        preview(objects, path)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import (DATASETS, UP, Objects, draw_views, fixed_images, load_dataset, one_line_errors,
-                  published_start, read_lines, settings, training_photographs)
+from data import (COUNT, DATASETS, DEVICE, UP, Objects, draw_views, fixed_images, load_dataset,
+                  one_line_errors, option_parser, published_start, read_lines, settings, training_photographs,
+                  usable_device)
 from model import (PUBLISHED, TEMPLATES, CrossMoST, build_model, group_points, hide_groups, hide_patches,
-                   load_checkpoint, read_file)
+                   load_checkpoint, read_file, whole_file)
 
 matplotlib.use("Agg")  # draws into files; no screen needed
 import matplotlib.pyplot as plt  # noqa: E402
@@ -99,7 +100,7 @@ def check_names(model: CrossMoST, objects: Objects):
     """Raises: ValueError if the model's classes are not the objects', in this order."""
     if list(objects.class_names) != list(model.class_names):
         raise ValueError(f"{objects.name} has {objects.class_names[:4]}, the model {model.class_names[:4]}"
-                         "; evaluate it on the data set it was trained for")
+                         "; evaluate it on the data set it was trained for (a start: --start-checkpoint)")
 
 
 def accuracy(probs: dict[str, Tensor], objects: Objects) -> dict:
@@ -379,13 +380,13 @@ def collect(folder: Path, file: Path) -> str:
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*/results.json"))]
     if not runs:
         raise FileNotFoundError(f"no {folder}/*/results.json; make them as in README, Results")
-    file.write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")
+    with whole_file(file) as temporary:
+        temporary.write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")
     return summary(runs)
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = option_parser(__doc__.splitlines()[0])
     group = parser.add_argument_group("what").add_argument
     group("--checkpoint", type=Path, help="a last.pt of train.py, or the authors' trained file")
     group("--model", help="or a zero-shot start: ulip2, ulip1, crossmost, an open_clip name; tiny has a file")
@@ -400,10 +401,10 @@ def parse_args(argv=None):
     group("--split", choices=("train", "test"), default="test", help="which of its splits")
     group("--data-root", type=Path, default=Path("data"), help="folder that holds the data sets")
     group("--domain", choices=("source", "target"), help="as it is, or as a scanner sees it")
-    group("--points", type=int, help="points per cloud")
+    group("--points", type=COUNT, help="points per cloud")
     group("--up", choices=sorted(UP), help="axis that points upwards in the files")
-    group("--views", type=int, help="depth views (6) or photographs (all) to average")
-    group("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where")
+    group("--views", type=COUNT, help="depth views (6) or photographs (all) to average")
+    group("--device", type=usable_device, default=DEVICE, help="where")
     group = parser.add_argument_group("into").add_argument
     group("--predictions", type=Path, help="FILE.csv: every object's name, confidence, either opinion")
     group("--embeddings", type=Path, help="FILE.npz: features, logits, classifier")
@@ -487,7 +488,8 @@ def main(argv=None) -> dict | None:
              "json": lambda path: path.write_text(json.dumps(results, indent=1) + "\n")}
     for name, into in write.items():
         if path := getattr(args, name):
-            into(path)
+            with whole_file(path) as temporary:
+                into(temporary)
             print(f"wrote {path}")
     return results
 

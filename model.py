@@ -9,6 +9,7 @@ import argparse
 import io
 import logging
 import os
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -334,7 +335,7 @@ def teacher_momentum(step: int, final: float) -> float:
 def parameter_groups(model: CrossMoST, weight_decay: float, layer_decay: float,
                      freeze: list[str]) -> list[dict]:
     """One group per (learning-rate scale, weight decay); frozen parameters lose requires_grad and are left
-    out.
+    out. Raises: ValueError where a prefix in `freeze` is no parameter's, or none is left to train.
 
     scale = layer_decay^(layers + 1 - i) in the image encoder: i = 0 for its embeddings, b + 1 for block b; 1
     elsewhere. No weight decay on 1-D parameters.
@@ -353,6 +354,11 @@ def parameter_groups(model: CrossMoST, weight_decay: float, layer_decay: float,
         decay = 0.0 if parameter.ndim == 1 else weight_decay
         groups.setdefault((scale, decay), {"params": [], "scale": scale,
                                            "weight_decay": decay})["params"].append(parameter)
+    names = [name for name, _ in model.named_parameters()]
+    strange = [prefix for prefix in freeze if not any(name.startswith(prefix) for name in names)]
+    if strange or not groups:
+        raise ValueError(f"--freeze {' '.join(freeze)}: no parameter begins with {strange}" if strange else
+                         f"--freeze {' '.join(freeze)} leaves nothing to train")
     return list(groups.values())
 
 
@@ -488,20 +494,26 @@ def open_clip_start(name: str, pretrained: str | None, seed: int = 0, **point) -
 # -----------------------------------------------------------------------------------------------------------
 # Files
 
-def save_file(content: dict, path: Path):
-    """torch.save that leaves either the old file or the whole new one: temporary name, fsync, rename."""
-    buffer = io.BytesIO()  # torch.save to a full disk does not raise OSError
-    torch.save(content, buffer)
+@contextmanager
+def whole_file(path: Path):
+    """A temporary name to write to. `path` is then the whole new file, or what it was: fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}")  # a killed process's is overwritten by the next
     try:
-        with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
+        yield temporary
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_file(content: dict, path: Path):
+    """torch.save of a whole file."""
+    buffer = io.BytesIO()  # torch.save to a full disk does not raise OSError
+    torch.save(content, buffer)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def read_file(path: str | Path, *needed: str) -> dict:

@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import open_clip
@@ -28,15 +29,16 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import (DATASETS, UP, Objects, draw_views, load_dataset, making, one_line_errors, published_start,
-                  rotate, sample_shapes, settings, training_photographs)
+from data import (COUNT, DATASETS, DEVICE, SHARE, UP, WEIGHT, Objects, draw_views, load_dataset, making,
+                  number, one_line_errors, option_parser, published_start, rotate, sample_shapes, settings,
+                  sole_use, training_photographs, usable_device)
 from eval import (MODALITIES, accuracy, evaluate, plot_curves, predict, predict_by_cache,
                   pseudo_label_quality, table, write_predictions)
 from losses import (cross_modal_alignment_loss, fairness_loss, masked_terms, name_alignment_loss,
                     pseudo_labels, self_training_loss)
 from model import (PUBLISHED, TEMPLATES, CrossMoST, Groups, Output, build_model, hide_groups, hide_patches,
                    parameter_groups, random_tiny, read_file, save_file, teacher_momentum, train_mode,
-                   update_teacher)
+                   update_teacher, whole_file)
 
 # What suits a start: the original code's values for the published ones and for open_clip's towers; ULIP's
 # files were made with 512 groups. `tiny` is trained for hundreds of steps, not 10^5: a larger step, a lower
@@ -60,59 +62,58 @@ NOT_THE_METHOD = ("out", "cache", "data_root", "download", "resume", "device", "
 
 def parse_args(argv=None) -> argparse.Namespace:
     """All options; defaults that depend on the data set or the start come from DATASETS and RECIPES."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = option_parser(__doc__.splitlines()[0])
     group = parser.add_argument_group("data").add_argument
     group("--dataset", default="shapes", help=f"{', '.join(DATASETS)}: a folder of your own objects")
     group("--data-root", type=Path, default=Path("data"), help="folder that holds the data sets")
     group("--download", action=argparse.BooleanOptionalAction, help="fetch all that is missing, or nothing")
     group("--domain", choices=("source", "target"), help="objects as they are, or as a scanner sees them")
-    group("--points", type=int, help="points per cloud")
+    group("--points", type=COUNT, help="points per cloud")
     group("--up", choices=sorted(UP), help="axis that points upwards in the files (down: --up=-y)")
-    group("--views", type=int, help="evaluation: depth views (6) or photographs (all) averaged")
+    group("--views", type=COUNT, help="evaluation: depth views (6) or photographs (all) averaged")
     group("--templates", choices=sorted(TEMPLATES), help="texts around a class name")
     group = parser.add_argument_group("start").add_argument
     group("--model", help="zero-shot start: tiny, ulip2, ulip1, crossmost or an open_clip name")
     group("--pretrained", help="open_clip's weights of --model: a tag or a file")
     group("--start-checkpoint", type=Path, help="the start's file, of any family, instead of its own")
-    group("--pretrain-epochs", type=int, help="passes over the procedural objects: 12,000, else 4,000")
-    group("--groups", type=int, help="point groups per cloud")
-    group("--group-size", type=int, help="points per group")
+    group("--pretrain-epochs", type=COUNT, help="passes over the procedural objects: 12,000, else 4,000")
+    group("--groups", type=COUNT, help="point groups per cloud")
+    group("--group-size", type=COUNT, help="points per group")
     group("--cache", type=Path, default=Path("cache"), help="folder of fetched and pre-trained starts")
     group = parser.add_argument_group("method").add_argument
     group("--modalities", choices=("both", "image", "point"), default="both", help="what is trained")
     group("--labels", choices=("joint", "mean", "separate", "agree", "truth"), default="joint",
           help="joint-label: who names the objects; truth is an oracle that uses the real labels")
-    group("--threshold", type=float, help="joint-label: confidence to exceed")
-    group("--point-weight", type=float, help="joint-label: factor on the point confidence")
-    group("--w-fair", type=float, help="fairness: weight; 0 removes it, as for all weights")
-    group("--w-mim", type=float, help="mim: weight")
-    group("--w-mpm", type=float, help="mpm: weight")
-    group("--w-gl", type=float, help="gl-align: weight, of both modalities")
-    group("--w-cross", type=float, default=1.0, help="cross-align: weight")
-    group("--cross-temperature", type=float, help="cross-align: divisor of the similarities")
+    group("--threshold", type=SHARE, help="joint-label: confidence to exceed")
+    group("--point-weight", type=WEIGHT, help="joint-label: factor on the point confidence")
+    group("--w-fair", type=WEIGHT, help="fairness: weight; 0 removes it, as for all weights")
+    group("--w-mim", type=WEIGHT, help="mim: weight")
+    group("--w-mpm", type=WEIGHT, help="mpm: weight")
+    group("--w-gl", type=WEIGHT, help="gl-align: weight, of both modalities")
+    group("--w-cross", type=WEIGHT, default=1.0, help="cross-align: weight")
+    group("--cross-temperature", type=number(1e-3), help="cross-align: divisor of the similarities")
     group("--point-target", choices=("tokens", "points"), default="tokens", help="mpm: what is reconstructed")
-    group("--mask-ratio", type=float, help="share of patches and of groups hidden; 0 hides nothing")
-    group("--momentum", type=float, help="ema: momentum after 400 steps, from 0.99 at the first")
+    group("--mask-ratio", type=SHARE, help="share of patches and of groups hidden; 0 hides nothing")
+    group("--momentum", type=SHARE, help="ema: momentum after 400 steps, from 0.99 at the first")
     group = parser.add_argument_group("optimisation").add_argument
-    group("--epochs", type=int, help="passes over the training objects")
-    group("--batch-size", type=int, help="objects per step")
-    group("--lr", type=float, help="peak learning rate for a batch of 256")
-    group("--weight-decay", type=float, default=0.05, help="AdamW, not on 1-D parameters")
-    group("--layer-decay", type=float, help="factor on the learning rate for each image block below the last")
-    group("--warmup-epochs", type=float, default=1.0, help="epochs of linear warm-up")
+    group("--epochs", type=COUNT, help="passes over the training objects")
+    group("--batch-size", type=COUNT, help="objects per step")
+    group("--lr", type=WEIGHT, help="peak learning rate for a batch of 256")
+    group("--weight-decay", type=WEIGHT, default=0.05, help="AdamW, not on 1-D parameters")
+    group("--layer-decay", type=SHARE, help="factor on the learning rate for each image block below the last")
+    group("--warmup-epochs", type=WEIGHT, default=1.0, help="epochs of linear warm-up")
     group("--freeze", nargs="*", default=["point_encoder.encoder"], help="parameters not trained, by prefix")
     group = parser.add_argument_group("run").add_argument
     group("--stage", choices=("pretrain", "cache", "train"), default="train", help="cache: untrained rival")
     group("--out", type=Path, help="results folder (default: runs/DATASET-MODEL)")
-    group("--seed", type=int, default=0, help="of the start, the views, the order and the masks")
+    group("--seed", type=number(0, 2 ** 32, int), default=0, help="of start, views, order and masks")
     group("--resume", action=argparse.BooleanOptionalAction, default=True, help="continue OUT/last.pt")
-    group("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    group("--device", type=usable_device, default=DEVICE, help="where to compute")
     group("--precision", choices=("auto", "bf16", "fp32"), help="of the networks; auto: the faster")
     group("--compile", action="store_true", help="compile the encoders (minutes at first, then faster)")
     group("--grad-checkpointing", action="store_true", help="less memory: compute image blocks twice")
     group("--benchmark", action="store_true", help="time the parts of a step, and leave")
-    group("--log-every", type=int, default=10, help="steps per line of log.jsonl")
+    group("--log-every", type=COUNT, default=10, help="steps per line of log.jsonl")
     asked = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("-h", "--help")]
     chosen = parser.parse_known_args(asked)[0]
     model = chosen.model or ("tiny" if chosen.dataset == "shapes" else "ulip2")
@@ -376,7 +377,7 @@ class Run:
         if self.last and not torch.isfinite(self.last["loss"]):
             terms = {name: term.item() for name, term in self.last.items()}
             raise ValueError(f"loss is not finite at step {self.step - 1}: {terms}; lower --lr, or look at "
-                             "the data")
+                             f"the data; {self.path} is of the last whole epoch, if there was one")
 
     def flush(self, epoch: int) -> dict:
         """Log the means since the last line and return them; starts new sums."""
@@ -393,6 +394,7 @@ class Run:
         return row
 
     def save(self):
+        self.check()
         if not leader():
             return
         save_file({**{name: getattr(self, name).state_dict() for name in ("student", "teacher", "optimizer")},
@@ -523,28 +525,44 @@ def provenance(device: str) -> dict:
             "commit": commit, "device": name}
 
 
+def join_processes(args):
+    """Started by torchrun: become one of its processes, with a GPU of its own."""
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    dist.init_process_group()
+    atexit.register(dist.destroy_process_group)
+    if not leader():
+        sys.stdout = open(os.devnull, "w")
+    if args.batch_size % dist.get_world_size():
+        raise ValueError(f"{dist.get_world_size()} processes cannot share --batch-size {args.batch_size}")
+
+
+def refuse_contradictions(args, objects: Objects, test: Objects):
+    """Raises: ValueError for options that do not go together, or not with the data."""
+    if args.labels == "truth" and objects.labels is None:
+        raise ValueError(f"--labels truth needs labels, {objects.name} has none; use --labels joint")
+    if args.labels in ("mean", "agree") and args.modalities != "both":
+        raise ValueError(f"--labels {args.labels} needs both modalities; drop it, or --modalities")
+    if args.stage == "pretrain" and (args.start_checkpoint or args.model in PUBLISHED):
+        raise ValueError(f"{args.start_checkpoint or args.model} is a finished start; drop --stage pretrain")
+    if args.stage == "cache" and test.labels is None:
+        raise ValueError(f"--stage cache only reports accuracy; {test.name} has no labels")
+
+
 def main(argv=None) -> dict:
     """Run all of it. Returns what it writes to OUT/results.json."""
     args, began = parse_args(argv), time.perf_counter()
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32; bfloat16 is the fast way
-    if "LOCAL_RANK" in os.environ:  # started by torchrun
-        if args.device == "cuda":
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
-        dist.init_process_group()
-        atexit.register(dist.destroy_process_group)
-        if not leader():
-            sys.stdout = open(os.devnull, "w")
-        if args.batch_size % dist.get_world_size():
-            raise ValueError(f"{dist.get_world_size()} processes cannot share --batch-size {args.batch_size}")
+    if "LOCAL_RANK" in os.environ:
+        join_processes(args)
     plain = vars(parse_args(["--dataset", args.dataset, "--model", args.model,
                              *(["--domain", args.domain] if args.domain else [])]))
     changed = {key: value for key, value in vars(args).items() if value != plain[key]
                and key not in (*NOT_THE_METHOD, "seed", "domain", "pretrain_epochs", "start_checkpoint")}
     objects, test = (load_dataset(args.dataset, args.data_root, split, args.points, args.domain,
                                   args.download, args.up) for split in ("train", "test"))
-    if args.labels == "truth" and objects.labels is None:
-        raise ValueError(f"--labels truth needs labels, {objects.name} has none; use --labels joint")
+    refuse_contradictions(args, objects, test)
     untrained = args.benchmark and args.model not in PUBLISHED  # as fast as any other
     start = None if untrained else find_start(args, objects)
     point = {"groups": args.groups, "group_size": args.group_size, "target": args.point_target}
@@ -560,50 +578,63 @@ def main(argv=None) -> dict:
     run = Run(student, teacher, optimizer, args, args.device)
     if args.benchmark:
         return benchmark(run, objects, args)
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
-
     results = {"dataset": objects.name, "split": test.split, "objects": len(test),
                "classes": len(test.class_names), "model": args.model, "start": start.stem, "seed": args.seed,
                "epochs": args.epochs, "changed": changed}
+    with sole_use(args.out) if leader() else nullcontext():
+        run_stages(run, objects, test, args, results)
+        results["seconds"] = round(time.perf_counter() - began, 1)
+        if leader():
+            with whole_file(args.out / "results.json") as path:
+                path.write_text(json.dumps(results, indent=1) + "\n")
+    return results
 
+
+def run_stages(run: Run, objects: Objects, test: Objects, args, results: dict):
+    """Score the start, train, score again: into `results`, the standard output and OUT."""
     def score(model):
         probs = predict(model, test, args.views)
-        results["agreement"] = write_predictions(args.out / "predictions.csv", test, probs)
+        with whole_file(args.out / "predictions.csv") as path:
+            results["agreement"] = write_predictions(path, test, probs)
         right = accuracy(probs, test) if test.labels is not None else {}
         return right.pop("per_class", None), right or None
+    torch.manual_seed(args.seed)
     if args.resume and run.path.exists():
         run.load()
         print(f"continuing {run.path} at step {run.step}")
     else:
         if leader():
             run.log_path.write_text("")
-        trainable = sum(parameter.numel() for group in groups for parameter in group["params"])
-        run.log(options={key: str(value) for key, value in vars(args).items()}, start=start.stem,
+        trainable = sum(p.numel() for group in run.optimizer.param_groups for p in group["params"])
+        run.log(options={key: str(value) for key, value in vars(args).items()}, start=results["start"],
                 train=len(objects), test=len(test), trainable=trainable, **provenance(args.device))
         if leader():
-            _, run.zero_shot = score(student)
+            _, run.zero_shot = score(run.student)
     results["zero_shot"] = run.zero_shot
     print(table(results))
     if args.stage == "train":
         shown = (*RECIPES["tiny"], "point_weight", "templates")
         print("settings:", ", ".join(f"{name} {getattr(args, name)}" for name in shown))
-        self_train(run, objects, test, args)
+        try:
+            self_train(run, objects, test, args)
+        except RuntimeError as error:
+            if "memory" not in str(error):
+                raise
+            raise ValueError(f"out of memory at --batch-size {args.batch_size}; lower it, --groups or "
+                             "--points, or add --grad-checkpointing") from error
         if not leader():
-            return results
-        _, results["student"] = score(student)
-        results["teacher_per_class"], results["teacher"] = score(teacher)
+            return
+        _, results["student"] = score(run.student)
+        results["teacher_per_class"], results["teacher"] = score(run.teacher)
         results["pseudo_label"] = pseudo_label_quality(run.log_path, args.epochs)
-        plot_curves(run.log_path, args.out / "curves.png", run.zero_shot)
+        with whole_file(args.out / "curves.png") as path:
+            plot_curves(run.log_path, path, run.zero_shot)
         print(f"\n{table(results)}\npseudo-labels of the last epoch, %: {results['pseudo_label']}")
     elif args.stage == "cache":
-        probs = predict_by_cache(student, objects, test, args.views)
+        probs = predict_by_cache(run.student, objects, test, args.views)
         results["cache"] = {m: accuracy(probs, test)[m] for m in MODALITIES}
         print(table(results))
     print(f"{args.out / 'predictions.csv'}: image and point agree on {results['agreement']} % of the objects")
-    results["seconds"] = round(time.perf_counter() - began, 1)
-    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    return results
 
 
 if __name__ == "__main__":
