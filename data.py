@@ -4,11 +4,13 @@ Coordinates are right-handed, z up, float32; every cloud is centred and scaled i
 Angles are in radians. N objects, P points, V views.
 """
 import argparse
+import errno
 import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import sys
 import tempfile
 import zipfile
@@ -45,7 +47,8 @@ def one_line_errors():
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch's, of a GPU or a CPU
             raise
-        print("error:", " ".join(str(error).split()) or "out of memory", file=sys.stderr)
+        full = "; make room: what was saved before is whole" * (getattr(error, "errno", 0) == errno.ENOSPC)
+        print("error:", (" ".join(str(error).split()) or "out of memory") + full, file=sys.stderr)
         sys.exit(2)
 
 
@@ -748,7 +751,7 @@ class Photographs(Dataset):
     def decode(self, path: Path) -> Tensor:
         try:
             return self.to_tensor(Image.open(path).convert("RGB"))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: PNG
             raise ValueError(f"cannot read {path}: {error}; replace or remove it")
 
     def __getitem__(self, i):
@@ -938,7 +941,8 @@ def sha256(path: Path) -> str:
 def extract(archive: Path, root: Path, some=None):
     """Unpack a zip, or `some` of its names, inside `root`.
 
-    Raises: ValueError for a member outside, before anything is written, and for a file that is no zip.
+    Raises: ValueError for a member outside or too little room, before anything is written, and for a file
+    that is no zip.
     """
     root = Path(root).resolve()
     try:
@@ -947,9 +951,14 @@ def extract(archive: Path, root: Path, some=None):
             for member in names:
                 if not (root / member).resolve().is_relative_to(root):
                     raise ValueError(f"{archive}: member {member} leaves its folder; fetch the archive again")
+            root.mkdir(parents=True, exist_ok=True)
+            size, free = sum(file.getinfo(name).file_size for name in names), shutil.disk_usage(root).free
+            if size > free:
+                raise ValueError(f"{archive} unpacks to {size / 1e6:.0f} MB, {root} has room for "
+                                 f"{free / 1e6:.0f}; make room, or name another --data-root")
             file.extractall(root, names)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{archive}: {error}; delete it to fetch it again")
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, IndexError, OSError) as error:  # by fault
+        raise ValueError(f"cannot unpack {archive}: {error!r}; if it is broken, delete it to fetch it again")
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1063,10 +1072,16 @@ def in_split(name: str, split: str) -> bool:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines of a text file that has to be there, without empty ones."""
+    """Lines of a text file that has to be there and say something, without empty ones."""
     if not path.is_file():
         raise FileNotFoundError(f"no {path}; README, Data, says what goes there")
-    return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except ValueError as error:
+        raise ValueError(f"cannot read {path}: {error}; expected lines of text")
+    if not lines:
+        raise ValueError(f"{path} is empty; README, Data, says what is in it")
+    return lines
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1094,10 +1109,11 @@ def read_h5(path: Path, points: int, classes: int) -> tuple[np.ndarray, np.ndarr
             if names is None and listed.is_file():
                 names = [Path(name).stem for name in json.loads(listed.read_text())]
             clouds = clouds[..., UP["y"][0]] if "normal" in file else clouds
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:  # h5py has one for each fault
         raise ValueError(f"cannot read {path}: {error}; expected data (N, P, 3) and label; fetch it again")
-    if clouds.ndim != 3 or clouds.shape[2] != 3 or len(labels) != len(clouds):
-        raise ValueError(f"{path} has data {clouds.shape}, {len(labels)} labels; expected (N, P, 3) and N")
+    if clouds.ndim != 3 or clouds.shape[2] != 3 or not len(labels) == len(clouds) == len(names or clouds):
+        raise ValueError(f"{path} has data {clouds.shape}, {len(labels)} labels, {len(names or labels)} names"
+                         "; expected (N, P, 3), N and N")
     if clouds.shape[1] < points:
         raise ValueError(f"{path} has {clouds.shape[1]} points, --points is {points}; lower it")
     if not 0 <= labels.min(initial=0) <= labels.max(initial=0) < classes:

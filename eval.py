@@ -377,7 +377,13 @@ def preview(objects: Objects, picture: Path, size: int = 224, count: int = 8):
 
 def collect(folder: Path, file: Path) -> str:
     """Gather FOLDER/*/results.json into one file, sorted, and return their summary."""
-    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*/results.json"))]
+    runs = []
+    for path in sorted(folder.glob("*/results.json")):
+        try:
+            runs.append(json.loads(path.read_text()))
+            summary(runs[-1:])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no results.json of train.py: {error!r}; run it again, or remove it")
     if not runs:
         raise FileNotFoundError(f"no {folder}/*/results.json; make them as in README, Results")
     with whole_file(file) as temporary:

@@ -570,12 +570,15 @@ def load_start(path: str | Path, clip: CrossMoST | None = None, which: str = "te
     """
     content = read_file(path)
     if "architecture" in content:
-        model = CrossMoST(**content["architecture"])
-        fill(model, content["model"] if "model" in content else content[which], path)
-        text = None
-        if "text" in content:
-            text = TextEncoder(**content["text_architecture"])
-            text.load_state_dict(content["text"])
+        try:
+            model = CrossMoST(**content["architecture"])
+            text = TextEncoder(**content["text_architecture"]) if "text" in content else None
+            state = content["model"] if "model" in content else content[which]
+        except Exception as error:  # sizes that cannot be, each in its own way
+            raise ValueError(f"{path} is broken: {error!r}; make it again") from error
+        fill(model, state, path)
+        if text:
+            fill(text, content["text"], path)
         return model, text
     state = content.get("state_dict", content.get("model_ema" if which == "teacher" else "model"))
     state = {key.removeprefix("module."): value for key, value in (state or content).items()}

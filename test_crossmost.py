@@ -632,6 +632,15 @@ def test_an_archive_stays_in_its_folder(tmp_path):
             assert not root.exists()
 
 
+def test_an_archive_larger_than_the_room_left_is_not_unpacked(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("zeros", bytes(10 ** 7))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: argparse.Namespace(free=9 * 10 ** 6))
+    with pytest.raises(ValueError, match="bomb.zip unpacks to 10 MB, .*root has room for 9"):
+        data.extract(tmp_path / "bomb.zip", tmp_path / "root")
+    assert not list((tmp_path / "root").iterdir())
+
+
 # ------------------------------------------------------------------------------------------------ data and
 # views
 
@@ -1091,6 +1100,13 @@ def truncated(root):
     return "modelnet40"
 
 
+def beside_modelnet(name, content):
+    def write(root):
+        (write_modelnet(root) / name).write_bytes(content)
+        return "modelnet40"
+    return write
+
+
 OBJECT = "test/mug/test00.npy"
 BAD_DATA = {  # what is wrong -> (makes it and names the data set, what the one line says)
     "no such data set": (lambda root: "modelnet41", "unknown data set 'modelnet41'.*folder of your own"),
@@ -1104,7 +1120,11 @@ BAD_DATA = {  # what is wrong -> (makes it and names the data set, what the one 
     "h5 with a label out of range": (spoil_h5("label", 200), "label 200 in .*but there are 11 classes"),
     "NaN in h5": (spoil_h5("data", np.nan), "object 3 has NaN"),
     "one point in h5": (spoil_h5("data", 1.0), "all points of object 3 coincide"),
+    "no files listed": (beside_modelnet("test_files.txt", b"\n"), "test_files.txt is empty"),
+    "names of other objects": (beside_modelnet("ply_data_test_0_id2file.json", b'["a/1.txt", "a/2.txt"]'),
+                               r"data \(12, 64, 3\), 12 labels, 2 names; expected"),
     "no class names": (spoil_file("classes.txt"), "no .*own/classes.txt"),
+    "names in no known letters": (spoil_file("classes.txt", b"\xff\xfea\nb"), "cannot read .*classes.txt"),
     "a class twice": (spoil_file("classes.txt", b"mug\nmug\n"), "two or more different names"),
     "a class not listed": (spoil_file("test/cup/a.npy", LEANING), r"objects in \['cup'\]; expected folders"),
     "objects in folders and outside": (spoil_file("test/a.npy", LEANING), "objects in .*folders and outside"),
@@ -1131,6 +1151,45 @@ def test_bad_data_is_one_line_that_names_it_and_exit_code_2(tmp_path, capsys, wh
         data.load_dataset(name, tmp_path, "test", points=64, fetch_missing=False)
     lines = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2 and len(lines) == 1 and re.match(f"error: .*{says}", lines[0]), lines
+
+
+def test_no_broken_file_is_read_wrongly_or_ends_in_a_traceback(tmp_path):
+    """A few cuts and changed bytes of each kind of file; ten thousand were tried once."""
+    chance, box, cloud = random.Random(0), trimesh.creation.box((4, 2, 1)), tmp_path / "a.txt"
+    readers = {f"box{extension}": lambda path: data.read_object(path, 64) for extension in data.MESHES}
+    for name in readers:
+        box.export(tmp_path / name)
+    np.savetxt(cloud, LEANING)
+    readers |= {name: lambda path: data.read_object(path, 64) for name in ("a.npy", "a.txt", "own.h5")}
+    np.save(tmp_path / "a.npy", LEANING)
+    with h5py.File(tmp_path / "own.h5", "w") as file:
+        file["data"] = LEANING
+    modelnet = write_modelnet(tmp_path)
+    readers |= {f"{modelnet.name}/ply_data_test0.h5": lambda path: data.read_h5(path, 64, 11)[0][0],
+                "a.zip": lambda path: data.extract(path, tmp_path / "out")}
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("hello.txt", "hello " * 40)
+    for name in ("a.png", "a.jpg"):
+        Image.new("RGB", (20, 20), (200, 100, 9)).save(tmp_path / name)
+        objects = data.Objects(torch.zeros(1, 64, 3), None, [], images=[[tmp_path / name]])
+        readers[name] = lambda _, photographs=data.Photographs(objects, 16, 1): photographs[0]
+    refused = 0
+    for name, read in readers.items():
+        path = tmp_path / name
+        whole = path.read_bytes()
+        for _ in range(30):
+            broken = bytearray(whole[:chance.choice([len(whole), chance.randrange(len(whole))])])
+            for _ in range(min(4, len(broken))):
+                broken[chance.randrange(len(broken))] = chance.randrange(256)
+            path.write_bytes(broken)
+            try:
+                found = read(path)
+            except (ValueError, OSError) as error:
+                assert path.name in str(error)
+                refused += 1
+            else:
+                assert not isinstance(found, np.ndarray) or found.shape == (64, 3)
+    assert refused > 10 * len(readers)
 
 
 def test_a_picture_that_is_none_ends_evaluation_in_one_line(tmp_path, capsys):
@@ -1316,6 +1375,17 @@ def test_a_run_that_stops_and_goes_on_equals_one_that_does_not(tmp_path, monkeyp
     assert lines[0] == lines[1]
     with pytest.raises(ValueError, match="other options.*seed"):
         small_run(tmp_path, monkeypatch, "--out", str(tmp_path / "parts"), "--seed", "3")
+
+
+def test_a_run_does_not_continue_on_other_data(tmp_path):
+    flags = small_flags(tmp_path, "--epochs", 1, "--out", tmp_path / "out")
+    train.main(flags)
+    (tmp_path / "own/classes.txt").write_text("\n".join(["pouffe", *NAMES[1:]]))
+    with pytest.raises(ValueError, match="cannot continue .*last.pt: .*classes .*'bathtub'.*'pouffe'"):
+        train.main(flags)
+    (tmp_path / "own/train/0.npy").unlink()
+    with pytest.raises(ValueError, match="other options.*objects.*40 -> 39"):
+        train.main(flags)
 
 
 def test_a_run_killed_at_any_moment_continues_to_the_bit(tmp_path):

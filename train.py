@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import open_clip
@@ -412,15 +412,34 @@ class Run:
         if changed:
             raise ValueError(f"{self.path} was made with other options ({changed}); use the same, "
                              "another --out, or --no-resume to start over")
-        for name in ("student", "teacher", "optimizer"):
-            getattr(self, name).load_state_dict(saved[name])
-        for name in ("step", "sums", "count", "zero_shot"):
-            setattr(self, name, saved[name])
-        torch.set_rng_state(saved["random"])
-        if "cuda" in self.device:
-            torch.cuda.set_rng_state(saved["cuda_random"], self.device)
+        try:
+            names = saved["architecture"]["class_names"]
+            if names != self.student.class_names:
+                raise ValueError(f"it is of the classes {names}, the data have {self.student.class_names}")
+            for name in ("student", "teacher", "optimizer"):
+                getattr(self, name).load_state_dict(saved[name])
+            for name in ("step", "sums", "count", "zero_shot"):
+                setattr(self, name, saved[name])
+            torch.set_rng_state(saved["random"])
+            if "cuda" in self.device:
+                torch.cuda.set_rng_state(saved["cuda_random"], self.device)
+        except Exception as error:  # a broken file in any way
+            raise ValueError(f"cannot continue {self.path}: {error}; --no-resume starts over") from error
         with open(self.log_path, "a") as file:  # forget lines written after the checkpoint
             file.truncate(min(saved["log_bytes"], self.log_path.stat().st_size))
+
+
+@contextmanager
+def stops_caught():
+    """A list that Ctrl-C and SIGTERM fill, so that the step can finish."""
+    caught = []
+    stops = () if dist.is_initialized() else (signal.SIGINT, signal.SIGTERM)  # processes would stop apart
+    before = {stop: signal.signal(stop, lambda number, _: caught.append(number)) for stop in stops}
+    try:
+        yield caught
+    finally:
+        for stop, handler in before.items():
+            signal.signal(stop, handler)
 
 
 def self_train(run: Run, objects: Objects, test: Objects, args):
@@ -430,35 +449,30 @@ def self_train(run: Run, objects: Objects, test: Objects, args):
     points, truth = objects.points.to(run.device), objects.labels
     truth = None if truth is None else truth.to(run.device)
     train_mode(run.student, args.freeze)
-    caught, bar = [], tqdm(total=total, initial=run.step, desc="self-training", unit="step",
-                           disable=not leader())
-    stops = () if dist.is_initialized() else (signal.SIGINT, signal.SIGTERM)  # processes would stop apart
-    before = {stop: signal.signal(stop, lambda number, _: caught.append(number)) for stop in stops}
-    while run.step < total and not caught:
-        epoch, at = divmod(run.step, per_epoch)
-        shuffle = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
-        batches = torch.randperm(len(points), generator=shuffle).split(args.batch_size)[at:per_epoch]
-        photographs = training_photographs(objects, batches, size, shuffle.initial_seed())
-        for index, pictures in zip(batches, photographs):
-            index = index.to(run.device)
-            real = None if truth is None else truth[index]
-            views = draw_views(points[index], size, pictures)
-            terms, labels = train_step(run.student, run.teacher, views, run.optimizer, run.step, total, args,
-                                       real if args.labels == "truth" else None)
-            run.count_step(terms, labels, real)
-            bar.update()
-            if run.step % args.log_every == 0 or run.step % per_epoch == 0:
-                row = run.flush(epoch + 1)
-                bar.set_postfix(loss=f"{row['loss']:.2f}", coverage=f"{row['coverage']:.2f}")
-            if caught:
-                break
-        if run.step % per_epoch == 0 and test.labels is not None and leader():
-            right = evaluate(run.teacher, test, args.views)
-            run.log(epoch=epoch + 1, step=run.step, teacher={name: right[name] for name in MODALITIES})
-        run.save()
-    bar.close()
-    for stop, handler in before.items():
-        signal.signal(stop, handler)
+    bar = tqdm(total=total, initial=run.step, desc="self-training", unit="step", disable=not leader())
+    with bar, stops_caught() as caught:
+        while run.step < total and not caught:
+            epoch, at = divmod(run.step, per_epoch)
+            shuffle = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
+            batches = torch.randperm(len(points), generator=shuffle).split(args.batch_size)[at:per_epoch]
+            photographs = training_photographs(objects, batches, size, shuffle.initial_seed())
+            for index, pictures in zip(batches, photographs):
+                index = index.to(run.device)
+                real = None if truth is None else truth[index]
+                views = draw_views(points[index], size, pictures)
+                terms, labels = train_step(run.student, run.teacher, views, run.optimizer, run.step, total,
+                                           args, real if args.labels == "truth" else None)
+                run.count_step(terms, labels, real)
+                bar.update()
+                if run.step % args.log_every == 0 or run.step % per_epoch == 0:
+                    row = run.flush(epoch + 1)
+                    bar.set_postfix(loss=f"{row['loss']:.2f}", coverage=f"{row['coverage']:.2f}")
+                if caught:
+                    break
+            if run.step % per_epoch == 0 and test.labels is not None and leader():
+                right = evaluate(run.teacher, test, args.views)
+                run.log(epoch=epoch + 1, step=run.step, teacher={name: right[name] for name in MODALITIES})
+            run.save()
     if caught:
         sys.exit(128 + caught[0])
 
@@ -576,6 +590,7 @@ def main(argv=None) -> dict:
             part.compile()
     student.visual.set_grad_checkpointing(args.grad_checkpointing)
     run = Run(student, teacher, optimizer, args, args.device)
+    run.options["objects"] = str(len(objects))
     if args.benchmark:
         return benchmark(run, objects, args)
     results = {"dataset": objects.name, "split": test.split, "objects": len(test),
