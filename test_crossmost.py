@@ -1071,9 +1071,11 @@ def spoil_h5(key, change):
     def spoil(root):
         path = write_modelnet(root) / "ply_data_test0.h5"
         with h5py.File(path, "a") as file:
-            if change is None:
+            if change is None or isinstance(change, np.dtype):
                 del file[key]
-            else:
+            if isinstance(change, np.dtype):  # a type by this name, no array
+                file[key] = change
+            elif change is not None:
                 file[key][3] = change
         return "modelnet40"
     return spoil
@@ -1117,6 +1119,7 @@ BAD_DATA = {  # what is wrong -> (makes it and names the data set, what the one 
     "no variant": (lambda root: "scanobjectnn-hardest", "no .*test_objectdataset_augmentedrot_scale75.h5"),
     "truncated h5": (truncated, "cannot read .*ply_data_test0.h5"),
     "h5 without labels": (spoil_h5("label", None), "cannot read .*ply_data_test0.h5.*label"),
+    "h5 with a type for data": (spoil_h5("data", np.dtype("f4")), "cannot read .*ply_data_test0.h5"),
     "h5 with a label out of range": (spoil_h5("label", 200), "label 200 in .*but there are 11 classes"),
     "NaN in h5": (spoil_h5("data", np.nan), "object 3 has NaN"),
     "one point in h5": (spoil_h5("data", 1.0), "all points of object 3 coincide"),
@@ -1200,6 +1203,12 @@ def test_a_picture_that_is_none_ends_evaluation_in_one_line(tmp_path, capsys):
         with pytest.raises(ValueError) as error:
             next(iter(images))
         assert re.fullmatch("cannot read .*a.png: cannot identify .*; replace or remove it", str(error.value))
+    (tmp_path / "own/views/test00/a.png").write_bytes(bytes.fromhex(  # what Pillow calls a SyntaxError
+        "89504e470d0a1a0a0000000d494844520000001400000014080200000002eb8a5a0000001d49444154789c63e4e4e464"
+        "20173091ad7354f3a8e651cda3f848dff24fcfaf39473265b989b28b2d8af2ed9db88d14eb0f5323e1a9a21900e48a00"
+        "43d3a4d7520000000049454e44ae426082"))
+    with pytest.raises(ValueError, match="cannot read .*a.png: broken PNG file"):
+        next(iter(data.fixed_images(objects, None, 32, 4, "cpu")))
 
 
 def test_a_user_error_is_one_line_and_exit_code_2(tmp_path):
@@ -1770,7 +1779,11 @@ def test_a_checkpoint_of_a_stranger_runs_no_code_and_broken_ones_are_named(tmp_p
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
-    models.save_file({"a": 1}, tmp_path / "x.pt")
+    models.save_file({"a": 0}, tmp_path / "x.pt")
+    before = (tmp_path / "x.pt").read_bytes()
+    with open(tmp_path / "x.pt", "rb") as old:
+        models.save_file({"a": 1}, tmp_path / "x.pt")
+        assert old.read() == before  # the new one took its name, and did not overwrite it
     monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError):
         models.save_file({"a": 2}, tmp_path / "x.pt")
