@@ -856,7 +856,7 @@ def making(path: Path):
         yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{path}.lock")
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
         held = lock.acquire(timeout=0)
     except Timeout:
@@ -959,6 +959,23 @@ def extract(archive: Path, root: Path, some=None):
             file.extractall(root, names)
     except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, IndexError, OSError) as error:  # by fault
         raise ValueError(f"cannot unpack {archive}: {error!r}; if it is broken, delete it to fetch it again")
+
+
+def unpack_once(folder: Path, fill):
+    """Where `folder` is missing, fill(part) makes part/NAME of it: it appears whole, or not at all.
+
+    Other processes wait meanwhile. What a killed one left is removed.
+    """
+    part = folder.with_name(f".{folder.name}.part")
+    with making(folder):
+        if folder.exists():
+            return
+        shutil.rmtree(part, ignore_errors=True)
+        try:
+            fill(part)
+            os.replace(part / folder.name, folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1125,8 +1142,8 @@ def load_modelnet(root: Path, split: str, points: int, fetch_missing: bool | Non
                   classes: tuple | None = None, views: bool = True) -> Objects:
     """ModelNet40, or ten of its classes, in the official h5 layout; renderings from its `views` folder."""
     folder = Path(root) / "modelnet40_ply_hdf5_2048"
-    if fetch_missing is not False and not folder.exists():
-        extract(download("modelnet40", root), Path(root))
+    if fetch_missing is not False:
+        unpack_once(folder, lambda part: extract(download("modelnet40", root), part))
     class_names = [line.replace("_", " ") for line in read_lines(folder / "shape_names.txt")]
     # The lists hold paths of the machine they were made on.
     files = [folder / Path(line).name for line in read_lines(folder / f"{split}_files.txt")]
@@ -1152,11 +1169,15 @@ def load_scanobjectnn(root: Path, split: str, points: int, fetch_missing: bool |
                       file: str = "main_split/{}_objectdataset.h5") -> Objects:
     """ScanObjectNN, one of its variants: real indoor scans in its authors' h5 files, y up."""
     folder = Path(root) / "scanobjectnn" / "h5_files"
-    if fetch_missing is not False and not folder.exists():
-        extract(download("scanobjectnn", root), folder.parent)
+
+    def fill(part):
+        archive = download("scanobjectnn", root)
+        extract(archive, part)
         for name, expected in SCANOBJECTNN_SHA256.items():
-            if sha256(folder / name) != expected:
-                raise ValueError(f"{folder / name} is not its authors' (sha256); remove {folder.parent}")
+            if sha256(part / "h5_files" / name) != expected:
+                raise ValueError(f"{name} in {archive} is not its authors' (sha256); delete that, and again")
+    if fetch_missing is not False:
+        unpack_once(folder, fill)
     path = folder / file.format({"train": "training", "test": "test"}[split])
     clouds, labels, names = read_h5(path, points, len(SCANOBJECTNN))
     return Objects(torch.from_numpy(clouds).float(), torch.from_numpy(labels), SCANOBJECTNN, split=split)
@@ -1199,12 +1220,13 @@ def fetch_redwood(folder: Path):
     ids, meshes = (json.loads(path.read_text()) for path in lists)
     for name in sorted(set(meshes) & {name for key in REDWOOD for name in ids[key]}):
         fetch(folder / f"meshes/{name}.ply", [f"{REDWOOD_FILES}mesh/{name}.ply"])
-        if not (folder / "images" / name).is_dir():
+
+        def fill(part, name=name):
             archive = fetch(folder / f"{name}.zip", [f"{REDWOOD_FILES}rgbd/{name}.zip"])
-            extract(archive, folder / "images" / f"{name}.part", lambda names: spread(
+            extract(archive, part / name, lambda names: spread(
                 sorted(member for member in names if member.endswith(".jpg")), 24))
-            os.replace(folder / "images" / f"{name}.part", folder / "images" / name)
             archive.unlink()
+        unpack_once(folder / "images" / name, fill)
 
 
 # In label order, as folders are named; names for people where they differ.
@@ -1240,18 +1262,16 @@ def load_co3d(root: Path, split: str, points: int, fetch_missing: bool | None = 
 
 def fetch_co3d(folder: Path, category: str):
     """The single-sequence archives of a category, checked against CO3D's own list."""
-    if (folder / category).is_dir():
-        return
-    print(f"fetching CO3D's single sequences of {category} (CC BY-NC 4.0; 8.9 GB for all categories)")
-    listed = json.loads(fetch(folder / "co3d_sha256.json", [CO3D_SHA256]).read_text())["singlesequence"]
-    for name in (f"{category}_000", f"{category}_001"):
-        url = f"{CO3D_FILES}{name}_singlesequence.zip"
-        archive = fetch(folder / f"{name}.zip", [url], listed[f"{name}.zip"])
-        extract(archive, folder / f"{category}.part", lambda members: [
-            member for member in members if member.startswith(f"{category}/")])
-        archive.unlink()
-    os.replace(folder / f"{category}.part" / category, folder / category)
-    (folder / f"{category}.part").rmdir()
+    def fill(part):
+        print(f"fetching CO3D's single sequences of {category} (CC BY-NC 4.0; 8.9 GB for all categories)")
+        listed = json.loads(fetch(folder / "co3d_sha256.json", [CO3D_SHA256]).read_text())["singlesequence"]
+        for name in (f"{category}_000", f"{category}_001"):
+            url = f"{CO3D_FILES}{name}_singlesequence.zip"
+            archive = fetch(folder / f"{name}.zip", [url], listed[f"{name}.zip"])
+            extract(archive, part, lambda members: [
+                member for member in members if member.startswith(f"{category}/")])
+            archive.unlink()
+    unpack_once(folder / category, fill)
 
 
 # WordNet numbers and names of ShapeNetCore's 55 classes, in label order.

@@ -596,7 +596,7 @@ def test_a_download_goes_on_where_it_broke_off_and_takes_the_mirror(tmp_path, mo
         half = len(Server.content) // 2
         assert Server.asked == [("/broken", 0), ("/gone", half), ("/good", half)]
         assert path.read_bytes() == Server.content
-        assert {p.name for p in tmp_path.iterdir()} - {"toy.bin.lock"} == {"toy.bin"}
+        assert {p.name for p in tmp_path.iterdir()} - {".toy.bin.lock"} == {"toy.bin"}
         data.download("toy", tmp_path)
         assert len(Server.asked) == 3  # it is there: nothing is asked
     with serving(monkeypatch, "/wrong", "/good", sha256=digest):
@@ -608,7 +608,7 @@ def test_a_download_that_cannot_be_right_leaves_nothing_and_says_where_to_put_th
     with serving(monkeypatch, "/wrong", sha256="0" * 64):
         with pytest.raises(ValueError, match=f"wrong sha256.*put it at {tmp_path}/toy.bin"):
             data.download("toy", tmp_path)
-        assert [p.name for p in tmp_path.iterdir()] == ["toy.bin.lock"] and len(Server.asked) == 3
+        assert [p.name for p in tmp_path.iterdir()] == [".toy.bin.lock"] and len(Server.asked) == 3
         with pytest.raises(ValueError, match="toy.bin is missing"):
             data.download("toy", tmp_path, allowed=False)
     with serving(monkeypatch, "/good"):
@@ -1011,6 +1011,28 @@ def test_redwood_and_co3d_are_fetched_piece_by_piece(tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "co3d/bench").iterdir()} == {"seqbench_000", "seqbench_001"}
     for folder in ("redwood", "co3d"):
         assert not list((tmp_path / folder).glob("*.zip")) and not list((tmp_path / folder).rglob("*.part"))
+
+
+def test_a_folder_is_unpacked_by_one_and_is_whole_or_missing(tmp_path):
+    begun, folder = [], tmp_path / "set"
+
+    def fill(part):
+        begun.append(part)
+        (part / "set").mkdir(parents=True)
+        time.sleep(0.3)  # others come meanwhile
+        (part / "set/a.txt").write_text("1")
+    with pytest.raises(OSError), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+        data.unpack_once(folder, fill)
+    assert [path.name for path in tmp_path.iterdir()] == [".set.lock"]
+    (tmp_path / ".set.part/set").mkdir(parents=True)  # left by a killed process
+    (tmp_path / ".set.part/set/half.txt").write_text("1")
+    threads = [threading.Thread(target=data.unpack_once, args=(folder, fill)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(begun) == 2 and [path.name for path in folder.iterdir()] == ["a.txt"]
 
 
 def zipped(folder, *members):
