@@ -1865,8 +1865,8 @@ def test_the_readme_s_diff_applies():
 
 
 def test_line_budgets_hold():
-    budget = {"losses": 200, "model": 665, "data": 1380, "eval": 515, "train": 650,
-              "test_crossmost": 1800}
+    budget = {"losses": 200, "model": 670, "data": 1430, "eval": 515, "train": 660,
+              "test_crossmost": 1900}
     for name, lines in budget.items():
         text = (HERE / f"{name}.py").read_text().splitlines()
         assert len(text) <= lines and max(map(len, text)) <= 110, name

@@ -534,7 +534,8 @@ def benchmark(run: Run, objects: Objects, args, repeats: int = 10) -> dict:
 def provenance(device: str) -> dict:
     """Versions, commit and device, for the first line of the log."""
     name = torch.cuda.get_device_name(device) if "cuda" in device else f"{os.cpu_count()} CPU cores"
-    commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' describe --always --dirty")
+    git = f"git --no-optional-locks -C '{Path(__file__).parent}'"  # writes nothing there
+    commit = subprocess.getoutput(f"{git} describe --always --dirty")
     return {"python": sys.version.split()[0], "torch": torch.__version__, "open_clip": open_clip.__version__,
             "commit": commit, "device": name}
 
