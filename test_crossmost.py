@@ -1825,6 +1825,25 @@ def test_readme_tags_deviations_and_flags_agree_with_the_code():
         assert f"`{tag}`" in readme, tag
     for flag in re.findall(r'"(--[a-z-]+)"', code):
         assert flag == "--help" or f"`{flag}" in readme, flag
+    for module, name in re.findall(r"`(losses|model|data|train)\.(?!py)(\w+)", readme):
+        assert hasattr(sys.modules[module], name), f"{module}.{name}"
+
+
+def test_readme_defaults_are_those_of_the_code():
+    readme = (HERE / "README.md").read_text()
+    recipe = readme.split("### The tiny recipe")[1].split("\n## ")[0]
+    numbers = {float(number) for number in re.findall(r"\d+(?:\.\d+)?(?:e-?\d+)?", recipe)}
+    tiny, paper = train.RECIPES["tiny"], {**train.PAPER, "threshold": 0.84}
+    method = ("epochs", "batch_size", "lr", "layer_decay", "momentum", "threshold", "mask_ratio", "w_fair",
+              "w_mim", "w_mpm", "w_gl", "cross_temperature")
+    assert {tiny[key] for key in method} | set(train.FAR.values()) <= numbers
+    assert {paper[key] for key in method[2:]} <= numbers
+    rows = {"ModelNet": "modelnet40", "ScanObjectNN": "scanobjectnn-hardest", "Redwood": "redwood",
+            "CO3D": "co3d", "a folder": "PATH"}
+    for label, name in rows.items():
+        row = data.DATASETS[name]
+        line = f"^\\| {label}.* \\| {row['threshold']:g}, {row['point_weight']:g} \\| {row['templates']}.* \\| "
+        assert re.search(line + row["up"], readme, re.M), label
 
 
 def test_a_summary_averages_seeds_and_measures_the_way_to_the_ceiling(tmp_path):
