@@ -1409,6 +1409,7 @@ def main(argv=None):
                            args.up)
     with whole_file(args.preview) as path:
         preview(objects, path)
+    print(f"{len(objects)} objects of {objects.name} {objects.split}, a few of them in {args.preview}")
 
 
 if __name__ == "__main__":

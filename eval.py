@@ -372,7 +372,6 @@ def preview(objects: Objects, picture: Path, size: int = 224, count: int = 8):
             axes.set_title(label if column == 0 else title if row == 0 else "", fontsize=9)
     figure.savefig(picture, dpi=80)
     plt.close(figure)
-    print(f"{len(objects)} objects of {objects.name} {objects.split}, {len(points)} of them in {picture}")
 
 
 def collect(folder: Path, file: Path) -> str:
