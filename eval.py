@@ -7,6 +7,7 @@ import argparse
 import csv
 import json
 import statistics
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -376,18 +377,25 @@ def preview(objects: Objects, picture: Path, size: int = 224, count: int = 8):
 
 def collect(folder: Path, file: Path) -> str:
     """Gather FOLDER/*/results.json into one file, sorted, and return their summary."""
-    runs = []
+    runs = {}
     for path in sorted(folder.glob("*/results.json")):
         try:
-            runs.append(json.loads(path.read_text()))
-            summary(runs[-1:])
+            run = json.loads(path.read_text())
+            if run.get("teacher") or run.get("cache"):
+                summary([run])
+                other = runs.setdefault(json.dumps([run[key] for key in ("dataset", "changed", "seed")]), run)
+            else:  # no labels, or only a start made
+                print(f"{path} has no accuracy to compare", file=sys.stderr)
+                continue
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no results.json of train.py: {error!r}; run it again, or remove it")
+        if other is not run:
+            raise ValueError(f"{path} has the options and seed of another run there; move one elsewhere")
     if not runs:
-        raise FileNotFoundError(f"no {folder}/*/results.json; make them as in README, Results")
+        raise FileNotFoundError(f"no {folder}/*/results.json with accuracy; make them as in README, Results")
     with whole_file(file) as temporary:
-        temporary.write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")
-    return summary(runs)
+        temporary.write_text("[\n" + ",\n".join(map(json.dumps, runs.values())) + "\n]\n")
+    return summary([*runs.values()])
 
 
 def parse_args(argv=None):
