@@ -1896,7 +1896,7 @@ def test_the_readme_s_diff_applies():
 
 def test_line_budgets_hold():
     budget = {"losses": 200, "model": 670, "data": 1430, "eval": 525, "train": 660,
-              "test_crossmost": 1900}
+              "test_crossmost": 1930}
     for name, lines in budget.items():
         text = (HERE / f"{name}.py").read_text().splitlines()
         assert len(text) <= lines and max(map(len, text)) <= 110, name
