@@ -39,7 +39,8 @@ MODELNET10 = tuple("bathtub,bed,chair,desk,dresser,monitor,night stand,sofa,tabl
 
 @contextmanager
 def one_line_errors():
-    """What a user can put right (ValueError, OSError) ends a script with one line and exit code 2."""
+    """What a user can put right (ValueError, OSError, too little memory) ends a script with one line and exit
+    code 2."""
     try:
         yield
     except KeyboardInterrupt:
@@ -957,7 +958,7 @@ def extract(archive: Path, root: Path, some=None):
                 raise ValueError(f"{archive} unpacks to {size / 1e6:.0f} MB, {root} has room for "
                                  f"{free / 1e6:.0f}; make room, or name another --data-root")
             file.extractall(root, names)
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, IndexError, OSError) as error:  # by fault
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, IndexError, OSError) as error:
         raise ValueError(f"cannot unpack {archive}: {error!r}; if it is broken, delete it to fetch it again")
 
 
@@ -1221,7 +1222,7 @@ def fetch_redwood(folder: Path):
     for name in sorted(set(meshes) & {name for key in REDWOOD for name in ids[key]}):
         fetch(folder / f"meshes/{name}.ply", [f"{REDWOOD_FILES}mesh/{name}.ply"])
 
-        def fill(part, name=name):
+        def fill(part):
             archive = fetch(folder / f"{name}.zip", [f"{REDWOOD_FILES}rgbd/{name}.zip"])
             extract(archive, part / name, lambda names: spread(
                 sorted(member for member in names if member.endswith(".jpg")), 24))
@@ -1332,11 +1333,10 @@ def load_folder(folder: Path, split: str, points: int, root: Path) -> Objects:
 
 
 # One row per data set: loader; axis that points up in its files; what images are; templates of the names; the
-# threshold and point weight of joint-label; `tiny`: what it wants otherwise than that start's recipe.
+# threshold and point weight of joint-label.
 # Sources. threshold, point_weight: the original code's, for each set. up: of ModelNet its meshes'; of
 # ScanObjectNN its repository's issue 33; Redwood and CO3D lie as a camera saw them, y down, roughly. A PATH
-# takes ScanObjectNN's values, being scans. `shapes` is far from its start, so its teacher follows sooner and
-# longer, and `fairness` weighs more against the many wrong names of the first epochs (measured on it).
+# takes ScanObjectNN's values, being scans.
 SCANS = dict(up="y", images="depth", templates="depth", threshold=0.82, point_weight=1.0)
 CAD = dict(up="z", images="depth", templates="depth", threshold=0.84, point_weight=0.9)
 DATASETS = {
@@ -1392,19 +1392,25 @@ def load_dataset(name: str, root: str | Path, split: str, points: int = 1024, do
     return objects
 
 
+def add_data_options(add, points: int | None = None):
+    """What every script asks of the data; `add` is the add_argument of a parser or a group."""
+    add("--data-root", type=Path, default=Path("data"), help="folder that holds the data sets")
+    add("--domain", choices=("source", "target"), help="objects as they are, or as a scanner sees them")
+    add("--points", type=COUNT, default=points, help="points per cloud")
+    add("--up", choices=sorted(UP), help="axis that points upwards in the files (down: --up=-y)")
+
+
 def main(argv=None):
     """Fetch and look at a data set."""
     parser = option_parser("Fetch a data set and draw what the models see of it.")
     parser.add_argument("--dataset", default="shapes", help=f"{', '.join(DATASETS)}: a folder of your own")
     parser.add_argument("--preview", type=Path, default=Path("preview.png"), help="picture to draw")
     parser.add_argument("--split", choices=("train", "test"), default="train", help="which of its splits")
-    parser.add_argument("--data-root", type=Path, default=Path("data"), help="where data sets lie")
     parser.add_argument("--download", action=argparse.BooleanOptionalAction, help="fetch what is missing")
-    parser.add_argument("--domain", choices=("source", "target"), help="as it is, or as a scanner sees it")
-    parser.add_argument("--points", type=COUNT, default=1024, help="points per cloud")
-    parser.add_argument("--up", choices=sorted(UP), help="axis that points upwards in the files")
+    add_data_options(parser.add_argument, points=1024)
     args = parser.parse_args(argv)
-    from eval import preview, whole_file  # here, for eval.py builds on this file
+    from eval import preview  # here, for eval.py builds on this file
+    from model import whole_file
     objects = load_dataset(args.dataset, args.data_root, args.split, args.points, args.domain, args.download,
                            args.up)
     with whole_file(args.preview) as path:

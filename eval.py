@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import (COUNT, DATASETS, DEVICE, UP, Objects, draw_views, fixed_images, load_dataset,
+from data import (COUNT, DATASETS, DEVICE, Objects, add_data_options, draw_views, fixed_images, load_dataset,
                   one_line_errors, option_parser, published_start, read_lines, settings, training_photographs,
                   usable_device)
 from model import (PUBLISHED, TEMPLATES, CrossMoST, build_model, group_points, hide_groups, hide_patches,
@@ -124,7 +124,7 @@ def calibration_error(probs: Tensor, labels: Tensor, bins: int = 15) -> float:
 
 
 def report(probs: dict[str, Tensor], objects: Objects) -> dict:
-    """accuracy(), and in percent: mean_class, the mean over classes; top5; calibration error."""
+    """accuracy(), and in percent: mean_class, the mean over classes; top-5; calibration_error."""
     found = accuracy(probs, objects)
     classes, top = found["per_class"].values(), min(5, len(objects.class_names))
     found["mean_class"] = {m: round(statistics.mean(row[m] for row in classes), 2) for m in MODALITIES}
@@ -412,10 +412,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("on (if not given: what the checkpoint was trained on)").add_argument
     group("--dataset", help=f"{', '.join(DATASETS)}: a folder of your own")
     group("--split", choices=("train", "test"), default="test", help="which of its splits")
-    group("--data-root", type=Path, default=Path("data"), help="folder that holds the data sets")
-    group("--domain", choices=("source", "target"), help="as it is, or as a scanner sees it")
-    group("--points", type=COUNT, help="points per cloud")
-    group("--up", choices=sorted(UP), help="axis that points upwards in the files")
+    add_data_options(group)
     group("--views", type=COUNT, help="depth views (6) or photographs (all) to average")
     group("--device", type=usable_device, default=DEVICE, help="where")
     group = parser.add_argument_group("into").add_argument

@@ -354,11 +354,12 @@ def parameter_groups(model: CrossMoST, weight_decay: float, layer_decay: float,
         decay = 0.0 if parameter.ndim == 1 else weight_decay
         groups.setdefault((scale, decay), {"params": [], "scale": scale,
                                            "weight_decay": decay})["params"].append(parameter)
-    names = [name for name, _ in model.named_parameters()]
-    strange = [prefix for prefix in freeze if not any(name.startswith(prefix) for name in names)]
-    if strange or not groups:
-        raise ValueError(f"--freeze {' '.join(freeze)}: no parameter begins with {strange}" if strange else
-                         f"--freeze {' '.join(freeze)} leaves nothing to train")
+    strange = [prefix for prefix in freeze
+               if not any(name.startswith(prefix) for name, _ in model.named_parameters())]
+    if strange:
+        raise ValueError(f"--freeze: no parameter begins with {strange}; model.named_parameters() lists them")
+    if not groups:
+        raise ValueError(f"--freeze {' '.join(freeze)} leaves nothing to train")
     return list(groups.values())
 
 

@@ -29,9 +29,9 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import (COUNT, DATASETS, DEVICE, SHARE, UP, WEIGHT, Objects, draw_views, load_dataset, making,
-                  number, one_line_errors, option_parser, published_start, rotate, sample_shapes, settings,
-                  sole_use, training_photographs, usable_device)
+from data import (COUNT, DATASETS, DEVICE, SHARE, WEIGHT, Objects, add_data_options, draw_views, load_dataset,
+                  making, number, one_line_errors, option_parser, published_start, rotate, sample_shapes,
+                  settings, sole_use, training_photographs, usable_device)
 from eval import (MODALITIES, accuracy, evaluate, plot_curves, predict, predict_by_cache,
                   pseudo_label_quality, table, write_predictions)
 from losses import (cross_modal_alignment_loss, fairness_loss, masked_terms, name_alignment_loss,
@@ -52,7 +52,9 @@ RECIPES = {
                  points=1024, groups=32, group_size=16, threshold=0.6, mask_ratio=0.1, w_fair=2.0, w_mim=0.1,
                  w_mpm=0.1, w_gl=0.02, cross_temperature=0.07, precision="fp32"),
 }
-FAR = dict(epochs=10, momentum=0.99, w_fair=4.0)  # `tiny` on what a scanner sees, far from its start
+# `tiny` on what a scanner sees is far from its start: the teacher follows sooner and longer, and `fairness`
+# weighs more against the many wrong names of the first epochs (measured on `shapes`).
+FAR = dict(epochs=10, momentum=0.99, w_fair=4.0)
 # Pre-training: objects, batch, peak learning rate, weight decay; of `tiny`, and of a point encoder beside a
 # CLIP (ULIP's values).
 PRETRAIN = {"tiny": (12000, 32, 1e-3, 0.05), "clip": (4000, 64, 5e-4, 0.1)}
@@ -65,11 +67,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = option_parser(__doc__.splitlines()[0])
     group = parser.add_argument_group("data").add_argument
     group("--dataset", default="shapes", help=f"{', '.join(DATASETS)}: a folder of your own objects")
-    group("--data-root", type=Path, default=Path("data"), help="folder that holds the data sets")
+    add_data_options(group)
     group("--download", action=argparse.BooleanOptionalAction, help="fetch all that is missing, or nothing")
-    group("--domain", choices=("source", "target"), help="objects as they are, or as a scanner sees them")
-    group("--points", type=COUNT, help="points per cloud")
-    group("--up", choices=sorted(UP), help="axis that points upwards in the files (down: --up=-y)")
     group("--views", type=COUNT, help="evaluation: depth views (6) or photographs (all) averaged")
     group("--templates", choices=sorted(TEMPLATES), help="texts around a class name")
     group = parser.add_argument_group("start").add_argument
