@@ -719,6 +719,8 @@ def test_a_face_has_no_holes_and_a_gap_stays_open():
     zero = torch.zeros(1, 1)
     face = data.render_depth_views(box[None], zero, zero, 64)[0, 0, 0]
     assert face[16:48, 16:48].min() > 0.83 and face[:2].max() == 0
+    edge = data.render_depth_views(box[None, :512], zero, zero, 32)[0, 0, 0, 16].unique()  # no resizing
+    assert edge[0] == 0 and 0.2 < edge[1] < 0.3 and 0.6 < edge[2] < 0.7 and edge[-1] > 0.83  # 1/4, 3/4
     posts = front * torch.tensor([0.3, 0.3, 1]) + torch.tensor([0.4, 0, 0]) * torch.randn(512, 1).sign()
     gap = data.render_depth_views(posts[None], zero, zero, 64)[0, 0, 0]
     assert gap[16:48, 31:33].max() == 0 and gap[16:48, 44].min() > 0.4
@@ -739,6 +741,17 @@ def test_views_are_new_arrays_of_the_same_shape_and_stay_in_range():
     assert strong.shape == clouds.shape and torch.isfinite(strong).all()
     dropped = (strong == strong[:, :1]).all(dim=-1).float().mean(dim=1)
     assert dropped.max() <= 0.95 and dropped.std() > 0.1
+
+
+def test_a_strong_view_zooms_and_shifts_more_than_a_weak_one():
+    torch.manual_seed(0)
+    clouds = data.sample_shapes(200, 0, points=200).points
+    views = data.draw_views(clouds, 64)
+    seen = data.random_view(clouds, 64).bool().float().mean()
+    weak, strong = (views[name].bool().float().mean() / seen for name in ("weak_image", "strong_image"))
+    assert 1.02 < weak < 1.15 < strong < 1.4  # crops of 0.85 to 1 and of 0.6 to 1 of the area
+    low, high = views["strong_points"].aminmax(dim=1)
+    assert 0.2 < ((low + high) / 2 / (high - low)).abs().median() < 0.35  # U(-0.5, 0.5) of the extent
 
 
 def write_modelnet(root, per_file=12, points=64):
