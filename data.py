@@ -1,10 +1,8 @@
-"""Objects to learn from: the procedural `shapes`, real data sets, depth views, weak and strong views of both.
+"""Objects to learn from: depth views, weak and strong views, photographs, data sets, the procedural `shapes`.
 
 Coordinates are right-handed, z up, float32; every cloud is centred and scaled into the unit sphere.
-Angles are in radians. N objects, P points, V views.
+Angles are in radians. N objects, B batch, P points, V views.
 """
-import argparse
-import errno
 import hashlib
 import json
 import math
@@ -18,75 +16,32 @@ import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from http.client import HTTPException
 from itertools import repeat
 from pathlib import Path
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import AcquireReturnProxy, FileLock, Timeout
+from filelock import FileLock, Timeout
+from huggingface_hub import hf_hub_download
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-MODELNET10 = tuple("bathtub,bed,chair,desk,dresser,monitor,night stand,sofa,table,toilet".split(","))
 
-
-@contextmanager
-def one_line_errors():
-    """What a user can put right (ValueError, OSError, too little memory) ends a script with one line and exit
-    code 2."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch's, of a GPU or a CPU
-            raise
-        full = "; make room: what was saved before is whole" * (getattr(error, "errno", 0) == errno.ENOSPC)
-        print("error:", (" ".join(str(error).split()) or "out of memory") + full, file=sys.stderr)
-        sys.exit(2)
-
-
-def number(low: float, high: float = math.inf, kind: type = float):
-    """An argparse type: a finite number in [low, high]."""
-    def parse(text: str):
-        value = kind(text)
-        if not low <= value <= high or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
-        return value
-    parse.__name__ = kind.__name__  # argparse prints it
-    return parse
-
-
-def option_parser(purpose: str) -> argparse.ArgumentParser:
-    """Shows defaults; says what is wrong in one line, without forty options' usage before it."""
-    return argparse.ArgumentParser(description=purpose, usage=argparse.SUPPRESS,
-                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-COUNT, SHARE, WEIGHT = number(1, kind=int), number(0, 1), number(0)
-
-
-def usable_device(name: str) -> str:
-    """An argparse type: a device torch can compute on here."""
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"cannot compute on {name!r}: {str(error).split('. ')[0][:100]}")
-    return name
+class UserError(Exception):
+    """What a user can put right. It ends train.py and eval.py with its one line and exit code 2."""
 
 
 @dataclass
 class Objects:
-    """A split of a data set. points (N, P, 3); labels (N,) or None; names of the N objects or None (numbers);
-    images: of each object a list of photographs' paths, or None where depth views are rendered."""
+    """A split of a data set.
+
+    points (N, P, 3); labels (N,) or None; the names of the N objects, or None (they are numbered); images: a
+    list of photographs' paths for each object, or None where depth views are rendered.
+    """
     points: Tensor
     labels: Tensor | None
     class_names: list[str]
@@ -102,16 +57,813 @@ class Objects:
 def to_unit_sphere(points: Tensor) -> Tensor:
     """Centre each cloud on its mean, scale its farthest point to norm 1. (N, P, 3) -> (N, P, 3).
 
-    Raises: ValueError where coordinates are not finite or all points of a cloud coincide, naming the object.
+    Raises: UserError where coordinates are not finite or all points of a cloud coincide, naming the object.
     """
     bad = ~points.sum(dim=(1, 2)).isfinite()  # a sum keeps NaN and infinity, and needs no second copy
     if bad.any():
-        raise ValueError(f"object {int(bad.nonzero()[0])} has NaN or infinite coordinates; repair it")
+        raise UserError(f"object {int(bad.nonzero()[0])} has NaN or infinite coordinates; repair it")
     points = points - points.mean(dim=1, keepdim=True)
     radius = points.norm(dim=-1).amax(dim=1)
     if (radius == 0).any():
-        raise ValueError(f"all points of object {int((radius == 0).nonzero()[0])} coincide; repair its file")
+        raise UserError(f"all points of object {int((radius == 0).nonzero()[0])} coincide; repair its file")
     return points.div_(radius[:, None, None])  # our own copy; a large set is in memory twice at most
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Depth views
+
+def project(points: Tensor, azimuths: Tensor, elevations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Orthographic camera coordinates: right, up, towards the camera, each (B, V, P), from points (B, P, 3).
+
+    azimuths, elevations (B, V): where the camera stands; azimuth 0 looks along +y, from -y.
+    """
+    x, y, z = (c.unsqueeze(1) for c in points.unbind(-1))  # (B, 1, P)
+    sin_a, cos_a = azimuths.sin().unsqueeze(-1), azimuths.cos().unsqueeze(-1)
+    sin_e, cos_e = elevations.sin().unsqueeze(-1), elevations.cos().unsqueeze(-1)
+    right = cos_a * x + sin_a * y
+    away = cos_a * y - sin_a * x
+    return right, cos_e * z + sin_e * away, sin_e * z - cos_e * away
+
+
+def max_pool(images: Tensor, size: int) -> Tensor:
+    """Maximum of each size x size window: (n, h, w) -> (n, h - size + 1, w - size + 1)."""
+    for _ in range(2):  # one axis after the other; a 1-D pool is ten times faster than a 2-D one on a CPU
+        images = F.max_pool1d(images, size, 1).transpose(1, 2)
+    return images
+
+
+def render_depth_views(points: Tensor, azimuths: Tensor, elevations: Tensor, size: int) -> Tensor:
+    """Depth maps in PointCLIP V2's recipe: quantise, densify, smooth, squeeze (arXiv 2211.11682).
+
+    The nearest point of each grid cell wins, holes of up to four cells are closed by a max- and a min-pool,
+    edges smoothed by a Gaussian; grey, near = bright (1), far = 0.2, background 0. The grid is as fine as the
+    cloud allows, about 1.6 sqrt(P) cells.
+
+    Args: points (B, P, 3) in the unit sphere, z up; azimuths, elevations (B, V) radians; size: pixels.
+    Returns: (B, V, 3, size, size) in [0, 1], without gradient.
+    """
+    batch, views, total = len(points), azimuths.shape[1], points.shape[1]
+    grid = min(size, int(1.6 * total ** 0.5))
+    with torch.no_grad():
+        u, v, depth = project(points, azimuths, elevations)
+        column = ((u * 0.48 + 0.5) * grid).long().clamp(0, grid - 1)  # 0.48: a thin margin
+        row = ((0.5 - v * 0.48) * grid).long().clamp(0, grid - 1)
+        bright = 0.6 + 0.4 * depth.clamp(-1, 1)
+        image = points.new_zeros(batch, views, grid * grid)
+        image = image.scatter_reduce(2, row * grid + column, bright, "amax")
+        image = max_pool(F.pad(image.view(-1, grid, grid), (2, 2, 2, 2)), 5)  # a closing, one cell wider
+        image = -max_pool(F.pad(-image, (1, 1, 1, 1)), 3)
+        for _ in range(2):  # a Gaussian, one axis after the other
+            wide = F.pad(image, (1, 1))
+            image = (0.25 * wide[..., :-2] + 0.5 * image + 0.25 * wide[..., 2:]).transpose(1, 2)
+        if grid != size:
+            image = F.interpolate(image.unsqueeze(1), (size, size), mode="bilinear", align_corners=False)
+    return image.clamp(0, 1).view(batch, views, 1, size, size).expand(-1, -1, 3, -1, -1)
+
+
+def fixed_views(points: Tensor, views: int, size: int) -> Tensor:
+    """Evaluation's views: azimuths evenly around, elevation 0.4. (B, P, 3) -> (B, V, 3, size, size)"""
+    azimuths = (torch.arange(views, device=points.device) + 0.5) * (2 * math.pi / views)
+    azimuths = azimuths.expand(len(points), -1)
+    return render_depth_views(points, azimuths, torch.full_like(azimuths, 0.4), size)
+
+
+def random_view(points: Tensor, size: int) -> Tensor:
+    """One view of each object from anywhere around it, slightly below to well above. -> (B, 3, size, size)"""
+    azimuth = torch.rand(len(points), 1, device=points.device) * (2 * math.pi)
+    elevation = torch.rand(len(points), 1, device=points.device) * 1.1 - 0.1
+    return render_depth_views(points, azimuth, elevation, size)[:, 0]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Weak and strong views, drawn anew per object on the objects' device. Inputs are left untouched.
+
+def random_crop(images: Tensor, smallest: float, aspect: float, flip: float) -> Tensor:
+    """Random resized crop: an area share U(smallest, 1), an aspect ratio 1/aspect to aspect, and a mirror
+    image with probability `flip`. (B, channels, H, W) -> the same"""
+    n, device = len(images), images.device
+    area = smallest + (1 - smallest) * torch.rand(n, device=device)
+    ratio = torch.exp((2 * torch.rand(n, device=device) - 1) * math.log(aspect))
+    w, h = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    x, y = ((1 - s) * (2 * torch.rand(n, device=device) - 1) for s in (w, h))
+    mirror = torch.where(torch.rand(n, device=device) < flip, -1.0, 1.0)
+    zero = torch.zeros_like(w)
+    matrix = torch.stack([w * mirror, zero, x, zero, h, y], dim=-1).view(n, 2, 3)
+    grid = F.affine_grid(matrix, images.shape, align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
+
+
+def weak_image(images: Tensor) -> Tensor:
+    """A slight random crop [joint-label] (Deviation D22). (B, channels, H, W) in [0, 1] -> the same"""
+    return random_crop(images, 0.85, aspect=1, flip=0)
+
+
+def strong_image(images: Tensor) -> Tensor:
+    """Random resized crop (0.6 to 1) and flip of a depth view from anywhere [self-training] (Deviation D22).
+
+    RandAugment's colour operations have no meaning in a depth map, and a smaller crop loses the object.
+    (B, channels, H, W) in [0, 1] -> the same
+    """
+    return random_crop(images, 0.6, aspect=4 / 3, flip=0.5)
+
+
+def rotate_about_xyz(points: Tensor, angles: Tensor) -> Tensor:
+    """Rotate clouds about x, then y, then z. points (B, P, 3), angles (B, 3)."""
+    for axis in range(3):
+        sin, cos = angles[:, axis, None].sin(), angles[:, axis, None].cos()
+        a, b = points[..., (axis + 1) % 3], points[..., (axis + 2) % 3]
+        turned = list(points.unbind(-1))
+        turned[(axis + 1) % 3], turned[(axis + 2) % 3] = cos * a - sin * b, sin * a + cos * b
+        points = torch.stack(turned, dim=-1)
+    return points
+
+
+def random_yaw(points: Tensor) -> Tensor:
+    """Rotate each cloud about the upright axis by any angle. (B, P, 3)"""
+    angles = torch.zeros(len(points), 3, device=points.device)
+    angles[:, 2] = 2 * math.pi * torch.rand(len(points), device=points.device)
+    return rotate_about_xyz(points, angles)
+
+
+def weak_points(points: Tensor) -> Tensor:
+    """Scale U(0.9, 1.1), small rotation about all axes (sigma 0.06, at most 0.18) [joint-label]. (B, P, 3)"""
+    n, device = len(points), points.device
+    angles = (0.06 * torch.randn(n, 3, device=device)).clamp(-0.18, 0.18)
+    return rotate_about_xyz(points, angles) * (0.9 + 0.2 * torch.rand(n, 1, 1, device=device))
+
+
+def strong_points(points: Tensor) -> Tensor:
+    """Scale U(0.5, 2), any yaw, shift U(-0.5, 0.5) x extent, jitter, dropout up to 0.875 [self-training].
+
+    Jitter: sigma 0.01, at most 0.05. A dropped point becomes the cloud's first, so that P stays. (B, P, 3)
+    """
+    n, total, _ = points.shape
+    device = points.device
+    points = random_yaw(points) * (0.5 + 1.5 * torch.rand(n, 1, 1, device=device))
+    low, high = points.aminmax(dim=1, keepdim=True)
+    points = points + (high - low) * (torch.rand(n, 1, 3, device=device) - 0.5)
+    points = points + (0.01 * torch.randn(points.shape, device=device)).clamp(-0.05, 0.05)
+    dropped = torch.rand(n, total, 1, device=device) < 0.875 * torch.rand(n, 1, 1, device=device)
+    return torch.where(dropped, points[:, :1], points)
+
+
+def draw_views(points: Tensor, size: int, photographs: tuple | None = None) -> dict[str, Tensor]:
+    """Weak and strong views of clouds (B, P, 3) for one training step.
+
+    Both images come from one random depth view of an object, or are `photographs`: the weak and the strong
+    image of one photograph of each object (see training_photographs).
+    """
+    if photographs is None:
+        images = random_view(points, size)
+        grey = images[:, :1]  # its three channels are one
+        photographs = weak_image(grey).expand_as(images), strong_image(grey).expand_as(images)
+    weak, strong = (images.to(points.device, non_blocking=True) for images in photographs)
+    return {"weak_image": weak, "strong_image": strong,
+            "weak_points": weak_points(points), "strong_points": strong_points(points)}
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Photographs
+
+class Photographs(Dataset):
+    """Photographs or renderings of objects, decoded and cropped by the workers of a DataLoader.
+
+    Item i, with a `seed`: the weak (random crop [joint-label]) and the strong image (crop of 0.3 to 1, flip,
+    RandAugment of magnitude 9 [self-training]; Deviation D22) of one photograph of object i, each (3, size,
+    size). Without: its centre crops (V, 3, size, size), all or at most `views` of them, evenly spaced. An
+    object without a photograph gets a depth view. Raises: UserError naming a file that is no picture.
+    """
+    def __init__(self, objects: Objects, size: int, seed: int | None = None, views: int | None = None):
+        from torchvision.transforms import v2  # here: 160 MB and a second that depth views do not need
+        bicubic = v2.InterpolationMode.BICUBIC
+        self.to_tensor = v2.PILToTensor()
+        self.objects, self.size, self.seed, self.views = objects, size, seed, views
+        self.resize, self.to_float = v2.Resize(size, bicubic), v2.ToDtype(torch.float32, scale=True)
+        self.weak, self.still = v2.RandomCrop(size), v2.CenterCrop(size)
+        self.strong = v2.Compose([v2.RandomResizedCrop(size, (0.3, 1.0), interpolation=bicubic),
+                                  v2.RandomHorizontalFlip(), v2.RandAugment(2, 9)])
+
+    def __len__(self):
+        return len(self.objects)
+
+    def decode(self, path: Path) -> Tensor:
+        try:
+            return self.to_tensor(Image.open(path).convert("RGB"))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: PNG
+            raise UserError(f"cannot read {path}: {error}; replace or remove it") from error
+
+    def __getitem__(self, i):
+        paths, points = self.objects.images[i], self.objects.points[i:i + 1]
+        with torch.random.fork_rng(devices=[]):
+            if self.seed is not None:  # the same views whoever draws them, and after a resume
+                torch.manual_seed(self.seed * 1_000_003 + i)
+                image = (self.decode(paths[torch.randint(len(paths), ())]) if paths
+                         else (255 * random_view(points, self.size)[0]).byte())
+                return self.to_float(self.weak(self.resize(image))), self.to_float(self.strong(image))
+        if not paths:
+            return fixed_views(points, self.views or 6, self.size)[0]
+        return torch.stack([self.to_float(self.still(self.resize(self.decode(path))))
+                            for path in evenly_spaced(paths, self.views or len(paths))])
+
+
+def evenly_spaced(items: list, count: int) -> list:
+    """`count` evenly spaced items, first and last among them; all if there are no more."""
+    chosen = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
+    return [items[k] for k in chosen]
+
+
+def load_in_workers(photographs: Photographs, **batches):
+    """Items of Photographs in order, decoded by worker processes."""
+    # Without a generator of its own a DataLoader draws from the global one, and a resumed run would differ.
+    loader = DataLoader(photographs, num_workers=min(8, os.cpu_count()), generator=torch.Generator(),
+                        **batches)
+    try:
+        yield from loader
+    except UserError as error:  # a worker's error comes with its whole traceback as the text
+        raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from None
+
+
+def training_photographs(objects: Objects, batches: tuple, size: int, seed: int):
+    """For each batch of indices its weak and strong images, or None where views are rendered."""
+    if objects.images is None:
+        return repeat(None)
+    return load_in_workers(Photographs(objects, size, seed), batch_sampler=[b.tolist() for b in batches])
+
+
+def fixed_images(objects: Objects, views: int | None, size: int, batch_size: int, device):
+    """Evaluation's images of all objects in order, in parts (b, V, 3, size, size) [D15].
+
+    Of photographs all, or at most `views` of each object; else `views` (6) depth views.
+    """
+    if objects.images is None:
+        for points in objects.points.split(batch_size):
+            yield fixed_views(points.to(device), views or 6, size)
+    else:
+        for images in load_in_workers(Photographs(objects, size, views=views), batch_size=None):
+            yield images[None].to(device)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Data sets. A loader takes (root, split, points, most, download) and gives clouds as they are in the files,
+# of at least `points` and at most `most` points. download: True fetches all that may be fetched, None only
+# what is missing, small and free of forms, False nothing.
+
+MODELNET10 = tuple("bathtub,bed,chair,desk,dresser,monitor,night stand,sofa,table,toilet".split(","))
+
+
+def load_shapes(split: str, points: int, domain: str) -> Objects:
+    """2,000 train or 500 test objects of the procedural set."""
+    count, seed = {"train": (2000, 1), "test": (500, 2)}[split]
+    objects = sample_shapes(count, seed, domain, points)
+    objects.split = split
+    return objects
+
+
+def load_modelnet(root: Path, split: str, points: int, most: int, download: bool | None = None,
+                  classes: tuple | None = None, views: bool = True) -> Objects:
+    """ModelNet40, or ten of its classes, in the official h5 layout; renderings from its `views` folder."""
+    folder = root / "modelnet40_ply_hdf5_2048"
+    if download is not False:
+        fetch_and_unpack("modelnet40", root, folder)
+    class_names = [line.replace("_", " ") for line in read_lines(folder / "shape_names.txt")]
+    # The lists hold paths of the machine they were made on.
+    files = [folder / Path(line).name for line in read_lines(folder / f"{split}_files.txt")]
+    clouds, labels, names = zip(*(read_h5(file, points, most, len(class_names)) for file in files))
+    clouds, labels = torch.from_numpy(np.concatenate(clouds)), torch.from_numpy(np.concatenate(labels))
+    names = None if None in names else sum(names, [])
+    if classes is not None:
+        index = torch.tensor([list(classes).index(name) if name in classes else -1 for name in class_names])
+        chosen, class_names = index[labels] >= 0, list(classes)
+        clouds, labels = clouds[chosen], index[labels][chosen]
+        names = names and [name for name, keep in zip(names, chosen) if keep]
+    if views and names is None and (folder / "views").is_dir():
+        raise UserError(f"{folder} has views, but no names of objects to find them by; expected `name` in "
+                        "the h5 files, or ply_data_SPLIT_N_id2file.json")
+    images = find_photographs(folder / "views", names) if views and names else None
+    return Objects(clouds.float(), labels, class_names, split=split, names=names, images=images)
+
+
+SCANOBJECTNN = "bag bin box cabinet chair desk display door shelf table bed pillow sink sofa toilet".split()
+
+
+def load_scanobjectnn(root: Path, split: str, points: int, most: int, download: bool | None = None,
+                      file: str = "main_split/{}_objectdataset.h5") -> Objects:
+    """ScanObjectNN, one of its variants: real indoor scans in its authors' h5 files."""
+    folder = root / "scanobjectnn" / "h5_files"
+    if download is not False:
+        fetch_and_unpack("scanobjectnn", root, folder)
+    path = folder / file.format({"train": "training", "test": "test"}[split])
+    clouds, labels, _ = read_h5(path, points, most, len(SCANOBJECTNN))
+    return Objects(torch.from_numpy(clouds).float(), torch.from_numpy(labels), SCANOBJECTNN, split=split)
+
+
+def read_h5(path: Path, points: int, most: int,
+            classes: int) -> tuple[np.ndarray, np.ndarray, list | None]:
+    """The first `most` points of clouds (N, P, 3), labels (N,) and, if there are any, names of an h5 file.
+
+    PointNet's own files are y up, told by their normals, and turned.
+    Raises: UserError naming the file that is unreadable or not as documented; FileNotFoundError.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}; README, Data, says what goes there")
+    try:
+        with h5py.File(path) as file:
+            clouds, labels = file["data"][:, :most], file["label"][:].reshape(-1).astype(np.int64)
+            listed = path.with_name(f"{path.stem[:-1]}_{path.stem[-1]}_id2file.json")  # PointNet's names
+            names = [name.decode() for name in file["name"]] if "name" in file else None
+            if names is None and listed.is_file():
+                names = [Path(name).stem for name in json.loads(listed.read_text())]
+            clouds = clouds[..., UP["y"][0]] if "normal" in file else clouds
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:  # h5py has one for each fault
+        raise UserError(f"cannot read {path}: {error}; expected data (N, P, 3) and label; "
+                        "fetch it again") from error
+    if clouds.ndim != 3 or clouds.shape[2] != 3 or not len(labels) == len(clouds) == len(names or clouds):
+        raise UserError(f"{path} has data {clouds.shape}, {len(labels)} labels, {len(names or labels)} names"
+                        "; expected (N, P, 3), N and N")
+    if clouds.shape[1] < points:
+        raise UserError(f"{path} has {clouds.shape[1]} points, --points is {points}; lower it")
+    if not 0 <= labels.min(initial=0) <= labels.max(initial=0) < classes:
+        raise UserError(f"label {labels.max()} in {path}, but there are {classes} classes; fetch it again")
+    return clouds, labels, names
+
+
+REDWOOD = "chair,table,trash container,bench,plant,sign,bicycle,motorcycle,sofa".split(",")
+
+
+def load_redwood(root: Path, split: str, points: int, most: int, download: bool | None = None) -> Objects:
+    """Redwood's scans of nine classes: redwood/{meshes/ID.ply | points/ID.npy}, redwood/images/ID/*.jpg.
+
+    redwood/categories.json maps a class to its ids; those without a mesh or cloud are left out. The split is
+    a hash of the id; the paper's list is not published.
+    """
+    folder = root / "redwood"
+    if download:
+        fetch_redwood(folder)
+    if not (folder / "categories.json").is_file():
+        raise FileNotFoundError(f"no {folder / 'categories.json'}; --download fetches it with the meshes and "
+                                "24 frames of each object (of some 100 GB); README, Data, has the layout")
+    try:
+        ids = json.loads((folder / "categories.json").read_text())
+        ids = [(name, k) for k, key in enumerate(REDWOOD) for name in ids[key] if in_split(name, split)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read {folder / 'categories.json'}: {error!r}; "
+                        "expected class -> ids") from error
+    files = {name: file for name, _ in ids for file in (folder / f"points/{name}.npy",
+                                                        folder / f"meshes/{name}.ply") if file.is_file()}
+    labels = [k for name, k in ids if name in files]
+    if not files:
+        raise FileNotFoundError(f"no mesh in {folder / 'meshes'} of any id; --download fetches them")
+    clouds, names = read_objects(list(files.values()), points, most, root), list(files)
+    images = find_photographs(folder / "images", names)
+    return Objects(clouds, torch.tensor(labels), REDWOOD, split=split, names=names, images=images)
+
+
+def fetch_redwood(folder: Path):
+    """Meshes of the nine classes, and 24 evenly spaced frames of each scan; its archive is removed."""
+    print("fetching Redwood's object scans (public domain; cite arXiv 1602.02481): some 400 archives, 100 GB")
+    lists = [fetch(folder / name, [REDWOOD_LISTS + name]) for name in ("categories.json", "meshes.json")]
+    ids, meshes = (json.loads(path.read_text()) for path in lists)
+
+    def some_frames(members):
+        return evenly_spaced(sorted(member for member in members if member.endswith(".jpg")), 24)
+    for name in sorted(set(meshes) & {name for key in REDWOOD for name in ids[key]}):
+        fetch(folder / f"meshes/{name}.ply", [f"{REDWOOD_FILES}mesh/{name}.ply"])
+        if not (folder / "images" / name).exists():
+            archive = fetch(folder / f"{name}.zip", [f"{REDWOOD_FILES}rgbd/{name}.zip"])
+            unpack([archive], folder / "images" / name, some_frames)
+            archive.unlink(missing_ok=True)
+
+
+# In label order, as folders are named; names for people where they differ.
+CO3D = ("bench skateboard backpack laptop cup umbrella teddybear bowl cake toyplane remote orange toaster "
+        "couch apple bottle donut hairdryer hydrant toytrain pizza motorcycle suitcase banana toilet "
+        "sandwich keyboard mouse toytruck handbag broccoli wineglass microwave baseballglove book carrot "
+        "ball bicycle chair stopsign vase plant").split()
+CO3D_NAMES = {"teddybear": "teddy bear", "toyplane": "toy plane", "hairdryer": "hair dryer",
+              "toytrain": "toy train", "toytruck": "toy truck", "wineglass": "wine glass",
+              "baseballglove": "baseball glove", "stopsign": "stop sign", "remote": "remote control"}
+
+
+def load_co3d(root: Path, split: str, points: int, most: int, download: bool | None = None) -> Objects:
+    """CO3D v2: co3d/CATEGORY/SEQUENCE/{pointcloud.ply, images/*.jpg} of 42 categories.
+
+    The split is a hash of the sequence's name; the paper's list is not published.
+    """
+    folder = root / "co3d"
+    for category in CO3D if download else ():
+        fetch_co3d(folder, category)
+    files = [(file, k) for k, category in enumerate(CO3D)
+             for file in sorted((folder / category).glob("*/pointcloud.ply"))
+             if in_split(file.parent.name, split)]
+    if not files:
+        raise FileNotFoundError(f"no {folder}/CATEGORY/SEQUENCE/pointcloud.ply; --download fetches single "
+                                "sequences (8.9 GB, CC BY-NC 4.0); all: github.com/facebookresearch/co3d")
+    files, labels = zip(*files)
+    images = [sorted((file.parent / "images").glob("*.jpg")) for file in files]
+    return Objects(read_objects(files, points, most, root), torch.tensor(labels),
+                   [CO3D_NAMES.get(name, name) for name in CO3D], split=split,
+                   names=[file.parent.name for file in files], images=images if any(images) else None)
+
+
+def fetch_co3d(folder: Path, category: str):
+    """The single-sequence archives of a category, checked against CO3D's own list."""
+    if (folder / category).exists():
+        return
+    print(f"fetching CO3D's single sequences of {category} (CC BY-NC 4.0; 8.9 GB for all categories)")
+    listed = json.loads(fetch(folder / "co3d_sha256.json", [CO3D_SHA256]).read_text())["singlesequence"]
+    names = [f"{category}_{part}_singlesequence.zip" for part in ("000", "001")]
+    archives = [fetch(folder / name, [CO3D_FILES + name], listed[name.replace("_singlesequence", "")])
+                for name in names]
+    unpack(archives, folder / category, lambda members: [m for m in members if m.startswith(f"{category}/")])
+    for archive in archives:
+        archive.unlink(missing_ok=True)
+
+
+# WordNet numbers and names of ShapeNetCore's 55 classes, in label order.
+SHAPENET55 = dict(entry.split(" ", 1) for entry in (
+    "02691156 airplane,02747177 trash bin,02773838 bag,02801938 basket,02808440 bathtub,02818832 bed,"
+    "02828884 bench,02843684 birdhouse,02871439 bookshelf,02876657 bottle,02880940 bowl,02924116 bus,"
+    "02933112 cabinet,02942699 camera,02946921 can,02954340 cap,02958343 car,02992529 cell phone,"
+    "03001627 chair,03046257 clock,03085013 keyboard,03207941 dishwasher,03211117 display,03261776 earphone,"
+    "03325088 faucet,03337140 file cabinet,03467517 guitar,03513137 helmet,03593526 jar,03624134 knife,"
+    "03636649 lamp,03642806 laptop,03691459 loudspeaker,03710193 mailbox,03759954 microphone,"
+    "03761084 microwave,03790512 motorbike,03797390 mug,03928116 piano,03938244 pillow,03948459 pistol,"
+    "03991062 flowerpot,04004475 printer,04074963 remote control,04090263 rifle,04099429 rocket,"
+    "04225987 skateboard,04256520 sofa,04330267 stove,04379243 table,04401088 telephone,04460130 tower,"
+    "04468005 train,04530566 watercraft,04554684 washer").split(","))
+
+
+def load_shapenet55(root: Path, split: str, points: int, most: int, download: bool | None = None) -> Objects:
+    """Point-BERT's ShapeNet-55, for pre-training: ShapeNet-55/{train,test}.txt, shapenet_pc/*.npy."""
+    try:
+        names = read_lines(root / "ShapeNet-55" / f"{split}.txt")
+    except FileNotFoundError as error:
+        raise UserError(f"{error}; it needs ShapeNet's form: https://huggingface.co/datasets/ShapeNet/"
+                        "ShapeNetCore, files in Point-BERT's layout") from error
+    labels = [list(SHAPENET55).index(name.split("-")[0]) if name.split("-")[0] in SHAPENET55 else -1
+              for name in names]
+    if -1 in labels:
+        raise UserError(f"{names[labels.index(-1)]} in ShapeNet-55/{split}.txt is of none of the 55 classes")
+    clouds = read_objects([root / "shapenet_pc" / name for name in names], points, most, root)
+    return Objects(clouds, torch.tensor(labels), list(SHAPENET55.values()), split=split, names=names)
+
+
+def load_folder(folder: Path, split: str, points: int, most: int, root: Path) -> Objects:
+    """A folder of the user's own: classes.txt, {train,test}/[CLASS/]OBJECT.EXT, views/OBJECT/*.jpg if any.
+
+    Without class folders there are no labels; without `test` the training objects stand for it.
+    Raises: UserError or OSError naming what is not as it should be.
+    """
+    names = read_lines(folder / "classes.txt")
+    if len(set(names)) < len(names) or len(names) < 2:
+        raise UserError(f"{folder / 'classes.txt'} has {names}; expected two or more different names")
+    if split == "test" and not (folder / "test").is_dir():
+        split = "train"
+    files = sorted(file for file in (folder / split).glob("**/*") if file.suffix.lower() in CLOUDS + MESHES)
+    if not files:
+        raise FileNotFoundError(f"no objects in {folder / split}; expected files {' '.join(CLOUDS + MESHES)}")
+    owners = [file.parent.name if file.parent != folder / split else None for file in files]
+    strange = set(owners) - set(names) - {None}
+    if strange or (None in owners and set(owners) != {None}):
+        raise UserError(f"{folder / split} has objects in {sorted(strange) or 'folders and outside'}; "
+                        f"expected folders named as in {folder / 'classes.txt'}, or none at all")
+    labels = None if None in owners else torch.tensor([names.index(owner) for owner in owners])
+    objects = [file.stem for file in files]
+    if len(set(objects)) < len(objects):
+        raise UserError(f"two objects of {folder / split} are called "
+                        f"{next(name for name in objects if objects.count(name) > 1)}; rename one")
+    clouds, images = read_objects(files, points, most, root), find_photographs(folder / "views", objects)
+    return Objects(clouds, labels, [name.replace("_", " ") for name in names], split=split, names=objects,
+                   images=images)
+
+
+def in_split(name: str, split: str) -> bool:
+    """A fixed split, 80 % train and 20 % test, by a hash of the name, where no list is published."""
+    return (hashlib.sha256(name.encode()).digest()[0] < 51) == (split == "test")
+
+
+# One row per data set: loader; the axis that points up in its files; templates around the names; and what
+# the original code trains it with: points per cloud, thresholds of joint-label and of images and points
+# apart, point weight, and, where they are not those of all sets, epochs and batch size.
+# up: of ModelNet its meshes'; of ScanObjectNN its repository's issue 33; Redwood and CO3D lie as a camera saw
+# them, y down, roughly.
+CAD = dict(up="z", templates="depth", points=2048, threshold=0.84, separate=(0.84, 0.84), point_weight=0.9)
+SCANS = dict(up="y", templates="depth", points=2048, threshold=0.82, separate=(0.6, 0.6), point_weight=1.0)
+DATASETS = {
+    "shapes": dict(CAD, point_weight=1.0),
+    "modelnet10": dict(CAD, load=partial(load_modelnet, classes=MODELNET10)),
+    "modelnet40": dict(CAD, load=load_modelnet, separate=(0.8, 0.82)),
+    "modelnet40-depth": dict(CAD, load=partial(load_modelnet, views=False)),
+    "scanobjectnn-obj-only": dict(SCANS, separate=(0.8, 0.82), load=partial(
+        load_scanobjectnn, file="main_split_nobg/{}_objectdataset.h5")),
+    "scanobjectnn-with-bg": dict(SCANS, load=load_scanobjectnn),
+    "scanobjectnn-hardest": dict(SCANS, load=partial(
+        load_scanobjectnn, file="main_split/{}_objectdataset_augmentedrot_scale75.h5")),
+    "redwood": dict(SCANS, load=load_redwood, up="-y", templates="photo", points=8192,
+                    separate=(0.82, 0.82), batch_size=64),
+    "co3d": dict(SCANS, load=load_co3d, up="-y", templates="photo", points=8192, threshold=0.84,
+                 separate=(0.8, 0.82), point_weight=0.9, epochs=150),
+    "shapenet55": dict(CAD, load=load_shapenet55, up="y", templates="3d", points=8192),
+}
+# A folder of one's own: nobody knows its shares and sizes; the values are ScanObjectNN's, being scans.
+FOLDER = dict(SCANS, up="z", separate=(0.82, 0.82))
+
+
+def dataset_row(name: str) -> dict:
+    """The row of DATASETS for a data set, or FOLDER for a folder; one with `views` has photographs."""
+    if name in DATASETS:
+        return DATASETS[name]
+    return dict(FOLDER, templates="photo") if (Path(name) / "views").is_dir() else FOLDER
+
+
+def load_dataset(name: str, root: str | Path, split: str, points: int = 1024, domain: str | None = None,
+                 download: bool | None = None, up: str | None = None) -> Objects:
+    """Objects of a data set or of a folder of one's own, z up, in the unit sphere.
+
+    Args: split "train" or "test"; domain "target" shows objects as a scanner would (see scan), None as the
+    data set has them; download: see the loaders; up overrides the axis that points upwards in the files.
+    Raises: UserError for what is neither in DATASETS nor a folder, and for what the loaders find wrong.
+    """
+    if name not in DATASETS and not Path(name).is_dir():
+        raise UserError(f"unknown data set {name!r}; one of {', '.join(DATASETS)}, or a folder of your own")
+    if name == "shapes":
+        objects = load_shapes(split, points, domain or "target")
+    else:
+        most = 3 * points if domain == "target" else points  # a scan loses a quarter of its cloud
+        if name in DATASETS:
+            objects = DATASETS[name]["load"](Path(root), split, points, most, download)
+        else:
+            objects = load_folder(Path(name), split, points, most, Path(root))
+        objects.points = to_unit_sphere(to_z_up(objects.points, up or dataset_row(name)["up"]))
+        if domain == "target":
+            objects.points = scan(objects.points, points, seed=("train", "test").index(objects.split))
+    unusual = domain == ("source" if name == "shapes" else "target")
+    objects.name = Path(name).name + f"-{domain}" * unusual
+    return objects
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Files of single objects
+
+UP = {"z": ([0, 1, 2], [1, 1, 1]), "y": ([2, 0, 1], [1, 1, 1]), "-y": ([0, 2, 1], [1, 1, -1])}
+MESHES = (".off", ".obj", ".ply", ".stl", ".glb")
+CLOUDS = (".npy", ".txt", ".xyz", ".csv")
+
+
+def to_z_up(points: Tensor, up: str) -> Tensor:
+    """Rotate clouds (N, P, 3) whose axis `up` points upwards so that z does; no mirror image."""
+    axes, signs = UP[up]
+    return points if up == "z" else points[..., axes] * points.new_tensor(signs)
+
+
+def read_object(path: Path, points: int, most: int | None = None) -> np.ndarray:
+    """Points of a cloud, or of a mesh's surface by area, the same every time. -> (P, 3) float32
+
+    A mesh gives `most` points (default: `points`), a cloud as many if it has more, by a random choice seeded
+    by the file's name.
+    Raises: UserError naming the file and what is wrong with it.
+    """
+    random, most = np.random.default_rng(zlib.crc32(path.stem.encode())), most or points
+    try:
+        if path.suffix.lower() in MESHES:
+            cloud = read_mesh(path, most, random)
+        elif path.suffix.lower() == ".npy":
+            cloud = np.load(path, allow_pickle=False)
+        else:
+            cloud = read_text(path)
+        cloud = np.asarray(cloud, np.float32)[:, :3]
+        if cloud.shape[1] != 3:
+            raise ValueError(f"{cloud.shape[1]} columns, expected x y z")
+    except Exception as error:  # parsers of many formats, each with errors of its own
+        raise UserError(f"cannot read {path}: {type(error).__name__}: {error}; "
+                        "repair or remove it") from error
+    if len(cloud) < points:
+        raise UserError(f"{path} has {len(cloud)} points, --points is {points}; lower it")
+    if not np.isfinite(cloud).all():
+        raise UserError(f"{path} has NaN or infinite coordinates; repair or remove it")
+    if not np.ptp(cloud, axis=0).any():
+        raise UserError(f"all points of {path} coincide; repair or remove it")
+    return cloud if len(cloud) <= most else cloud[random.choice(len(cloud), most, replace=False)]
+
+
+def read_mesh(path: Path, count: int, random) -> np.ndarray:
+    """Points on the surface of a mesh, by area; of a file without faces its points."""
+    import trimesh  # here: only meshes need it
+    mesh = trimesh.load(path, process=False, **({"skip_materials": True} if path.suffix == ".obj" else {}))
+    if isinstance(mesh, trimesh.Scene):
+        mesh = mesh.to_mesh()
+    points = mesh.vertices
+    if len(getattr(mesh, "faces", ())):
+        points = trimesh.sample.sample_surface(mesh, count, seed=random)[0]
+    return points[:, UP["y"][0]] if path.suffix == ".glb" else points  # glTF is y up by its standard
+
+
+def read_text(path: Path) -> np.ndarray:
+    """Numbers in columns separated by spaces or commas, after any header."""
+    lines = path.read_text().replace(",", " ").splitlines()
+    number = re.compile(r"\s*[-+.\d]\S*\s+[-+.\d]\S*\s+[-+.\d]")
+    first = next((k for k, line in enumerate(lines) if number.match(line)), None)
+    if first is None:
+        raise ValueError("no line with three numbers")
+    return np.loadtxt(lines[first:], usecols=(0, 1, 2), ndmin=2)
+
+
+def read_objects(files: list[Path], points: int, most: int, root: Path) -> Tensor:
+    """Clouds of one size, at least `points` and at most `most`: of each file, read once. -> (N, P, 3)
+
+    They are kept in ROOT/sampled, under a hash of the files' names, sizes and times.
+    """
+    known = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    digest = hashlib.sha256(json.dumps([points, most, known]).encode()).hexdigest()[:16]
+    kept = root / "sampled" / f"{digest}.npy"
+    if not kept.exists():
+        bar = tqdm(files, "reading", unit="object", disable=None)  # None: only where a person looks on
+        clouds = [read_object(path, points, most) for path in bar]
+        count, random = min(map(len, clouds)), np.random.default_rng(0)
+        clouds = [cloud if len(cloud) == count else cloud[random.choice(len(cloud), count, replace=False)]
+                  for cloud in clouds]
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as file:
+            np.save(file, np.stack(clouds))
+        os.replace(file.name, kept)
+    return torch.from_numpy(np.load(kept, allow_pickle=False))
+
+
+def find_photographs(folder: Path, names: list[str]) -> list | None:
+    """Photographs or renderings under a folder: a sorted list for each object; None without the folder.
+
+    Those in FOLDER/OBJECT, or anywhere below FOLDER files named OBJECT.*.png as renderings of ModelNet are.
+    """
+    if not folder.is_dir():
+        return None
+    found = {name: [] for name in names}
+    for path in sorted(folder.rglob("*")):
+        top = path.relative_to(folder).parts[0]
+        owner = top if top in found else path.name.split(".")[0]
+        if path.suffix.lower() in (".png", ".jpg", ".jpeg") and owner in found:
+            found[owner].append(path)
+    missing = [name for name in names if not found[name]]
+    if len(missing) == len(names):
+        raise UserError(f"{folder} has no picture of any object; expected {folder / names[0]}/*.jpg")
+    if missing:
+        print(f"warning: {folder} has no picture of {len(missing)} of {len(names)} objects, for example "
+              f"{missing[0]}; they get a rendered depth view", file=sys.stderr)
+    return [found[name] for name in names]
+
+
+def read_lines(path: Path) -> list[str]:
+    """Lines of a text file that has to be there and say something, without empty ones."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}; README, Data, says what goes there")
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except ValueError as error:
+        raise UserError(f"cannot read {path}: {error}; expected lines of text") from error
+    if not lines:
+        raise UserError(f"{path} is empty; README, Data, says what is in it")
+    return lines
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Fetching: the hub's copy first, then plain addresses
+
+REDWOOD_LISTS = "https://raw.githubusercontent.com/isl-org/redwood-3dscan/master/"
+REDWOOD_FILES = "https://redwood-3dscan.b-cdn.net/"
+CO3D_SHA256 = "https://raw.githubusercontent.com/facebookresearch/co3d/main/co3d/co3d_sha256.json"
+CO3D_FILES = "https://dl.fbaipublicfiles.com/co3dv2_231130/"
+ULIP2 = "ULIP-2-PointBERT-8k-xyz-pc-slip_vit_b-objaverse-pretrained.pt"
+# file: its place below the data root (starts: the cache). hub: data set, file in it, revision. sha256 and
+# members (sha256 of files inside): where they are published.
+DOWNLOADS = {
+    "ulip2": dict(file=ULIP2, terms="BSD-3-Clause, 8k-point Objaverse model of ULIP-2",
+                  hub=("SFXX/ulip", f"ULIP-2/pretrained_models/{ULIP2}", None)),
+    "ulip1": dict(file="checkpoint_pointbert.pt", terms="BSD-3-Clause, ULIP-1 on ShapeNet-55",
+                  hub=("SFXX/ulip", "ULIP-1/pretrained_models/ckpt_zero-sho_classification/"
+                       "checkpoint_pointbert.pt", None)),
+    "modelnet40": dict(file="modelnet40_ply_hdf5_2048.zip", terms="435 MB, for academic research only",
+                       hub=("Msun/modelnet40", "modelnet40_ply_hdf5_2048.zip",
+                            "d5dc795541800feeb7a4b3bd3142729a0d2adf7a"),
+                       urls=["https://shapenet.cs.stanford.edu/media/modelnet40_ply_hdf5_2048.zip"],
+                       sha256="07670e237db72ece0f723b9abb571534c9ad655a6456b389646587dc72bb8bae"),
+    "scanobjectnn": dict(
+        file="scanobjectnn/h5_files.zip",
+        terms="for research, terms at https://hkust-vgd.github.io/scanobjectnn/",
+        urls=["http://hkust-vgd.ust.hk/scanobjectnn/h5_files.zip",
+              "https://github.com/ma-xu/pointMLP-pytorch/releases/download/dataset/h5_files.zip"],
+        members={
+            "h5_files/main_split/training_objectdataset.h5":
+                "d334dd3e44556606b0c38560a6a2ed6b191c2e2fe6588f22e3f154d5cbdf3cb1",
+            "h5_files/main_split/test_objectdataset.h5":
+                "4465e207202fe9375e3c58d2e13bf44bddc1baa1fcb6b123b82f99e55353e22e",
+            "h5_files/main_split/test_objectdataset_augmentedrot_scale75.h5":
+                "f23822ee2f1e1d18331e91334d74adb10c8718d72d503bfa76ebe0a9348a7ea1",
+            "h5_files/main_split_nobg/test_objectdataset.h5":
+                "b7176ebd4b8f2218c8cca84b59617d96f5145d864924cc930b36eaf55931c9e1"}),
+}
+
+
+def fetch_published(name: str, root: Path, allowed: bool = True) -> Path:
+    """The file DOWNLOADS[name] under `root`, fetched if it is not there. Raises: UserError, see fetch."""
+    row = DOWNLOADS[name]
+    path = root / row["file"]
+    if not path.exists():
+        if not allowed:
+            raise UserError(f"{path} is missing; put it there, or leave out --no-download")
+        print(f"fetching {path.name} ({row['terms']}) into {path.parent}", flush=True)
+    return fetch(path, row.get("urls", ()), row.get("sha256"), row.get("hub"))
+
+
+def fetch(path: Path, urls=(), sha256: str | None = None, hub: tuple | None = None) -> Path:
+    """A file, fetched if it is not there: from a data set of the Hugging Face hub, then from plain addresses.
+
+    It gets its name once it is whole and, where its sha256 is known, right.
+    Raises: UserError that names the file, where to put it, and what went wrong at each address.
+    """
+    reasons = []
+    with one_process_at_a_time(path):
+        for source in (hub, *urls):
+            if path.exists() or source is None:
+                continue
+            try:
+                if source is hub:
+                    fetch_from_hub(path, *hub, sha256)
+                else:
+                    torch.hub.download_url_to_file(source, str(path), hash_prefix=sha256)
+            except Exception as error:  # the hub, the network and the file system have many types of errors
+                reasons.append(f"{source}: {str(error).strip().splitlines()[0] if str(error) else error!r}")
+    if not path.exists():
+        raise UserError(f"cannot fetch {path.name} ({'; '.join(reasons)}); fetch it by hand and put it at "
+                        f"{path}")
+    return path
+
+
+def fetch_from_hub(path: Path, data_set: str, file: str, revision: str | None, sha256: str | None):
+    """One file of a data set on the Hugging Face hub. Raises: ValueError for another sha256 than expected."""
+    folder = path.with_name(f".{path.name}.part")  # the hub goes on with what a broken connection left here
+    found = hf_hub_download(data_set, file, repo_type="dataset", revision=revision, local_dir=folder)
+    if sha256 and sha256_of(found) != sha256:
+        shutil.rmtree(folder)
+        raise ValueError("wrong sha256")
+    os.replace(found, path)
+    shutil.rmtree(folder)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextmanager
+def one_process_at_a_time(path: Path):
+    """A lock for making `path`: another process waits, and then finds it made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for another process that makes {path}", file=sys.stderr)
+        held = lock.acquire()
+    with held:
+        yield
+
+
+def fetch_and_unpack(name: str, root: Path, folder: Path):
+    """Where `folder` is missing, the archive DOWNLOADS[name], unpacked there."""
+    if folder.exists():
+        return
+    unpack([fetch_published(name, root)], folder, members=DOWNLOADS[name].get("members"))
+
+
+def unpack(archives: list[Path], folder: Path, choose=None, members: dict | None = None):
+    """Unpack zips, or the names `choose` takes from theirs. `folder` appears whole, or not at all.
+
+    An archive may hold the folder itself or what goes into it. members: sha256 of files in it.
+    Raises: UserError naming the archive that is broken or not its authors'.
+    """
+    part = folder.with_name(f".{folder.name}.part")
+    with one_process_at_a_time(folder):
+        if folder.exists():
+            return
+        shutil.rmtree(part, ignore_errors=True)  # a killed process left it
+        try:
+            for archive in archives:
+                with zipfile.ZipFile(archive) as file:
+                    for name, expected in (members or {}).items():
+                        if hashlib.sha256(file.read(name)).hexdigest() != expected:
+                            raise ValueError(f"{name} is not its authors' (sha256)")
+                    names = file.namelist()
+                    file.extractall(part, choose(names) if choose else names)  # `..` in names is left out
+            inner = part / folder.name
+            os.replace(inner if inner.is_dir() else part, folder)
+        except Exception as error:  # zip files break in many ways, each with a type of its own
+            raise UserError(f"cannot unpack {archive}: {error!r}; if it is broken, remove it, and the same "
+                            "command fetches it again") from error
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -480,7 +1232,7 @@ def toilet(rng):
 PROGRAMS = (bathtub, bed, chair, desk, dresser, monitor, night_stand, sofa, table, toilet)
 
 
-def turn(x, y, z) -> np.ndarray:
+def rotation_matrices(x, y, z) -> np.ndarray:
     """Rotations about x, then y, then z. Angles (...,) -> matrices (..., 3, 3)."""
     x, y, z = np.broadcast_arrays(x, y, z)
     zero, one = np.zeros_like(x, float), np.ones_like(x, float)
@@ -495,7 +1247,8 @@ def sample_parts(parts: list, count: int, rng) -> np.ndarray:
     """Points spread over the surfaces of all parts by (nearly) equal area. -> (count, 3)"""
     kinds = np.array([p[0] for p in parts])
     centre, half = np.array([p[1] for p in parts], float), np.array([p[2] for p in parts], float) / 2
-    rotation, taper = turn(*np.array([p[3] for p in parts], float).T), np.array([p[4] for p in parts], float)
+    rotation = rotation_matrices(*np.array([p[3] for p in parts], float).T)
+    taper = np.array([p[4] for p in parts], float)
     a, b, c = half.T
     side = 2 * np.pi * np.sqrt((a * a + b * b) / 2) * (1 + taper) * c
     ball = 4 * np.pi * (((a * b) ** 1.6 + (a * c) ** 1.6 + (b * c) ** 1.6) / 3) ** (1 / 1.6)
@@ -577,853 +1330,8 @@ def sample_shapes(count: int, seed: int, domain: str = "source", points: int = 1
     for i in range(count):
         rng = np.random.default_rng([seed, domain == "target", i])
         cloud = sample_parts(PROGRAMS[i % len(PROGRAMS)](rng), dense, rng) * rng.uniform(0.85, 1.15, 3)
-        clouds[i] = cloud @ turn(0, 0, rng.uniform(0, 2 * np.pi)).T
+        clouds[i] = cloud @ rotation_matrices(0, 0, rng.uniform(0, 2 * np.pi)).T
     clouds = to_unit_sphere(torch.from_numpy(clouds))
     if domain == "target":
         clouds = scan(clouds, points, seed)
     return Objects(clouds, torch.arange(count) % len(PROGRAMS), list(MODELNET10), "shapes", domain)
-
-
-# -----------------------------------------------------------------------------------------------------------
-# Depth views
-
-def project(points: Tensor, azimuths: Tensor, elevations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Orthographic camera coordinates: right, up, towards the camera, each (B, V, P), from points (B, P, 3).
-
-    azimuths, elevations (B, V): where the camera stands; azimuth 0 looks along +y, from -y.
-    """
-    x, y, z = (c.unsqueeze(1) for c in points.unbind(-1))  # (B, 1, P)
-    sin_a, cos_a = azimuths.sin().unsqueeze(-1), azimuths.cos().unsqueeze(-1)
-    sin_e, cos_e = elevations.sin().unsqueeze(-1), elevations.cos().unsqueeze(-1)
-    right = cos_a * x + sin_a * y
-    away = cos_a * y - sin_a * x
-    return right, cos_e * z + sin_e * away, sin_e * z - cos_e * away
-
-
-def highest(images: Tensor, size: int) -> Tensor:
-    """Maximum of each size x size window: (n, h, w) -> (n, h - size + 1, w - size + 1)."""
-    for _ in range(2):  # one axis after the other; a 1-D pool is ten times faster than a 2-D one on a CPU
-        images = F.max_pool1d(images, size, 1).transpose(1, 2)
-    return images
-
-
-def render_depth_views(points: Tensor, azimuths: Tensor, elevations: Tensor, size: int) -> Tensor:
-    """Depth maps in PointCLIP V2's recipe: quantise, densify, smooth, squeeze (arXiv 2211.11682).
-
-    The nearest point of each grid cell wins, holes of up to four cells are closed by a max- and a min-pool,
-    edges smoothed by a Gaussian; grey, near = bright (1), far = 0.2, background 0. The grid is as fine as the
-    cloud allows, about 1.6 sqrt(P) cells.
-
-    Args: points (B, P, 3) in the unit sphere, z up; azimuths, elevations (B, V) radians; size: pixels.
-    Returns: (B, V, 3, size, size) in [0, 1], without gradient.
-    """
-    batch, views, total = len(points), azimuths.shape[1], points.shape[1]
-    grid = min(size, int(1.6 * total ** 0.5))
-    with torch.no_grad():
-        u, v, depth = project(points, azimuths, elevations)
-        column = ((u * 0.48 + 0.5) * grid).long().clamp(0, grid - 1)  # 0.48: a thin margin
-        row = ((0.5 - v * 0.48) * grid).long().clamp(0, grid - 1)
-        bright = 0.6 + 0.4 * depth.clamp(-1, 1)
-        image = points.new_zeros(batch, views, grid * grid)
-        image = image.scatter_reduce(2, row * grid + column, bright, "amax")
-        image = highest(F.pad(image.view(-1, grid, grid), (2, 2, 2, 2)), 5)  # a closing, one cell wider
-        image = -highest(F.pad(-image, (1, 1, 1, 1)), 3)
-        for _ in range(2):  # a Gaussian, one axis after the other
-            wide = F.pad(image, (1, 1))
-            image = (0.25 * wide[..., :-2] + 0.5 * image + 0.25 * wide[..., 2:]).transpose(1, 2)
-        if grid != size:
-            image = F.interpolate(image.unsqueeze(1), (size, size), mode="bilinear", align_corners=False)
-    return image.clamp(0, 1).view(batch, views, 1, size, size).expand(-1, -1, 3, -1, -1)
-
-
-def fixed_views(points: Tensor, views: int, size: int) -> Tensor:
-    """Evaluation's views: azimuths evenly around, elevation 0.4. (B, P, 3) -> (B, V, 3, size, size)"""
-    azimuths = (torch.arange(views, device=points.device) + 0.5) * (2 * math.pi / views)
-    azimuths = azimuths.expand(len(points), -1)
-    return render_depth_views(points, azimuths, torch.full_like(azimuths, 0.4), size)
-
-
-def random_view(points: Tensor, size: int) -> Tensor:
-    """One view of each object from anywhere around it, slightly below to well above. -> (B, 3, size, size)"""
-    azimuth = torch.rand(len(points), 1, device=points.device) * (2 * math.pi)
-    elevation = torch.rand(len(points), 1, device=points.device) * 1.1 - 0.1
-    return render_depth_views(points, azimuth, elevation, size)[:, 0]
-
-
-# -----------------------------------------------------------------------------------------------------------
-# Weak and strong views, drawn anew per object on the objects' device. Inputs are left untouched.
-
-def crop(images: Tensor, low: float, flip: bool) -> Tensor:
-    """Random resized crop: an area share U(low, 1), aspect 3/4 to 4/3, and perhaps a mirror image."""
-    n, device = len(images), images.device
-    area = low + (1 - low) * torch.rand(n, device=device)
-    aspect = torch.exp((2 * torch.rand(n, device=device) - 1) * math.log(4 / 3) * (low < 0.8))
-    w, h = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
-    x, y = ((1 - s) * (2 * torch.rand(n, device=device) - 1) for s in (w, h))
-    mirror = torch.where(torch.rand(n, device=device) < 0.5 * flip, -1.0, 1.0)
-    zero = torch.zeros_like(w)
-    matrix = torch.stack([w * mirror, zero, x, zero, h, y], dim=-1).view(n, 2, 3)
-    grid = F.affine_grid(matrix, images.shape, align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False)
-
-
-def weak_image(images: Tensor) -> Tensor:
-    """A slight random crop [joint-label]. (B, channels, H, W) in [0, 1] -> the same"""
-    return crop(images, 0.85, flip=False)
-
-
-def strong_image(images: Tensor) -> Tensor:
-    """Random resized crop (0.6 to 1) and flip of a depth view from anywhere [self-training] (Deviation D22).
-
-    RandAugment's colour operations have no meaning in a depth map, and a smaller crop loses the object.
-    (B, channels, H, W) in [0, 1] -> the same
-    """
-    return crop(images, 0.6, flip=True)
-
-
-def rotate(points: Tensor, angles: Tensor) -> Tensor:
-    """Turn clouds about x, then y, then z. points (B, P, 3), angles (B, 3)."""
-    for axis in range(3):
-        sin, cos = angles[:, axis, None].sin(), angles[:, axis, None].cos()
-        a, b = points[..., (axis + 1) % 3], points[..., (axis + 2) % 3]
-        turned = list(points.unbind(-1))
-        turned[(axis + 1) % 3], turned[(axis + 2) % 3] = cos * a - sin * b, sin * a + cos * b
-        points = torch.stack(turned, dim=-1)
-    return points
-
-
-def weak_points(points: Tensor) -> Tensor:
-    """Scale U(0.9, 1.1), small rotation about all axes (sigma 0.06, at most 0.18) [joint-label]. (B, P, 3)"""
-    n, device = len(points), points.device
-    angles = (0.06 * torch.randn(n, 3, device=device)).clamp(-0.18, 0.18)
-    return rotate(points, angles) * (0.9 + 0.2 * torch.rand(n, 1, 1, device=device))
-
-
-def strong_points(points: Tensor) -> Tensor:
-    """Scale U(0.5, 2), any yaw, shift U(-0.5, 0.5) x extent, jitter, dropout up to 0.875 [self-training].
-
-    Jitter: sigma 0.01, at most 0.05. A dropped point becomes the cloud's first, so that P stays. (B, P, 3)
-    """
-    n, total, _ = points.shape
-    device = points.device
-    yaw = torch.zeros(n, 3, device=device)
-    yaw[:, 2] = 2 * math.pi * torch.rand(n, device=device)
-    points = rotate(points, yaw) * (0.5 + 1.5 * torch.rand(n, 1, 1, device=device))
-    low, high = points.aminmax(dim=1, keepdim=True)
-    points = points + (high - low) * (torch.rand(n, 1, 3, device=device) - 0.5)
-    points = points + (0.01 * torch.randn(points.shape, device=device)).clamp(-0.05, 0.05)
-    dropped = torch.rand(n, total, 1, device=device) < 0.875 * torch.rand(n, 1, 1, device=device)
-    return torch.where(dropped, points[:, :1], points)
-
-
-def draw_views(points: Tensor, size: int, photographs: tuple | None = None) -> dict[str, Tensor]:
-    """Weak and strong views of clouds (B, P, 3); both images come from one random depth view of an object, or
-    are `photographs`, the weak and the strong image of one of its photographs (see training_photographs)."""
-    if photographs is None:
-        images = random_view(points, size)
-        grey = images[:, :1]  # its three channels are one
-        photographs = weak_image(grey).expand_as(images), strong_image(grey).expand_as(images)
-    weak, strong = (images.to(points.device, non_blocking=True) for images in photographs)
-    return {"weak_image": weak, "strong_image": strong,
-            "weak_points": weak_points(points), "strong_points": strong_points(points)}
-
-
-def spread(items: list, count: int) -> list:
-    """`count` evenly spaced items, first and last among them; all if there are no more."""
-    chosen = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
-    return [items[k] for k in chosen]
-
-
-class Photographs(Dataset):
-    """Photographs or renderings of objects, decoded and cropped by the workers of a DataLoader.
-
-    Item i, with a `seed`: the weak (random crop [joint-label]) and the strong image (crop of 0.3 to 1, flip,
-    RandAugment of magnitude 9 [self-training]; Deviation D22) of one photograph of object i, each (3, size,
-    size). Without: its centre crops (V, 3, size, size), all or at most `views` of them, evenly spaced. An
-    object without a photograph lends a depth view. A file that is no picture is a ValueError that names it.
-    """
-    def __init__(self, objects: Objects, size: int, seed: int | None = None, views: int | None = None):
-        from torchvision.transforms import v2  # here: 160 MB and a second that depth views do not need
-        bicubic = v2.InterpolationMode.BICUBIC
-        self.to_tensor = v2.PILToTensor()
-        self.objects, self.size, self.seed, self.views = objects, size, seed, views
-        self.resize, self.to_float = v2.Resize(size, bicubic), v2.ToDtype(torch.float32, scale=True)
-        self.weak, self.still = v2.RandomCrop(size), v2.CenterCrop(size)
-        self.strong = v2.Compose([v2.RandomResizedCrop(size, (0.3, 1.0), interpolation=bicubic),
-                                  v2.RandomHorizontalFlip(), v2.RandAugment(2, 9)])
-
-    def __len__(self):
-        return len(self.objects)
-
-    def decode(self, path: Path) -> Tensor:
-        try:
-            return self.to_tensor(Image.open(path).convert("RGB"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: PNG
-            raise ValueError(f"cannot read {path}: {error}; replace or remove it")
-
-    def __getitem__(self, i):
-        paths, points = self.objects.images[i], self.objects.points[i:i + 1]
-        with torch.random.fork_rng(devices=[]):
-            if self.seed is not None:  # the same views whoever draws them, and after a resume
-                torch.manual_seed(self.seed * 1_000_003 + i)
-                image = (self.decode(paths[torch.randint(len(paths), ())]) if paths
-                         else (255 * random_view(points, self.size)[0]).byte())
-                return self.to_float(self.weak(self.resize(image))), self.to_float(self.strong(image))
-        if not paths:
-            return fixed_views(points, self.views or 6, self.size)[0]
-        return torch.stack([self.to_float(self.still(self.resize(self.decode(path))))
-                            for path in spread(paths, self.views or len(paths))])
-
-
-def decoded(photographs: Photographs, **batches):
-    """Items of Photographs in order, by worker processes; their errors in one line again."""
-    try:
-        yield from DataLoader(photographs, num_workers=min(8, os.cpu_count()), **batches)
-    except ValueError as error:  # a worker's error brings its traceback along
-        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
-
-
-def training_photographs(objects: Objects, batches: tuple, size: int, seed: int):
-    """For each batch of indices its weak and strong images, or None where views are rendered."""
-    if objects.images is None:
-        return repeat(None)
-    return decoded(Photographs(objects, size, seed), batch_sampler=[batch.tolist() for batch in batches])
-
-
-def fixed_images(objects: Objects, views: int | None, size: int, batch_size: int, device):
-    """Evaluation's images of all objects in order, in parts (b, V, 3, size, size) [D15].
-
-    Of photographs all, or at most `views` of each object; else `views` (6) depth views.
-    """
-    if objects.images is None:
-        for points in objects.points.split(batch_size):
-            yield fixed_views(points.to(device), views or 6, size)
-    else:
-        for images in decoded(Photographs(objects, size, views=views), batch_size=None):
-            yield images[None].to(device)
-
-
-# -----------------------------------------------------------------------------------------------------------
-# Downloads
-
-HUGGING_FACE, GITHUB = "https://huggingface.co/datasets/", "https://github.com/"
-REDWOOD_LISTS = "https://raw.githubusercontent.com/isl-org/redwood-3dscan/master/"
-REDWOOD_FILES = "https://redwood-3dscan.b-cdn.net/"
-CO3D_SHA256 = "https://raw.githubusercontent.com/facebookresearch/co3d/main/co3d/co3d_sha256.json"
-CO3D_FILES = "https://dl.fbaipublicfiles.com/co3dv2_231130/"
-ULIP2 = "ULIP-2-PointBERT-8k-xyz-pc-slip_vit_b-objaverse-pretrained.pt"
-# sha256 None: not published; recorded beside the file when it is fetched, and checked from then on.
-DOWNLOADS = {
-    "ulip2": dict(file=ULIP2, sha256=None, terms="BSD-3-Clause, 8k-point Objaverse model of ULIP-2",
-                  urls=[f"{HUGGING_FACE}SFXX/ulip/resolve/main/ULIP-2/pretrained_models/{ULIP2}"]),
-    "ulip1": dict(file="checkpoint_pointbert.pt", sha256=None, terms="BSD-3-Clause, ULIP-1 on ShapeNet-55",
-                  urls=[HUGGING_FACE + "SFXX/ulip/resolve/main/ULIP-1/pretrained_models/"
-                        "ckpt_zero-sho_classification/checkpoint_pointbert.pt"]),
-    "modelnet40": dict(file="modelnet40_ply_hdf5_2048.zip", terms="435 MB, for academic research only",
-                       sha256="07670e237db72ece0f723b9abb571534c9ad655a6456b389646587dc72bb8bae",
-                       urls=["https://shapenet.cs.stanford.edu/media/modelnet40_ply_hdf5_2048.zip",
-                             f"{HUGGING_FACE}Msun/modelnet40/resolve/main/modelnet40_ply_hdf5_2048.zip"]),
-    "scanobjectnn": dict(file="scanobjectnn/h5_files.zip", sha256=None,
-                         terms="for research, terms at https://hkust-vgd.github.io/scanobjectnn/",
-                         urls=["http://hkust-vgd.ust.hk/scanobjectnn/h5_files.zip",
-                               f"{GITHUB}ma-xu/pointMLP-pytorch/releases/download/dataset/h5_files.zip"]),
-}
-# Files of ScanObjectNN's archive whose sha256 is known.
-SCANOBJECTNN_SHA256 = {
-    "main_split/training_objectdataset.h5":
-        "d334dd3e44556606b0c38560a6a2ed6b191c2e2fe6588f22e3f154d5cbdf3cb1",
-    "main_split/test_objectdataset.h5": "4465e207202fe9375e3c58d2e13bf44bddc1baa1fcb6b123b82f99e55353e22e",
-    "main_split/test_objectdataset_augmentedrot_scale75.h5":
-        "f23822ee2f1e1d18331e91334d74adb10c8718d72d503bfa76ebe0a9348a7ea1",
-    "main_split_nobg/test_objectdataset.h5":
-        "b7176ebd4b8f2218c8cca84b59617d96f5145d864924cc930b36eaf55931c9e1",
-}
-
-
-def download(name: str, root: str | Path, allowed: bool = True) -> Path:
-    """The file DOWNLOADS[name] under `root`, fetched if it is not there. Raises: ValueError, see fetch."""
-    row = DOWNLOADS[name]
-    path = Path(root) / row["file"]
-    if not path.exists():
-        if not allowed:
-            raise ValueError(f"{path} is missing; put it there, or leave out --no-download")
-        print(f"fetching {path.name} ({row['terms']}) into {path.parent}", flush=True)
-    return fetch(path, row["urls"], row["sha256"])
-
-
-def published_start(name: str, cache: Path, allowed: bool = True) -> Path:
-    """The file of ulip1, ulip2 (fetched if it is missing) or crossmost (by hand; README, Starts)."""
-    return cache / "ulip-june11-checkpoint_best.pt" if name == "crossmost" else download(name, cache, allowed)
-
-
-@contextmanager
-def making(path: Path):
-    """A lock on making `path` where it is missing: another process waits, and then finds it made."""
-    if path.exists():
-        yield
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
-    try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
-        print(f"waiting for another process that makes {path}", file=sys.stderr)
-        held = lock.acquire()
-    with held:
-        yield
-
-
-def sole_use(folder: Path) -> AcquireReturnProxy:
-    """A lock on a folder, made if it is missing. Raises: ValueError where another process has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        return FileLock(folder / ".lock").acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(f"another process writes to {folder}; wait for it, or name another --out") from error
-
-
-def fetch(path: Path, urls: list, expected: str | None = None) -> Path:
-    """A file, fetched if it is not there; its sha256 is checked every time.
-
-    What a broken connection left (FILE.part) is continued; each address is tried three times in turn. The
-    file gets its name once it is whole and right.
-    Raises: ValueError that names the file, where to put it, and what went wrong at each address.
-    """
-    part, recorded = path.with_name(path.name + ".part"), path.with_name(path.name + ".sha256")
-    reasons = {}
-    with making(path):
-        for url in urls * 3:
-            if path.exists():
-                break
-            try:
-                fetch_part(url, part)
-                found = sha256(part)
-                if found != (expected or found):
-                    part.unlink()
-                    raise ValueError("wrong sha256")
-                if not expected:
-                    recorded.write_text(found)
-                os.replace(part, path)
-                return path
-            except (OSError, ValueError, HTTPException) as error:
-                reasons[url] = str(error)
-    if not path.exists():
-        failed = ", ".join(f"{url}: {reason}" for url, reason in reasons.items())
-        raise ValueError(f"cannot fetch {path.name} ({failed}); fetch it yourself and put it at {path}")
-    expected = expected or (recorded.read_text() if recorded.exists() else None)
-    if expected and sha256(path) != expected:
-        raise ValueError(f"{path} has changed since it was fetched (sha256); delete it to fetch it again")
-    return path
-
-
-def fetch_part(url: str, part: Path):
-    """Fetch a URL into `part`, going on where `part` ends. Raises: OSError if it ends early."""
-    have = part.stat().st_size if part.exists() else 0
-    request = Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        response = urlopen(request, timeout=60)
-    except HTTPError as error:
-        if error.code == 416:  # `part` is no beginning of this file
-            part.unlink()
-        raise
-    with response, open(part, "ab" if response.status == 206 else "wb") as file:
-        size = int(response.headers.get("Content-Length", 0)) + file.tell()
-        with tqdm(total=size, initial=file.tell(), unit="B", unit_scale=True, desc=part.stem) as bar:
-            while chunk := response.read(1 << 20):
-                file.write(chunk)
-                bar.update(len(chunk))
-        if file.tell() < size:
-            raise OSError(f"broken off at {file.tell()} of {size} bytes")
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def extract(archive: Path, root: Path, some=None):
-    """Unpack a zip, or `some` of its names, inside `root`.
-
-    Raises: ValueError for a member outside or too little room, before anything is written, and for a file
-    that is no zip.
-    """
-    root = Path(root).resolve()
-    try:
-        with zipfile.ZipFile(archive) as file:
-            names = file.namelist() if some is None else some(file.namelist())
-            for member in names:
-                if not (root / member).resolve().is_relative_to(root):
-                    raise ValueError(f"{archive}: member {member} leaves its folder; fetch the archive again")
-            root.mkdir(parents=True, exist_ok=True)
-            size, free = sum(file.getinfo(name).file_size for name in names), shutil.disk_usage(root).free
-            if size > free:
-                raise ValueError(f"{archive} unpacks to {size / 1e6:.0f} MB, {root} has room for "
-                                 f"{free / 1e6:.0f}; make room, or name another --data-root")
-            file.extractall(root, names)
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, IndexError, OSError) as error:
-        raise ValueError(f"cannot unpack {archive}: {error!r}; if it is broken, delete it to fetch it again")
-
-
-def unpack_once(folder: Path, fill):
-    """Where `folder` is missing, fill(part) makes part/NAME of it: it appears whole, or not at all.
-
-    Other processes wait meanwhile. What a killed one left is removed.
-    """
-    part = folder.with_name(f".{folder.name}.part")
-    with making(folder):
-        if folder.exists():
-            return
-        shutil.rmtree(part, ignore_errors=True)
-        try:
-            fill(part)
-            os.replace(part / folder.name, folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-
-
-# -----------------------------------------------------------------------------------------------------------
-# Files of single objects
-
-UP = {"z": ([0, 1, 2], [1, 1, 1]), "y": ([2, 0, 1], [1, 1, 1]), "-y": ([0, 2, 1], [1, 1, -1])}
-MESHES = (".off", ".obj", ".ply", ".stl", ".glb")
-CLOUDS = (".npy", ".npz", ".txt", ".xyz", ".pts", ".csv", ".h5")
-
-
-def upright(points: Tensor, up: str) -> Tensor:
-    """Turn clouds (N, P, 3) whose axis `up` points upwards so that z does; a rotation, no mirror image."""
-    axes, signs = UP[up]
-    return points if up == "z" else points[..., axes] * points.new_tensor(signs)
-
-
-def read_object(path: Path, count: int) -> np.ndarray:
-    """`count` points of a cloud or of a mesh, the same every time. -> (count, 3) float32
-
-    A mesh is sampled by area, of a larger cloud a random choice is taken; seeded by the file's name.
-    Raises: ValueError naming the file and what is wrong with it.
-    """
-    random = np.random.default_rng(zlib.crc32(path.stem.encode()))
-    try:
-        if path.suffix.lower() in MESHES:
-            points = read_mesh(path, count, random)
-        elif path.suffix.lower() in (".npy", ".npz"):
-            points = np.load(path, allow_pickle=False)
-            points = points if isinstance(points, np.ndarray) else points[points.files[0]]
-        elif path.suffix.lower() == ".h5":
-            with h5py.File(path) as file:
-                points = file["data" if "data" in file else "points"][:]
-        else:
-            points = read_text(path)
-        points = np.asarray(points, np.float32)[:, :3]
-        if points.shape[1] != 3:
-            raise ValueError(f"{points.shape[1]} columns, expected x y z")
-    except Exception as error:  # parsers of many formats, each with errors of its own
-        raise ValueError(f"cannot read {path}: {type(error).__name__}: {error}; repair or remove it")
-    if len(points) < count:
-        raise ValueError(f"{path} has {len(points)} points, --points is {count}; lower it")
-    if not np.isfinite(points).all():
-        raise ValueError(f"{path} has NaN or infinite coordinates; repair or remove it")
-    if not np.ptp(points, axis=0).any():
-        raise ValueError(f"all points of {path} coincide; repair or remove it")
-    return points if len(points) == count else points[np.sort(random.choice(len(points), count, False))]
-
-
-def read_mesh(path: Path, count: int, random) -> np.ndarray:
-    """Points on the surface of a mesh, by area; of a file without faces its points."""
-    import trimesh  # here: only meshes need it
-    mesh = trimesh.load(path, process=False, **({"skip_materials": True} if path.suffix == ".obj" else {}))
-    if isinstance(mesh, trimesh.Scene):
-        mesh = mesh.to_mesh()
-    points = mesh.vertices
-    if len(getattr(mesh, "faces", ())):
-        points = trimesh.sample.sample_surface(mesh, count, seed=random)[0]
-    return points[:, UP["y"][0]] if path.suffix == ".glb" else points  # glTF is y up by its standard
-
-
-def read_text(path: Path) -> np.ndarray:
-    """Numbers in columns apart by spaces or commas, after any header."""
-    lines = path.read_text().replace(",", " ").splitlines()
-    number = re.compile(r"\s*[-+.\d]\S*\s+[-+.\d]\S*\s+[-+.\d]")
-    first = next((k for k, line in enumerate(lines) if number.match(line)), None)
-    if first is None:
-        raise ValueError("no line with three numbers")
-    return np.loadtxt(lines[first:], comments=("#", "}"), usecols=(0, 1, 2), ndmin=2)
-
-
-def read_objects(files: list[Path], count: int, root: Path) -> Tensor:
-    """`count` points of each file, read once: kept in ROOT/sampled under a hash of names, sizes and times."""
-    known = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    digest = hashlib.sha256(json.dumps([count, known]).encode()).hexdigest()[:16]
-    kept = Path(root) / "sampled" / f"{digest}.npy"
-    if not kept.exists():
-        bar = tqdm(files, "reading", unit="object", disable=None)  # None: only where a person looks on
-        clouds = np.stack([read_object(path, count) for path in bar])
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as file:
-            np.save(file, clouds)
-        os.replace(file.name, kept)
-    return torch.from_numpy(np.load(kept, allow_pickle=False))
-
-
-def find_photographs(folder: Path, names: list[str]) -> list | None:
-    """Photographs or renderings under a folder: a sorted list for each object; None without the folder.
-
-    Those in FOLDER/OBJECT, or anywhere below FOLDER files named OBJECT.*.png as renderings of ModelNet are.
-    """
-    if not folder.is_dir():
-        return None
-    found = {name: [] for name in names}
-    for path in sorted(folder.rglob("*")):
-        top = path.relative_to(folder).parts[0]
-        owner = top if top in found else path.name.split(".")[0]
-        if path.suffix.lower() in (".png", ".jpg", ".jpeg") and owner in found:
-            found[owner].append(path)
-    missing = [name for name in names if not found[name]]
-    if len(missing) == len(names):
-        raise ValueError(f"{folder} has pictures of none of the objects; expected {folder / names[0]}/*.jpg")
-    if missing:
-        print(f"warning: {folder} has no picture of {len(missing)} of {len(names)} objects, {missing[0]} for "
-              "one; a depth view is rendered for each", file=sys.stderr)
-    return [found[name] for name in names]
-
-
-def in_split(name: str, split: str) -> bool:
-    """A fixed split, 80 % train and 20 % test, by a hash of the name, where no list is published."""
-    return (hashlib.sha256(name.encode()).digest()[0] < 51) == (split == "test")
-
-
-def read_lines(path: Path) -> list[str]:
-    """Lines of a text file that has to be there and say something, without empty ones."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path}; README, Data, says what goes there")
-    try:
-        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    except ValueError as error:
-        raise ValueError(f"cannot read {path}: {error}; expected lines of text")
-    if not lines:
-        raise ValueError(f"{path} is empty; README, Data, says what is in it")
-    return lines
-
-
-# -----------------------------------------------------------------------------------------------------------
-# Data sets. A loader takes (root, split, points, fetch): `fetch` None fetches what is missing and small,
-# True all that may be fetched, False nothing. It gives clouds as they are in the files.
-
-def load_shapes(root: Path, split: str, points: int, domain: str) -> Objects:
-    """2,000 train or 500 test objects of the procedural set, by default as a scanner sees them."""
-    return sample_shapes(*{"train": (2000, 1), "test": (500, 2)}[split], domain, points)
-
-
-def read_h5(path: Path, points: int, classes: int) -> tuple[np.ndarray, np.ndarray, list | None]:
-    """The first `points` of clouds (N, points, 3), labels (N,) and, if there are any, names of an h5 file.
-
-    PointNet's own files are y up, told by their normals, and turned.
-    Raises: ValueError naming the file that is missing, unreadable or not as documented.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path}; README, Data, says what goes there")
-    try:
-        with h5py.File(path) as file:
-            clouds, labels = file["data"][:, :points], file["label"][:].reshape(-1).astype(np.int64)
-            listed = path.with_name(f"{path.stem[:-1]}_{path.stem[-1]}_id2file.json")  # PointNet's names
-            names = [name.decode() for name in file["name"]] if "name" in file else None
-            if names is None and listed.is_file():
-                names = [Path(name).stem for name in json.loads(listed.read_text())]
-            clouds = clouds[..., UP["y"][0]] if "normal" in file else clouds
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:  # h5py has one for each fault
-        raise ValueError(f"cannot read {path}: {error}; expected data (N, P, 3) and label; fetch it again")
-    if clouds.ndim != 3 or clouds.shape[2] != 3 or not len(labels) == len(clouds) == len(names or clouds):
-        raise ValueError(f"{path} has data {clouds.shape}, {len(labels)} labels, {len(names or labels)} names"
-                         "; expected (N, P, 3), N and N")
-    if clouds.shape[1] < points:
-        raise ValueError(f"{path} has {clouds.shape[1]} points, --points is {points}; lower it")
-    if not 0 <= labels.min(initial=0) <= labels.max(initial=0) < classes:
-        raise ValueError(f"label {labels.max()} in {path}, but there are {classes} classes; fetch it again")
-    return clouds, labels, names
-
-
-def load_modelnet(root: Path, split: str, points: int, fetch_missing: bool | None = None,
-                  classes: tuple | None = None, views: bool = True) -> Objects:
-    """ModelNet40, or ten of its classes, in the official h5 layout; renderings from its `views` folder."""
-    folder = Path(root) / "modelnet40_ply_hdf5_2048"
-    if fetch_missing is not False:
-        unpack_once(folder, lambda part: extract(download("modelnet40", root), part))
-    class_names = [line.replace("_", " ") for line in read_lines(folder / "shape_names.txt")]
-    # The lists hold paths of the machine they were made on.
-    files = [folder / Path(line).name for line in read_lines(folder / f"{split}_files.txt")]
-    clouds, labels, names = zip(*(read_h5(file, points, len(class_names)) for file in files))
-    clouds, labels = torch.from_numpy(np.concatenate(clouds)), torch.from_numpy(np.concatenate(labels))
-    names = None if None in names else sum(names, [])
-    if classes is not None:
-        index = torch.tensor([list(classes).index(name) if name in classes else -1 for name in class_names])
-        chosen, class_names = index[labels] >= 0, list(classes)
-        clouds, labels = clouds[chosen], index[labels][chosen]
-        names = names and [name for name, keep in zip(names, chosen) if keep]
-    if views and names is None and (folder / "views").is_dir():
-        raise ValueError(f"{folder} has views, but no names of objects to find them by; expected `name` in "
-                         "the h5 files, or ply_data_SPLIT_N_id2file.json")
-    images = find_photographs(folder / "views", names) if views and names else None
-    return Objects(clouds.float(), labels, class_names, split=split, names=names, images=images)
-
-
-SCANOBJECTNN = "bag bin box cabinet chair desk display door shelf table bed pillow sink sofa toilet".split()
-
-
-def load_scanobjectnn(root: Path, split: str, points: int, fetch_missing: bool | None = None,
-                      file: str = "main_split/{}_objectdataset.h5") -> Objects:
-    """ScanObjectNN, one of its variants: real indoor scans in its authors' h5 files, y up."""
-    folder = Path(root) / "scanobjectnn" / "h5_files"
-
-    def fill(part):
-        archive = download("scanobjectnn", root)
-        extract(archive, part)
-        for name, expected in SCANOBJECTNN_SHA256.items():
-            if sha256(part / "h5_files" / name) != expected:
-                raise ValueError(f"{name} in {archive} is not its authors' (sha256); delete that, and again")
-    if fetch_missing is not False:
-        unpack_once(folder, fill)
-    path = folder / file.format({"train": "training", "test": "test"}[split])
-    clouds, labels, names = read_h5(path, points, len(SCANOBJECTNN))
-    return Objects(torch.from_numpy(clouds).float(), torch.from_numpy(labels), SCANOBJECTNN, split=split)
-
-
-REDWOOD = "chair,table,trash container,bench,plant,sign,bicycle,motorcycle,sofa".split(",")
-
-
-def load_redwood(root: Path, split: str, points: int, fetch_missing: bool | None = None) -> Objects:
-    """Redwood's scans of nine classes: redwood/{meshes/ID.ply | points/ID.npy}, redwood/images/ID/*.jpg.
-
-    redwood/categories.json maps a class to its ids; those without a mesh or cloud are left out. The split is
-    a hash of the id; the paper's list is not published.
-    """
-    folder = Path(root) / "redwood"
-    if fetch_missing:
-        fetch_redwood(folder)
-    if not (folder / "categories.json").is_file():
-        raise FileNotFoundError(f"no {folder / 'categories.json'}; --download fetches it, meshes and 24 "
-                                "frames of each object (some 100 GB pass by); README, Data, has the layout")
-    try:
-        ids = json.loads((folder / "categories.json").read_text())
-        ids = [(name, k) for k, key in enumerate(REDWOOD) for name in ids[key] if in_split(name, split)]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"cannot read {folder / 'categories.json'}: {error!r}; expected class -> ids")
-    files = {name: file for name, _ in ids for file in (folder / f"points/{name}.npy",
-                                                        folder / f"meshes/{name}.ply") if file.is_file()}
-    labels = [k for name, k in ids if name in files]
-    if not files:
-        raise FileNotFoundError(f"no mesh in {folder / 'meshes'} of any id; --download fetches them")
-    clouds, names = read_objects(list(files.values()), points, root), list(files)
-    images = find_photographs(folder / "images", names)
-    return Objects(clouds, torch.tensor(labels), REDWOOD, split=split, names=names, images=images)
-
-
-def fetch_redwood(folder: Path):
-    """Meshes of the nine classes, and 24 evenly spaced frames of each scan; its archive is removed."""
-    print("fetching Redwood's object scans (public domain; cite arXiv 1602.02481): some 400 archives, 100 GB")
-    lists = [fetch(folder / name, [REDWOOD_LISTS + name]) for name in ("categories.json", "meshes.json")]
-    ids, meshes = (json.loads(path.read_text()) for path in lists)
-    for name in sorted(set(meshes) & {name for key in REDWOOD for name in ids[key]}):
-        fetch(folder / f"meshes/{name}.ply", [f"{REDWOOD_FILES}mesh/{name}.ply"])
-
-        def fill(part):
-            archive = fetch(folder / f"{name}.zip", [f"{REDWOOD_FILES}rgbd/{name}.zip"])
-            extract(archive, part / name, lambda names: spread(
-                sorted(member for member in names if member.endswith(".jpg")), 24))
-            archive.unlink()
-        unpack_once(folder / "images" / name, fill)
-
-
-# In label order, as folders are named; names for people where they differ.
-CO3D = ("bench skateboard backpack laptop cup umbrella teddybear bowl cake toyplane remote orange toaster "
-        "couch apple bottle donut hairdryer hydrant toytrain pizza motorcycle suitcase banana toilet "
-        "sandwich keyboard mouse toytruck handbag broccoli wineglass microwave baseballglove book carrot "
-        "ball bicycle chair stopsign vase plant").split()
-CO3D_NAMES = {"teddybear": "teddy bear", "toyplane": "toy plane", "hairdryer": "hair dryer",
-              "toytrain": "toy train", "toytruck": "toy truck", "wineglass": "wine glass",
-              "baseballglove": "baseball glove", "stopsign": "stop sign", "remote": "remote control"}
-
-
-def load_co3d(root: Path, split: str, points: int, fetch_missing: bool | None = None) -> Objects:
-    """CO3D v2: co3d/CATEGORY/SEQUENCE/{pointcloud.ply, images/*.jpg} of 42 categories.
-
-    The split is a hash of the sequence's name; the paper's list is not published.
-    """
-    folder = Path(root) / "co3d"
-    for category in CO3D if fetch_missing else ():
-        fetch_co3d(folder, category)
-    files = [(file, k) for k, category in enumerate(CO3D)
-             for file in sorted((folder / category).glob("*/pointcloud.ply"))
-             if in_split(file.parent.name, split)]
-    if not files:
-        raise FileNotFoundError(f"no {folder}/CATEGORY/SEQUENCE/pointcloud.ply; --download fetches single "
-                                "sequences (8.9 GB, CC BY-NC 4.0); all: github.com/facebookresearch/co3d")
-    files, labels = zip(*files)
-    images = [sorted((file.parent / "images").glob("*.jpg")) for file in files]
-    return Objects(read_objects(files, points, root), torch.tensor(labels),
-                   [CO3D_NAMES.get(name, name) for name in CO3D], split=split,
-                   names=[file.parent.name for file in files], images=images if any(images) else None)
-
-
-def fetch_co3d(folder: Path, category: str):
-    """The single-sequence archives of a category, checked against CO3D's own list."""
-    def fill(part):
-        print(f"fetching CO3D's single sequences of {category} (CC BY-NC 4.0; 8.9 GB for all categories)")
-        listed = json.loads(fetch(folder / "co3d_sha256.json", [CO3D_SHA256]).read_text())["singlesequence"]
-        for name in (f"{category}_000", f"{category}_001"):
-            url = f"{CO3D_FILES}{name}_singlesequence.zip"
-            archive = fetch(folder / f"{name}.zip", [url], listed[f"{name}.zip"])
-            extract(archive, part, lambda members: [
-                member for member in members if member.startswith(f"{category}/")])
-            archive.unlink()
-    unpack_once(folder / category, fill)
-
-
-# WordNet numbers and names of ShapeNetCore's 55 classes, in label order.
-SHAPENET55 = dict(entry.split(" ", 1) for entry in (
-    "02691156 airplane,02747177 trash bin,02773838 bag,02801938 basket,02808440 bathtub,02818832 bed,"
-    "02828884 bench,02843684 birdhouse,02871439 bookshelf,02876657 bottle,02880940 bowl,02924116 bus,"
-    "02933112 cabinet,02942699 camera,02946921 can,02954340 cap,02958343 car,02992529 cell phone,"
-    "03001627 chair,03046257 clock,03085013 keyboard,03207941 dishwasher,03211117 display,03261776 earphone,"
-    "03325088 faucet,03337140 file cabinet,03467517 guitar,03513137 helmet,03593526 jar,03624134 knife,"
-    "03636649 lamp,03642806 laptop,03691459 loudspeaker,03710193 mailbox,03759954 microphone,"
-    "03761084 microwave,03790512 motorbike,03797390 mug,03928116 piano,03938244 pillow,03948459 pistol,"
-    "03991062 flowerpot,04004475 printer,04074963 remote control,04090263 rifle,04099429 rocket,"
-    "04225987 skateboard,04256520 sofa,04330267 stove,04379243 table,04401088 telephone,04460130 tower,"
-    "04468005 train,04530566 watercraft,04554684 washer").split(","))
-
-
-def load_shapenet55(root: Path, split: str, points: int, fetch_missing: bool | None = None) -> Objects:
-    """Point-BERT's ShapeNet-55, y up, for pre-training: ShapeNet-55/{train,test}.txt, shapenet_pc/*.npy."""
-    try:
-        names = read_lines(Path(root) / "ShapeNet-55" / f"{split}.txt")
-    except FileNotFoundError as error:
-        raise ValueError(f"{error}; it needs ShapeNet's form: https://huggingface.co/datasets/ShapeNet/"
-                         "ShapeNetCore, files in Point-BERT's layout")
-    labels = [list(SHAPENET55).index(name.split("-")[0]) if name.split("-")[0] in SHAPENET55 else -1
-              for name in names]
-    if -1 in labels:
-        raise ValueError(f"{names[labels.index(-1)]} in ShapeNet-55/{split}.txt is of none of the 55 classes")
-    clouds = read_objects([Path(root) / "shapenet_pc" / name for name in names], points, root)
-    return Objects(clouds, torch.tensor(labels), list(SHAPENET55.values()), split=split, names=names)
-
-
-def load_folder(folder: Path, split: str, points: int, root: Path) -> Objects:
-    """A folder of the user's own: classes.txt, {train,test}/[CLASS/]OBJECT.EXT, views/OBJECT/*.jpg if any.
-
-    Without class folders there are no labels; without `test` the training objects stand for it.
-    Raises: ValueError or OSError naming what is not as it should be.
-    """
-    names = read_lines(folder / "classes.txt")
-    if len(set(names)) < len(names) or len(names) < 2:
-        raise ValueError(f"{folder / 'classes.txt'} has {names}; expected two or more different names")
-    if split == "test" and not (folder / "test").is_dir():
-        split = "train"
-    files = sorted(file for file in (folder / split).glob("**/*") if file.suffix.lower() in CLOUDS + MESHES)
-    if not files:
-        raise FileNotFoundError(f"no objects in {folder / split}; expected files {' '.join(CLOUDS + MESHES)}")
-    owners = [file.parent.name if file.parent != folder / split else None for file in files]
-    strange = set(owners) - set(names) - {None}
-    if strange or (None in owners and set(owners) != {None}):
-        raise ValueError(f"{folder / split} has objects in {sorted(strange) or 'folders and outside'}; "
-                         f"expected folders named as in {folder / 'classes.txt'}, or none at all")
-    labels = None if None in owners else torch.tensor([names.index(owner) for owner in owners])
-    objects = [file.stem for file in files]
-    if len(set(objects)) < len(objects):
-        raise ValueError(f"two objects of {folder / split} are called "
-                         f"{next(name for name in objects if objects.count(name) > 1)}; rename one")
-    return Objects(read_objects(files, points, root), labels, [name.replace("_", " ") for name in names],
-                   split=split, names=objects, images=find_photographs(folder / "views", objects))
-
-
-# One row per data set: loader; axis that points up in its files; what images are; templates of the names; the
-# threshold and point weight of joint-label.
-# Sources. threshold, point_weight: the original code's, for each set. up: of ModelNet its meshes'; of
-# ScanObjectNN its repository's issue 33; Redwood and CO3D lie as a camera saw them, y down, roughly. A PATH
-# takes ScanObjectNN's values, being scans.
-SCANS = dict(up="y", images="depth", templates="depth", threshold=0.82, point_weight=1.0)
-CAD = dict(up="z", images="depth", templates="depth", threshold=0.84, point_weight=0.9)
-DATASETS = {
-    "shapes": dict(CAD, load=load_shapes, point_weight=1.0),
-    "modelnet10": dict(CAD, load=partial(load_modelnet, classes=MODELNET10)),
-    "modelnet40": dict(CAD, load=load_modelnet),
-    "modelnet40-depth": dict(CAD, load=partial(load_modelnet, views=False)),
-    "scanobjectnn-obj-only": dict(SCANS, load=partial(load_scanobjectnn,
-                                                      file="main_split_nobg/{}_objectdataset.h5")),
-    "scanobjectnn-with-bg": dict(SCANS, load=load_scanobjectnn),
-    "scanobjectnn-hardest": dict(SCANS, load=partial(
-        load_scanobjectnn, file="main_split/{}_objectdataset_augmentedrot_scale75.h5")),
-    "redwood": dict(SCANS, load=load_redwood, up="-y", images="photographs", templates="photo"),
-    "co3d": dict(SCANS, load=load_co3d, up="-y", images="photographs", templates="photo", threshold=0.84,
-                 point_weight=0.9),
-    "shapenet55": dict(CAD, load=load_shapenet55, up="y", templates="3d"),
-    "PATH": dict(SCANS, load=load_folder, up="z"),
-}
-
-
-def settings(name: str) -> dict:
-    """The row of DATASETS for a data set, or for a folder; one with `views` has photographs."""
-    if name in DATASETS:
-        return DATASETS[name]
-    photographs = {"images": "photographs", "templates": "photo"} if (Path(name) / "views").is_dir() else {}
-    return DATASETS["PATH"] | photographs
-
-
-def load_dataset(name: str, root: str | Path, split: str, points: int = 1024, domain: str | None = None,
-                 fetch_missing: bool | None = None, up: str | None = None) -> Objects:
-    """Objects of a data set or of a folder of one's own, z up, in the unit sphere.
-
-    Args: split "train" or "test"; domain "target" shows objects as a scanner would (see scan), None as the
-    data set has them; fetch_missing None fetches what is missing and small, True all that may be, False
-    nothing; up overrides the axis that points upwards in the files.
-    Raises: ValueError for what is neither in DATASETS nor a folder, and for what the loaders find wrong.
-    """
-    if name == "shapes":
-        objects = load_shapes(Path(root), split, points, domain or "target")
-        objects.split = split
-    else:
-        if name in DATASETS:
-            objects = DATASETS[name]["load"](Path(root), split, points, fetch_missing)
-        elif Path(name).is_dir():
-            objects = load_folder(Path(name), split, points, Path(root))
-        else:
-            raise ValueError(f"unknown data set {name!r}; one of {', '.join(DATASETS)}, a folder of your own")
-        objects.points = to_unit_sphere(upright(objects.points, up or settings(name)["up"]))
-        if domain == "target":
-            objects.points = scan(objects.points, points, seed=("train", "test").index(objects.split))
-    objects.name = Path(name).name + (f"-{domain}" if domain == ("source" if name == "shapes" else "target")
-                                      else "")
-    return objects
-
-
-def add_data_options(add, points: int | None = None):
-    """What every script asks of the data; `add` is the add_argument of a parser or a group."""
-    add("--data-root", type=Path, default=Path("data"), help="folder that holds the data sets")
-    add("--domain", choices=("source", "target"), help="objects as they are, or as a scanner sees them")
-    add("--points", type=COUNT, default=points, help="points per cloud")
-    add("--up", choices=sorted(UP), help="axis that points upwards in the files (down: --up=-y)")
-
-
-def main(argv=None):
-    """Fetch and look at a data set."""
-    parser = option_parser("Fetch a data set and draw what the models see of it.")
-    parser.add_argument("--dataset", default="shapes", help=f"{', '.join(DATASETS)}: a folder of your own")
-    parser.add_argument("--preview", type=Path, default=Path("preview.png"), help="picture to draw")
-    parser.add_argument("--split", choices=("train", "test"), default="train", help="which of its splits")
-    parser.add_argument("--download", action=argparse.BooleanOptionalAction, help="fetch what is missing")
-    add_data_options(parser.add_argument, points=1024)
-    args = parser.parse_args(argv)
-    from eval import preview  # here, for eval.py builds on this file
-    from model import whole_file
-    objects = load_dataset(args.dataset, args.data_root, args.split, args.points, args.domain, args.download,
-                           args.up)
-    with whole_file(args.preview) as path:
-        preview(objects, path)
-    print(f"{len(objects)} objects of {objects.name} {objects.split}, a few of them in {args.preview}")
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        main()

@@ -1,13 +1,17 @@
-"""Accuracy, predictions and pictures of a trained checkpoint or of a zero-shot start; the curves of a run.
+"""Accuracy, predictions, tables and pictures: of a trained checkpoint, of a zero-shot start, of many runs.
 
     python eval.py --checkpoint runs/shapes-tiny/last.pt                 # on the data it was trained for
     python eval.py --model ulip2 --dataset modelnet40 --classes "chair,mug,desk lamp" --predictions named.csv
+    python eval.py --dataset modelnet40 --preview sheet.png              # what the models see of a data set
 """
 import argparse
 import csv
+import errno
 import json
+import math
 import statistics
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
@@ -16,20 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import (COUNT, DATASETS, DEVICE, Objects, add_data_options, draw_views, fixed_images, load_dataset,
-                  one_line_errors, option_parser, published_start, read_lines, settings, training_photographs,
-                  usable_device)
-from model import (PUBLISHED, TEMPLATES, CrossMoST, build_model, group_points, hide_groups, hide_patches,
-                   load_checkpoint, read_file, whole_file)
+from data import (DATASETS, UP, Objects, UserError, dataset_row, draw_views, fixed_images, load_dataset,
+                  read_lines, training_photographs)
+from model import (OTHER_GROUPS, PUBLISHED, TEMPLATES, CrossMoST, build_model, describe_start,
+                   group_points, hide_groups, hide_patches, load_checkpoint, published_start, whole_file)
 
 matplotlib.use("Agg")  # draws into files; no screen needed
 import matplotlib.pyplot as plt  # noqa: E402
 
 MODALITIES = ("image", "point", "joint")
-# Safe for colour-blind eyes: Okabe and Ito's for few things, Petroff's (arXiv 2107.02270) for ten.
+# Safe for colour-blind eyes: Okabe and Ito's.
 COLOURS = {"image": "#0072B2", "point": "#D55E00", "joint": "#000000"}
-TEN = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581",
-       "#92dadd")
 
 
 @torch.no_grad()
@@ -89,19 +90,19 @@ def predict_by_cache(model: CrossMoST, unlabelled: Objects, objects: Objects, vi
 def evaluate(model: CrossMoST, objects: Objects, views: int | None = None) -> dict:
     """Top-1 accuracy in percent: {"image", "point", "joint", "per_class": {name: {"image", ...}}}.
 
-    Raises: ValueError if the objects have no labels or other classes than the model's, in this order.
+    Raises: UserError if the objects have no labels or other classes than the model's, in this order.
     """
     if objects.labels is None:
-        raise ValueError(f"{objects.name} has no labels; accuracy cannot be measured")
+        raise UserError(f"{objects.name} has no labels; accuracy cannot be measured")
     check_names(model, objects)
     return accuracy(predict(model, objects, views), objects)
 
 
 def check_names(model: CrossMoST, objects: Objects):
-    """Raises: ValueError if the model's classes are not the objects', in this order."""
+    """Raises: UserError if the model's classes are not the objects', in this order."""
     if list(objects.class_names) != list(model.class_names):
-        raise ValueError(f"{objects.name} has {objects.class_names[:4]}, the model {model.class_names[:4]}"
-                         "; evaluate it on the data set it was trained for (a start: --start-checkpoint)")
+        raise UserError(f"{objects.name} has {objects.class_names[:4]}, the model {model.class_names[:4]}"
+                        "; evaluate it on the data set it was trained for (a start: --start-checkpoint)")
 
 
 def accuracy(probs: dict[str, Tensor], objects: Objects) -> dict:
@@ -114,26 +115,9 @@ def accuracy(probs: dict[str, Tensor], objects: Objects) -> dict:
     return {**{m: percent(correct[m].mean()) for m in MODALITIES}, "per_class": per_class}
 
 
-def calibration_error(probs: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Expected calibration error: sum over bins of confidence of share x |accuracy - confidence|, in [0, 1]
-    (Guo et al., arXiv 1706.04599). probs (N, C), labels (N,)."""
-    confidence, named = probs.double().max(dim=-1)
-    each = (confidence * bins).ceil().clamp(min=1).long() - 1
-    gap = (named == labels).double() - confidence
-    return torch.zeros(bins, dtype=torch.double).index_add(0, each, gap).abs().sum().item() / len(labels)
-
-
-def report(probs: dict[str, Tensor], objects: Objects) -> dict:
-    """accuracy(), and in percent: mean_class, the mean over classes; top-5; calibration_error."""
-    found = accuracy(probs, objects)
-    classes, top = found["per_class"].values(), min(5, len(objects.class_names))
-    found["mean_class"] = {m: round(statistics.mean(row[m] for row in classes), 2) for m in MODALITIES}
-    found[f"top-{top}"], found["calibration_error"] = {}, {}
-    for m, p in probs.items():
-        among = (p.topk(top).indices == objects.labels[:, None]).any(dim=1)
-        found[f"top-{top}"][m] = percent(among.double().mean())
-        found["calibration_error"][m] = percent(calibration_error(p, objects.labels))
-    return found
+def per_class_mean(found: dict) -> dict:
+    """The mean over classes of what accuracy() found, percent."""
+    return {m: round(statistics.mean(row[m] for row in found["per_class"].values()), 2) for m in MODALITIES}
 
 
 def write_predictions(path: Path, objects: Objects, probs: dict[str, Tensor]) -> float:
@@ -176,34 +160,57 @@ def mean_and_std(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if values[1:] else "")
 
 
+def row_label(run: dict) -> str:
+    """What sets a run apart from the method with its defaults, as options."""
+    if "cache" in run:
+        return "`eval.py --rival`"
+    words = []
+    for key, value in run["changed"].items():
+        words += ["--" + key.replace("_", "-"), *map(str, value if isinstance(value, list) else [value])]
+    return f"`{' '.join(words)}`" if words else "Cross-MoST"
+
+
 def summary(runs: list[dict]) -> str:
     """Many runs' results as Markdown: a table for each data set, a row for each setting, over its seeds.
 
-    Accuracy is the teacher's; gap, where there is a ceiling, --labels truth: the share of the way there.
+    Accuracy is the teacher's. The first row is the start of the runs with the defaults; a setting with another
+    start is preceded by it. gap, where there is a ceiling, --labels truth: the share of the way
+    from a run's own start to it.
     """
-    lines = []
+    tables = []
     for name in dict.fromkeys(run["dataset"] for run in runs):
-        rows, ceiling = {"zero-shot start": {}, "Cross-MoST": {}}, {}
+        rows = {"Cross-MoST": {}}
         for run in (run for run in runs if run["dataset"] == name):
-            flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in run["changed"].items())
-            right, seed = run.get("teacher") or run["cache"], run["seed"]
-            rows.setdefault(f"`{flags}`" if flags else "Cross-MoST", {})[seed] = right
-            rows["zero-shot start"][seed] = run["zero_shot"]
-            if run["changed"] == {"labels": "truth"}:
-                ceiling[seed] = right["joint"]
+            rows.setdefault(row_label(run), {})[run["seed"]] = run
+        ceiling, first = rows.get("`--labels truth`", {}), {}
+        for seeds in rows.values():
+            first = {**seeds, **first}  # of each seed the run with the defaults, if there is one
         heads = [f"{name}, {run['objects']} objects", *MODALITIES, *["gap"] * bool(ceiling), "joint by seed"]
-        lines += ["", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-        rows = {label: seeds for label, seeds in rows.items() if seeds}
+        lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads),
+                 table_row("zero-shot start", first, "zero_shot", ceiling)]
         for label, seeds in rows.items():
-            start = rows["zero-shot start"]
-            ways = [(right["joint"] - start[seed]["joint"]) / (ceiling[seed] - start[seed]["joint"])
-                    for seed, right in seeds.items() if seed in ceiling]
-            cells = [mean_and_std([right[m] for right in seeds.values()]) for m in MODALITIES]
-            if ceiling:
-                cells.append(f"{100 * statistics.mean(ways):.0f} %" if ways else "")
-            cells.append(", ".join(f"{right['joint']:.1f}" for _, right in sorted(seeds.items())))
-            lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(lines[1:])
+            own_start = {seed: run for seed, run in seeds.items() if run["start"] != first[seed]["start"]}
+            if own_start:
+                lines.append(table_row(f"start of {label}", own_start, "zero_shot", ceiling))
+            if seeds:
+                lines.append(table_row(label, seeds, "end", ceiling))
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def table_row(label: str, seeds: dict, which: str, ceiling: dict) -> str:
+    """One line of summary(): the runs' accuracy by modality, their "zero_shot" or their "end", over seeds."""
+    ends = {seed: run.get("teacher") or run["cache"] for seed, run in seeds.items()}
+    shown = {seed: run["zero_shot"] if which == "zero_shot" else ends[seed] for seed, run in seeds.items()}
+    cells = [mean_and_std([found[m] for found in shown.values()]) for m in MODALITIES]
+    gaps = []
+    for seed in seeds.keys() & ceiling.keys():
+        start, top = seeds[seed]["zero_shot"]["joint"], ceiling[seed]["teacher"]["joint"]
+        gaps.append((shown[seed]["joint"] - start) / (top - start))
+    if ceiling:
+        cells.append(f"{100 * statistics.mean(gaps):.0f} %" if gaps else "")
+    cells.append(", ".join(f"{found['joint']:.1f}" for _, found in sorted(shown.items())))
+    return f"| {label} | {' | '.join(cells)} |"
 
 
 def pseudo_label_quality(log_path: Path, epochs: int) -> dict:
@@ -262,14 +269,18 @@ def plot_confusion(probs: Tensor, objects: Objects, picture: Path):
     plt.close(figure)
 
 
-def plot_gallery(probs: dict[str, Tensor], objects: Objects, picture: Path, count: int = 12):
-    """View and cloud of objects that are named wrongly or on which the modalities disagree, with both
-    opinions; spread evenly over all such objects."""
-    named = {m: p.max(dim=-1) for m, p in probs.items()}
-    odd = named["image"].indices != named["point"].indices
+def named_oddly(probs: dict[str, Tensor], objects: Objects) -> Tensor:
+    """Indices of the objects that are named wrongly or on which the modalities disagree."""
+    names = {m: p.argmax(dim=-1) for m, p in probs.items()}
+    odd = names["image"] != names["point"]
     if objects.labels is not None:
-        odd |= named["joint"].indices != objects.labels
-    odd = odd.nonzero()[:, 0]
+        odd |= names["joint"] != objects.labels
+    return odd.nonzero()[:, 0]
+
+
+def plot_gallery(probs: dict[str, Tensor], objects: Objects, picture: Path, count: int = 12):
+    """View and cloud of objects that are named oddly, with both opinions; spread evenly over all of them."""
+    named, odd = {m: p.max(dim=-1) for m, p in probs.items()}, named_oddly(probs, objects)
     chosen = odd[torch.linspace(0, len(odd) - 1, min(count, len(odd))).long()].tolist()
     images = objects.images and [objects.images[i] for i in chosen]
     some = Objects(objects.points[chosen], None, [], images=images)
@@ -300,32 +311,6 @@ def draw_cloud(axes, points: Tensor):
     axes.set(aspect="equal")
     axes.view_init(20, -60)
     axes.axis("off")
-
-
-def plot_map(embedded: dict[str, dict], objects: Objects, picture: Path):
-    """Both modalities' features of each model, {title: embed()}, on the two main axes of the last one's; the
-    ten most frequent classes in colours."""
-    both = {title: torch.cat([out[m][1] for m in ("image", "point")]) for title, out in embedded.items()}
-    last = list(both.values())[-1]
-    _, _, main_axes = torch.pca_lowrank(last - last.mean(dim=0), q=2, niter=8)
-    names = ["no label"] if objects.labels is None else objects.class_names
-    labels = torch.zeros(len(objects), dtype=torch.long) if objects.labels is None else objects.labels
-    colour = dict(zip(labels.bincount().argsort(descending=True)[:10].tolist(), TEN))
-    figure, panels = plt.subplots(1, len(both), figsize=(5.5 * len(both) + 1.5, 5.5), layout="constrained",
-                                  squeeze=False)
-    for axes, (title, features) in zip(panels[0], both.items()):
-        flat = (features - last.mean(dim=0)) @ main_axes
-        for part, mark in zip(flat.chunk(2), "o^"):
-            axes.scatter(*part.T, c=[colour.get(k, "#dddddd") for k in labels.tolist()], marker=mark, s=10,
-                         alpha=0.7, linewidths=0)
-        axes.set(title=title, xticks=[], yticks=[])
-    key = [plt.Line2D([], [], color=c, marker="s", linestyle="", label=names[k])
-           for k, c in sorted(colour.items())]
-    key += [plt.Line2D([], [], color="black", marker=mark, linestyle="", label=name)
-            for mark, name in zip("o^", ("image", "point"))]
-    figure.legend(handles=key, loc="outside right center", frameon=False)
-    figure.savefig(picture, dpi=100)
-    plt.close(figure)
 
 
 def write_embeddings(path: Path, out: dict, model: CrossMoST, objects: Objects):
@@ -381,21 +366,98 @@ def collect(folder: Path, file: Path) -> str:
     for path in sorted(folder.glob("*/results.json")):
         try:
             run = json.loads(path.read_text())
-            if run.get("teacher") or run.get("cache"):
-                summary([run])
-                other = runs.setdefault(json.dumps([run[key] for key in ("dataset", "changed", "seed")]), run)
-            else:  # no labels, or only a start made
+            if not (run.get("teacher") or run.get("cache")):  # no labels
                 print(f"{path} has no accuracy to compare", file=sys.stderr)
                 continue
+            summary([run])
+            other = runs.setdefault((run["dataset"], row_label(run), run["seed"]), run)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no results.json of train.py: {error!r}; run it again, or remove it")
+            raise UserError(f"{path} is no results.json of train.py or eval.py: {error!r}; "
+                            "run it again, or remove it") from error
         if other is not run:
-            raise ValueError(f"{path} has the options and seed of another run there; move one elsewhere")
+            raise UserError(f"{path} has the options and seed of another run there; move one elsewhere")
     if not runs:
         raise FileNotFoundError(f"no {folder}/*/results.json with accuracy; README, Ablations, makes some")
     with whole_file(file) as temporary:
         temporary.write_text("[\n" + ",\n".join(map(json.dumps, runs.values())) + "\n]\n")
     return summary([*runs.values()])
+
+
+# -----------------------------------------------------------------------------------------------------------
+# The command line, and what train.py shares of it
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Python's, CUDA's, or torch's CPU allocator's. Other errors that speak of memory are bugs."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or isinstance(error, RuntimeError) and (
+        "DefaultCPUAllocator: can't allocate memory" in str(error))
+
+
+@contextmanager
+def one_line_errors():
+    """What a user can put right (UserError, OSError, too little memory) ends a script with one line and exit
+    code 2. Every other error is a bug, and keeps its traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if not isinstance(error, (UserError, OSError)) and not out_of_memory(error):
+            raise
+        full = "; make room: what was saved before is whole" * (getattr(error, "errno", 0) == errno.ENOSPC)
+        print("error:", (" ".join(str(error).split()) or "out of memory") + full, file=sys.stderr)
+        sys.exit(2)
+
+
+def number(low: float, high: float = math.inf, kind: type = float):
+    """An argparse type: a finite number in [low, high]."""
+    def parse(text: str):
+        value = kind(text)
+        if not low <= value <= high or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
+        return value
+    parse.__name__ = kind.__name__  # argparse prints it
+    return parse
+
+
+COUNT, SHARE, WEIGHT = number(1, kind=int), number(0, 1), number(0)
+
+
+def picture_file(name: str) -> Path:
+    """An argparse type: a picture's file, a PNG where the name has no suffix."""
+    path = Path(name) if Path(name).suffix else Path(name + ".png")
+    if path.suffix.lower() not in (".png", ".jpg", ".pdf", ".svg"):
+        raise argparse.ArgumentTypeError(f"cannot draw a {path.suffix} file; use .png, .jpg, .pdf or .svg")
+    return path
+
+
+def usable_device(name: str) -> str:
+    """An argparse type: cpu, cuda or cuda:N, where torch can compute here."""
+    try:
+        if torch.device(name).type not in ("cpu", "cuda"):  # Apple's mps has no float64, for one
+            raise argparse.ArgumentTypeError(f"{name!r} is not supported; use cpu or cuda")
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"cannot compute on {name!r}: {str(error).split('. ')[0][:100]}")
+    return name
+
+
+def option_parser(purpose: str) -> argparse.ArgumentParser:
+    """Shows defaults; says what is wrong in one line, without forty options' usage before it."""
+    return argparse.ArgumentParser(description=purpose, usage=argparse.SUPPRESS,
+                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+
+def add_data_options(add):
+    """What both scripts ask of the data; `add` is the add_argument of a parser or a group."""
+    add("--data-root", type=Path, default=Path("data"), help="folder that holds the data sets")
+    add("--download", action=argparse.BooleanOptionalAction, help="fetch all that is missing, or nothing")
+    add("--domain", choices=("source", "target"), help="objects as they are, or as a scanner sees them")
+    add("--up", choices=sorted(UP), help="axis that points upwards in the files (down: --up=-y)")
+    add("--points", type=COUNT, help="points per cloud")
+    add("--views", type=COUNT, help="evaluation: depth views (6) or photographs (all) averaged")
 
 
 def parse_args(argv=None):
@@ -404,23 +466,23 @@ def parse_args(argv=None):
     group("--checkpoint", type=Path, help="a last.pt of train.py, or the authors' trained file")
     group("--model", help="or a zero-shot start: ulip2, ulip1, crossmost, an open_clip name; tiny has a file")
     group("--pretrained", help="open_clip's weights of --model: a tag or a file")
-    group("--start-checkpoint", type=Path, help="the start's file; with --checkpoint: both")
+    group("--start-checkpoint", type=Path, help="the start's file, of any family")
     group("--templates", choices=sorted(TEMPLATES), help="texts around a class name of a start")
     group("--classes", help="names for a start instead of the data set's: \"a,b,c\" or a file, a name a line")
     group("--cache", type=Path, default=Path("cache"), help="folder of fetched starts")
     group("--runs", type=Path, help="nothing of these: gather the results of all runs in this folder")
+    group("--preview", type=picture_file, help="nothing of these: draw what the models see of --dataset")
     group = parser.add_argument_group("on (if not given: what the checkpoint was trained on)").add_argument
-    group("--dataset", help=f"{', '.join(DATASETS)}: a folder of your own")
+    group("--dataset", help=f"{', '.join(DATASETS)}, or a folder of your own")
     group("--split", choices=("train", "test"), default="test", help="which of its splits")
     add_data_options(group)
-    group("--views", type=COUNT, help="depth views (6) or photographs (all) to average")
-    group("--device", type=usable_device, default=DEVICE, help="where")
+    group("--device", type=usable_device, default=DEVICE, help="where to compute")
     group = parser.add_argument_group("into").add_argument
+    group("--rival", action="store_true", help="score a rival of a start, too: a cache of confident objects")
     group("--predictions", type=Path, help="FILE.csv: every object's name, confidence, either opinion")
     group("--embeddings", type=Path, help="FILE.npz: features, logits, classifier")
-    group("--confusion", type=Path, help="FILE.png: the confusion matrix")
-    group("--gallery", type=Path, help="FILE.png: objects named wrongly or in two ways")
-    group("--map", type=Path, help="FILE.png: features on their two main axes")
+    group("--confusion", type=picture_file, help="FILE.png: the confusion matrix")
+    group("--gallery", type=picture_file, help="FILE.png: objects named wrongly or in two ways")
     group("--json", type=Path, help="FILE.json: all figures (--runs: assets/results.json)")
     return parser.parse_args(argv)
 
@@ -429,35 +491,20 @@ def rename(objects: Objects, names: list[str]):
     """Name the objects' classes otherwise. Labels stay where every true class is among the names."""
     names, before = [name.strip() for name in names], objects.class_names
     if len(set(names)) < len(names) or "" in names:
-        raise ValueError(f"--classes has a name twice, or an empty one: {names}")
+        raise UserError(f"--classes has a name twice, or an empty one: {names}")
     known = objects.labels is not None and set(before) <= set(names)
     objects.labels = torch.tensor([names.index(name) for name in before])[objects.labels] if known else None
     objects.class_names = names
 
 
-def load_models(args, objects: Objects) -> dict[str, CrossMoST]:
-    """{"student", "teacher"} of a checkpoint, {"zero-shot"} of a start, or all three."""
-    class_names = list(objects.class_names)
-    if args.checkpoint:
-        if args.classes:
-            raise ValueError(f"{args.checkpoint} was trained for its own names, the columns of its classifier"
-                             "; for --classes name a start: --model or --start-checkpoint")
-        models = {which: load_checkpoint(args.checkpoint, which=which) for which in ("student", "teacher")}
-        for model in models.values():
-            if model.class_names == [str(k) for k in range(len(class_names))]:
-                model.architecture["class_names"] = class_names  # a published file has numbers only
-            check_names(model, objects)
-    if not args.checkpoint or args.start_checkpoint:
-        start, name = args.start_checkpoint, args.model or "tiny"
-        if not start and name == "tiny":
-            raise ValueError("nothing to evaluate; name a --checkpoint, a --model (of tiny the file that "
-                             "train.py left in cache/, with --start-checkpoint), or --runs to gather")
-        if not start and name in PUBLISHED:
-            start = published_start(name, args.cache)
-        point = {} if name == "tiny" else {"groups": 512 if name in ("ulip1", "ulip2") else 64}
-        zero_shot = build_model(name, class_names, TEMPLATES[args.templates], args.pretrained, start, **point)
-        models = {"zero-shot": zero_shot} | (models if args.checkpoint else {})
-    return {name: model.to(args.device) for name, model in models.items()}
+def load_trained(path: Path, objects: Objects) -> dict[str, CrossMoST]:
+    """{"student", "teacher"} of a checkpoint. Raises: UserError where its classes are not the objects'."""
+    models = {which: load_checkpoint(path, which=which) for which in ("student", "teacher")}
+    for model in models.values():
+        if model.class_names == [str(k) for k in range(len(objects.class_names))]:
+            model.architecture["class_names"] = list(objects.class_names)  # a published file has numbers only
+        check_names(model, objects)
+    return models
 
 
 def main(argv=None) -> dict | None:
@@ -465,36 +512,53 @@ def main(argv=None) -> dict | None:
     args = parse_args(argv)
     if args.runs:
         return print(collect(args.runs, args.json or Path("assets/results.json")))
-    trained = read_file(args.checkpoint).get("options", {}) if args.checkpoint else {}
-    if args.dataset in (None, trained.get("dataset")):  # as it was trained, but for what is asked here
-        for key, kind in {"dataset": str, "domain": str, "points": int, "up": str, "views": int}.items():
-            if getattr(args, key) is None and trained.get(key, "None") != "None":
-                setattr(args, key, kind(trained[key]))
-    args.dataset = args.dataset or "shapes"
-    args.templates = args.templates or settings(args.dataset)["templates"]
-    points = args.points or (1024 if args.model in (None, "tiny") else 2048)
-    objects = load_dataset(args.dataset, args.data_root, args.split, points, args.domain, up=args.up)
-    if args.classes:
-        is_file = Path(args.classes).is_file()
-        rename(objects, read_lines(Path(args.classes)) if is_file else args.classes.split(","))
+    start = args.start_checkpoint
+    if args.model in PUBLISHED and not (start or args.checkpoint):
+        start = published_start(args.model, args.cache, args.download is not False)
+    if args.checkpoint and (args.start_checkpoint or args.model):
+        raise UserError("both a checkpoint and a start are named; drop --checkpoint, or --start-checkpoint "
+                        "and --model")
+    if not (args.preview or args.checkpoint or start or args.model not in (None, "tiny")):
+        raise UserError("nothing to evaluate; name a --checkpoint, a --model (of tiny the file that train.py "
+                        "left in cache/, with --start-checkpoint), or --runs to gather")
+    known = describe_start(args.checkpoint or start) if args.checkpoint or start else OTHER_GROUPS
+    objects = load_objects(args, known)
+    if args.preview:
+        with whole_file(args.preview) as path:
+            preview(objects, path)
+        return print(f"{len(objects)} objects of {objects.name} {objects.split}, a few of them in "
+                     f"{args.preview}")
     results = {"dataset": objects.name, "split": objects.split, "objects": len(objects)}
-    embedded = {}
-    for which, model in load_models(args, objects).items():
-        embedded[which] = embed(model, objects, args.views)
-        probs = to_probs(*(embedded[which][m][0] for m in ("image", "point")))
+    if args.checkpoint:
+        if args.classes:
+            raise UserError(f"{args.checkpoint} can only name the classes it was trained for; for --classes "
+                            "name a start: --model or --start-checkpoint")
+        models = load_trained(args.checkpoint, objects)
+    else:
+        templates = TEMPLATES[args.templates or dataset_row(args.dataset)["templates"]]
+        sizes = {key: known[key] for key in ("groups", "group_size")}
+        models = {"zero_shot": build_model(args.model or known.get("model", ""), objects.class_names,
+                                           templates, args.pretrained, start, **sizes)}
+        results |= {"start": Path(start or args.model).stem, "seed": known.get("options", {}).get("seed", 0)}
+    for which, model in models.items():
+        embedded = embed(model.to(args.device), objects, args.views)
+        probs = to_probs(embedded["image"][0], embedded["point"][0])
         if objects.labels is not None:
-            results[which.replace("-", "_")] = report(probs, objects)
+            results[which] = accuracy(probs, objects)
+    if args.rival:
+        results["cache"] = score_rival(args, model, objects, known)
     print(table(results))
     if objects.labels is not None:
-        show_details(which, results[which.replace("-", "_")])
+        show_details(which, results[which])
     if args.confusion and objects.labels is None:
-        raise ValueError("--confusion needs labels, of classes that are all among the names")
-    embedded.pop("student", None)  # the map shows what was before and what is kept
+        raise UserError("--confusion needs labels, of classes that are all among the names")
+    if args.gallery and not len(named_oddly(probs, objects)):
+        print(f"no {args.gallery}: every object is named rightly, and by both modalities alike")
+        args.gallery = None
     write = {"predictions": lambda path: write_predictions(path, objects, probs),
-             "embeddings": lambda path: write_embeddings(path, embedded[which], model, objects),
+             "embeddings": lambda path: write_embeddings(path, embedded, model, objects),
              "confusion": lambda path: plot_confusion(probs["joint"], objects, path),
              "gallery": lambda path: plot_gallery(probs, objects, path),
-             "map": lambda path: plot_map(embedded, objects, path),
              "json": lambda path: path.write_text(json.dumps(results, indent=1) + "\n")}
     for name, into in write.items():
         if path := getattr(args, name):
@@ -504,12 +568,37 @@ def main(argv=None) -> dict | None:
     return results
 
 
+def load_objects(args, known: dict, split: str | None = None) -> Objects:
+    """The objects asked for. On the data set a checkpoint was trained on, options not given are its own; the
+    size of the clouds is its own on any data set."""
+    trained = known.get("options", {})
+    if args.dataset in (None, trained.get("dataset")):
+        args.dataset = trained.get("dataset", "shapes")
+        for key in ("domain", "up", "views"):
+            if getattr(args, key) is None:
+                setattr(args, key, trained.get(key))
+    points = args.points or known.get("points") or dataset_row(args.dataset)["points"]
+    objects = load_dataset(args.dataset, args.data_root, split or args.split, points, args.domain,
+                           args.download, args.up)
+    if args.classes:
+        is_file = Path(args.classes).is_file()
+        rename(objects, read_lines(Path(args.classes)) if is_file else args.classes.split(","))
+    return objects
+
+
+def score_rival(args, start: CrossMoST, objects: Objects, known: dict) -> dict:
+    """Accuracy of predict_by_cache, from the training objects, without their labels."""
+    if args.checkpoint or objects.labels is None:
+        raise UserError("--rival scores a start, --start-checkpoint or --model, on objects with labels")
+    probs = predict_by_cache(start, load_objects(args, known, "train"), objects, args.views)
+    return {m: accuracy(probs, objects)[m] for m in MODALITIES}
+
+
 def show_details(which: str, found: dict):
-    """Print the mean over classes, top-5, calibration error, and every class, in percent."""
+    """Print the mean over classes, and every class, in percent."""
     width = max(44, *(len(name) + 2 for name in found["per_class"]))
-    rows = {f"{which}, {key.replace('_', ' ')}": row for key, row in found.items()
-            if key not in (*MODALITIES, "per_class")}
-    for name, row in {**rows, **found["per_class"]}.items():
+    rows = {f"{which}, mean over classes": per_class_mean(found), **found["per_class"]}
+    for name, row in rows.items():
         print(name.ljust(width) + "".join(f"{row[m]:8.1f}" for m in MODALITIES))
 
 

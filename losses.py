@@ -35,32 +35,41 @@ def joint_pseudo_labels(image_probs: Tensor, point_probs: Tensor, threshold: flo
     return labels, torch.maximum(image_confidence, point_confidence) > threshold
 
 
-def pseudo_labels(rule: str, image_probs: Tensor, point_probs: Tensor, threshold: float,
-                  point_weight: float = 1.0) -> dict[str, tuple[Tensor, Tensor]]:
+def pseudo_labels(rule: str, image_probs: Tensor | None, point_probs: Tensor | None,
+                  thresholds: tuple[float, float], point_weight: float = 1.0,
+                  truth: Tensor | None = None) -> dict[str, tuple[Tensor, Tensor]]:
     """The labels and keep each modality trains on, by the rule of `--labels`.
 
     joint     joint_pseudo_labels: the more confident modality names the object (the method)
     mean      argmax of the mean of the two probability vectors, kept where that mean exceeds the threshold
-    separate  each modality its own argmax and confidence (Deviation D14)
     agree     joint, but kept only where both modalities name the same class
-    A single modality is `separate` with the same probabilities given twice.
+    separate  each modality its own argmax and confidence (Deviation D14), also where only one is given
+    truth     the true labels, all kept: an oracle, the ceiling of what better pseudo-labels could bring
 
+    Args: image_probs, point_probs (B, C), rows sum to 1, or None; thresholds: of images and of points, the
+    first for both where they share a label; truth (B,), for the oracle only.
     Returns: {"image": (labels (B,), keep (B,)), "point": (labels, keep)}.
     Raises: ValueError for another rule.
     """
+    if rule == "truth":
+        everything = torch.ones_like(truth, dtype=torch.bool)
+        return {"image": (truth, everything), "point": (truth, everything)}
     if rule == "separate":
-        images, points = image_probs.max(dim=-1), point_probs.max(dim=-1)
-        return {"image": (images.indices, images.values > threshold),
-                "point": (points.indices, points.values > threshold)}
+        labelled = {}
+        for name, probs, threshold in zip(("image", "point"), (image_probs, point_probs), thresholds):
+            if probs is not None:
+                confidence, labels = probs.max(dim=-1)
+                labelled[name] = labels, confidence > threshold
+        return labelled
     if rule == "mean":
         confidence, labels = ((image_probs + point_probs) / 2).max(dim=-1)
-        keep = confidence > threshold
+        keep = confidence > thresholds[0]
     elif rule in ("joint", "agree"):
-        labels, keep = joint_pseudo_labels(image_probs, point_probs, threshold, point_weight)
+        labels, keep = joint_pseudo_labels(image_probs, point_probs, thresholds[0], point_weight)
         if rule == "agree":
             keep = keep & (image_probs.argmax(dim=-1) == point_probs.argmax(dim=-1))
     else:
-        raise ValueError(f"unknown rule {rule!r}; one of joint, mean, separate, agree")
+        raise ValueError(f"unknown rule {rule!r}; one of joint, mean, agree, separate, truth")
     return {"image": (labels, keep), "point": (labels, keep)}
 
 

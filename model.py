@@ -6,8 +6,10 @@ Parameter names are those of the published checkpoints, so that loading is stric
 renamed (TIMM_NAMES).
 """
 import argparse
+import codecs
 import io
 import logging
+import math
 import os
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
@@ -23,6 +26,8 @@ from open_clip.constants import (IMAGENET_MEAN, IMAGENET_STD, OPENAI_DATASET_MEA
 from open_clip.transformer import LayerNorm, QuickGELU, TextTransformer, VisionTransformer
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+
+from data import UserError, fetch_published
 
 # A CLIP and a Point-BERT small enough to pre-train on a CPU in a minute or two.
 TINY = {
@@ -53,10 +58,10 @@ def farthest_point_sample(points: Tensor, count: int) -> Tensor:
     """Greedy farthest points, starting at point 0 (Deviation D20). (B, P, 3) -> (B, count) int64 indices.
 
     Each step takes the point farthest from all taken so far; no index repeats while distinct points are left.
-    Raises: ValueError if count is not in 1..P.
+    Raises: UserError if count is not in 1..P.
     """
     if not 0 < count <= points.shape[1]:
-        raise ValueError(f"cannot take {count} farthest of {points.shape[1]} points; lower --groups")
+        raise UserError(f"cannot take {count} farthest of {points.shape[1]} points; lower --groups")
     chosen = torch.zeros(len(points), count, dtype=torch.long, device=points.device)
     distance = points.new_full(points.shape[:2], float("inf"))
     planes = points.transpose(1, 2).contiguous()  # (B, 3, P): long rows are many times faster
@@ -71,10 +76,10 @@ def farthest_point_sample(points: Tensor, count: int) -> Tensor:
 def group_points(points: Tensor, groups: int, group_size: int) -> Groups:
     """Farthest-point centres and their nearest points, relative to the centre. (B, P, 3) -> Groups.
 
-    Raises: ValueError if a cloud has fewer points than groups or group_size.
+    Raises: UserError if a cloud has fewer points than groups or group_size.
     """
     if group_size > points.shape[1]:
-        raise ValueError(f"cannot group {group_size} points of {points.shape[1]}; lower --group-size")
+        raise UserError(f"cannot group {group_size} points of {points.shape[1]}; lower --group-size")
     centres = points.gather(1, farthest_point_sample(points, groups)[..., None].expand(-1, -1, 3))
     nearest = torch.cdist(centres, points).topk(group_size, largest=False).indices  # (B, G, S)
     flat = points.gather(1, nearest.flatten(1)[..., None].expand(-1, -1, 3))
@@ -89,7 +94,7 @@ def hide_patches(batch: int, grid: int, ratio: float, device: torch.device) -> T
     """
     cell = 2 if grid % 2 == 0 and grid > 4 else 1
     side = grid // cell
-    count = -int(-ratio * side * side // 1)
+    count = math.ceil(ratio * side * side)
     order = torch.rand(batch, side * side, device=device).argsort(dim=1)
     cells = (order < count).view(batch, side, side)
     return cells.repeat_interleave(cell, 1).repeat_interleave(cell, 2).flatten(1)
@@ -102,9 +107,10 @@ def hide_groups(centres: Tensor, ratio: float) -> Tensor:
     """
     batch, total, _ = centres.shape
     seed = torch.randint(total, (batch, 1, 1), device=centres.device).expand(-1, -1, 3)
-    rank = (centres - centres.gather(1, seed)).square().sum(dim=-1).argsort(dim=1).argsort(dim=1)
-    count = ((ratio + 0.1 * torch.rand(batch, 1, device=centres.device)) * total).long() if ratio > 0 else 0
-    return rank < count
+    nearest = (centres - centres.gather(1, seed)).square().sum(dim=-1).argsort(dim=1)
+    count = (ratio + 0.1 * torch.rand(batch, 1, device=centres.device)) * total
+    among_them = torch.arange(total, device=centres.device) < count.long()  # (B, G), by nearness
+    return torch.zeros_like(among_them).scatter(1, nearest, among_them)
 
 
 class MiniPointNet(nn.Module):
@@ -293,7 +299,7 @@ class CrossMoST(nn.Module):
         return out
 
     def _forward_images(self, out: Output, images: Tensor, hidden: Tensor | None):
-        features, tokens = self.visual(images.flatten(0, -4), hidden)
+        features, tokens = self.visual(images.reshape(-1, *images.shape[-3:]), hidden)
         features = F.normalize(features.float(), dim=-1).view(*images.shape[:-3], -1)  # (B, E) or (B, V, E)
         mean = features if images.dim() == 4 else features.mean(dim=1)
         if self.classifier is not None:
@@ -336,7 +342,7 @@ def teacher_momentum(step: int, final: float) -> float:
 def parameter_groups(model: CrossMoST, weight_decay: float, layer_decay: float,
                      freeze: list[str]) -> list[dict]:
     """One group per (learning-rate scale, weight decay); frozen parameters lose requires_grad and are left
-    out. Raises: ValueError where a prefix in `freeze` is no parameter's, or none is left to train.
+    out. Raises: UserError where a prefix in `freeze` is no parameter's, or none is left to train.
 
     scale = layer_decay^(layers + 1 - i) in the image encoder: i = 0 for its embeddings, b + 1 for block b; 1
     elsewhere. No weight decay on 1-D parameters.
@@ -358,9 +364,9 @@ def parameter_groups(model: CrossMoST, weight_decay: float, layer_decay: float,
     strange = [prefix for prefix in freeze
                if not any(name.startswith(prefix) for name, _ in model.named_parameters())]
     if strange:
-        raise ValueError(f"--freeze: no parameter begins with {strange}; model.named_parameters() lists them")
+        raise UserError(f"--freeze: no parameter begins with {strange}; model.named_parameters() lists them")
     if not groups:
-        raise ValueError(f"--freeze {' '.join(freeze)} leaves nothing to train")
+        raise UserError(f"--freeze {' '.join(freeze)} leaves nothing to train")
     return list(groups.values())
 
 
@@ -403,15 +409,52 @@ def embed_names(text: TextEncoder, class_names: list[str], templates: tuple[str,
 
 # Published files that are starts. Others: `tiny`, or any plain vision transformer of open_clip by its name.
 PUBLISHED = ("ulip2", "ulip1", "crossmost")
+# How the point encoder of a start cuts a cloud, as in its training; files of our own say it themselves.
+GROUPS = {"tiny": dict(groups=32, group_size=16), "ulip1": dict(groups=512, group_size=32),
+          "ulip2": dict(groups=512, group_size=32)}
+OTHER_GROUPS = dict(groups=64, group_size=32)  # Cross-MoST's
 CLIP_OF_CROSSMOST = ("ViT-B-16-quickgelu", "openai")  # where the file holds no text tower
 # What self-training adds to published towers: random where a file lacks it.
-ADDED = ("visual.mask_token_embedding", "visual.ln_patch.", "visual.decoder.", "point_encoder.mask_token",
-         "point_encoder.proj", "point_encoder.lm_head.")
+MAY_BE_MISSING = ("visual.mask_token_embedding", "visual.ln_patch.", "visual.decoder.",
+                  "point_encoder.mask_token", "point_encoder.proj", "point_encoder.lm_head.")
 TEXT_KEYS = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
 TIMM_NAMES = {"patch_embed.proj.weight": "conv1.weight", "cls_token": "class_embedding",
               "pos_embed": "positional_embedding", "visual.norm.": "visual.ln_post.",
               "visual.blocks.": "visual.transformer.resblocks.", ".norm1.": ".ln_1.", ".norm2.": ".ln_2.",
               ".qkv.": ".in_proj_", ".attn.proj.": ".attn.out_proj.", ".fc1.": ".c_fc.", ".fc2.": ".c_proj."}
+
+
+def published_start(name: str, cache: Path, allowed: bool = True) -> Path:
+    """The file of ulip1, ulip2 (fetched if it is missing) or crossmost (by hand; README, Starts)."""
+    if name == "crossmost":
+        return cache / "ulip-june11-checkpoint_best.pt"
+    return fetch_published(name, cache, allowed)
+
+
+def describe_start(path: str | Path) -> dict:
+    """What a run needs to know of a file of any family: "groups", "group_size", for most "model".
+
+    A file of our own, a start or a last.pt, says it itself, with "points" per cloud and the "options" that
+    made it; of a published one it goes by its family.
+    """
+    content = read_file(path)
+    if "architecture" in content:
+        options, point = content.get("options", {}), content["architecture"]["point"]
+        own = {key: options[key] for key in ("model", "points") if key in options}
+        return {"model": "tiny", "options": options, **own,
+                **{key: point.get(key, OTHER_GROUPS[key]) for key in OTHER_GROUPS}}
+    state = published_state(content)
+    if "image_projection" in state and "visual.cls_token" not in state:
+        return {"model": "crossmost", **OTHER_GROUPS}
+    if "visual.cls_token" in state:
+        return {"model": "ulip2", **GROUPS["ulip2"]}
+    return GROUPS["ulip2"]  # a point encoder alone: ULIP-2 with colours
+
+
+def published_state(content: dict, which: str = "teacher") -> dict:
+    """The parameters in a published file, by name."""
+    state = content.get("state_dict", content.get("model_ema" if which == "teacher" else "model"))
+    return {key.removeprefix("module."): value for key, value in (state or content).items()}
 
 
 def build_model(name: str, class_names: list[str], templates: tuple[str, ...], pretrained: str | None = None,
@@ -423,24 +466,27 @@ def build_model(name: str, class_names: list[str], templates: tuple[str, ...], p
         start_checkpoint: the start's file, of any family (see load_start); without one the weights of `tiny`,
         and of the point encoder beside an open_clip model, are random, from `seed`.
         templates: texts with {} for the name. point: groups, group_size, target of the PointEncoder.
-    Raises: ValueError for an unknown name, or a file that does not fit or cannot name classes.
+    Raises: UserError for an unknown name, or a file that does not fit or cannot name classes.
     """
     from_open_clip = name not in ("tiny", *PUBLISHED)
     if pretrained and not from_open_clip:
-        raise ValueError(f"--pretrained {pretrained} goes with an open_clip name; for --model {name} use "
-                         "--start-checkpoint")
+        raise UserError(f"--pretrained {pretrained} goes with an open_clip name; for --model {name} use "
+                        "--start-checkpoint")
     if name in PUBLISHED and not start_checkpoint:
-        raise ValueError(f"--model {name} is a file; name it with --start-checkpoint")
-    model, text = (open_clip_start(name, pretrained, seed, **point) if from_open_clip else
-                   (None, None) if start_checkpoint else random_tiny(seed, **point))
+        raise UserError(f"--model {name} is a file; name it with --start-checkpoint")
+    model = text = None
+    if from_open_clip:
+        model, text = open_clip_start(name, pretrained, seed, **point)
+    elif not start_checkpoint:
+        model, text = random_tiny(seed, **point)
     if start_checkpoint:
         model, own_text = load_start(start_checkpoint, model, **point)
         text = own_text or text
     if text is None and name == "crossmost":
         _, text = open_clip_start(*CLIP_OF_CROSSMOST, seed)
     if text is None:
-        raise ValueError(f"{start_checkpoint} holds no text tower to name classes with; add the open_clip "
-                         "name of its CLIP, --model and --pretrained")
+        raise UserError(f"{start_checkpoint} holds no text tower to name classes with; add the open_clip "
+                        "name of its CLIP, --model and --pretrained")
     model.set_classifier(embed_names(text, class_names, templates), class_names)
     return model.eval()
 
@@ -456,28 +502,28 @@ def random_tiny(seed: int, **point) -> tuple[CrossMoST, TextEncoder]:
 def open_clip_start(name: str, pretrained: str | None, seed: int = 0, **point) -> tuple[CrossMoST, nn.Module]:
     """An open_clip model's image and text tower beside an untrained Point-BERT.
 
-    Raises: ValueError for a name open_clip does not know, an image tower that is no plain vision transformer,
+    Raises: UserError for a name open_clip does not know, an image tower that is no plain vision transformer,
     weights of another activation, or weights that cannot be fetched.
     """
     config, weights = open_clip.get_model_config(name), open_clip.get_pretrained_cfg(name, pretrained or "")
     if config is None:
-        raise ValueError(f"unknown model {name!r}; one of tiny, {', '.join(PUBLISHED)}, or open_clip's: "
-                         "ViT-B-16-quickgelu, ...")
+        raise UserError(f"unknown model {name!r}; one of tiny, {', '.join(PUBLISHED)}, or open_clip's: "
+                        "ViT-B-16-quickgelu, ...")
     vision, quick_gelu = config["vision_cfg"], config.get("quick_gelu", False)
     odd = set(vision) - {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"}
     if odd or not isinstance(vision["layers"], int):
-        raise ValueError(f"{name}'s image tower is no plain vision transformer {sorted(odd)}; take a ViT-...")
+        raise UserError(f"{name}'s image tower is no plain vision transformer {sorted(odd)}; take a ViT-...")
     if weights and weights.get("quick_gelu", False) != quick_gelu:  # open_clip would only warn
-        raise ValueError(f"the {pretrained} weights of {name} {'lack' if quick_gelu else 'need'} QuickGELU; "
-                         f"use {name.removesuffix('-quickgelu') if quick_gelu else name + '-quickgelu'}")
+        raise UserError(f"the {pretrained} weights of {name} {'lack' if quick_gelu else 'need'} QuickGELU; "
+                        f"use {name.removesuffix('-quickgelu') if quick_gelu else name + '-quickgelu'}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         logging.disable()  # the hub's retries, and a warning that random weights are random
         try:
             clip = open_clip.create_model(name, pretrained)
         except Exception as error:  # of the hub, of the network, of the file: each has its own type
-            raise ValueError(f"cannot get the weights {pretrained!r} of {name} ({str(error)[:150]}); fetch "
-                             "them once with a connection, or name a file: --pretrained FILE") from error
+            raise UserError(f"cannot get the weights {pretrained!r} of {name} ({str(error)[:150]}); fetch "
+                            "them once with a connection, or name a file: --pretrained FILE") from error
         finally:
             logging.disable(logging.NOTSET)
         clip.requires_grad_(False).eval()
@@ -486,69 +532,27 @@ def open_clip_start(name: str, pretrained: str | None, seed: int = 0, **point) -
         image.update(heads=vision["width"] // vision.get("head_width", 64), quick_gelu=quick_gelu,
                      mlp_ratio=vision.get("mlp_ratio", 4.0))
         model = CrossMoST(config["embed_dim"], image, point, mean=pixels["mean"], std=pixels["std"])
-    fill(model.visual, clip.visual.state_dict(), name, tuple(key.removeprefix("visual.") for key in ADDED))
+    may_be_missing = tuple(key.removeprefix("visual.") for key in MAY_BE_MISSING)
+    load_strictly(model.visual, clip.visual.state_dict(), name, may_be_missing)
     model.logit_scale.data.copy_(clip.logit_scale)
     clip.visual = None  # its weights are copied: ViT-bigG's are 7 GB
     tokenize = open_clip.get_tokenizer(name)
     return model, lambda texts: F.normalize(clip.encode_text(tokenize(texts)).float(), dim=-1)
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Files
+def load_strictly(module: nn.Module, state: dict, path: str | Path, may_be_missing: tuple[str, ...] = ()):
+    """Load `state` strictly, but for parameters that begin with one of `may_be_missing`.
 
-@contextmanager
-def whole_file(path: Path):
-    """A temporary name to write to. `path` is then the whole new file, or what it was: fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")  # a killed process's is overwritten by the next
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_file(content: dict, path: Path):
-    """torch.save of a whole file."""
-    buffer = io.BytesIO()  # torch.save to a full disk does not raise OSError
-    torch.save(content, buffer)
-    with whole_file(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
-
-
-def read_file(path: str | Path, *needed: str) -> dict:
-    """Tensors and plain values of a checkpoint; nothing in it is run (weights_only).
-
-    Raises: FileNotFoundError, or ValueError if it is unreadable or lacks one of the `needed` keys.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint {path}; README, Starts, says where to get which")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # published files hold their options
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a different type for each way a file can be broken
-        raise ValueError(f"cannot read checkpoint {path}: {str(error).splitlines()[0][:200]}") from error
-    if not isinstance(content, dict) or any(key not in content for key in needed):
-        found = list(content)[:5] if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{path} is no checkpoint of this project: found {found}, expected {list(needed)}")
-    return content
-
-
-def fill(module: nn.Module, state: dict, path: str | Path, may_lack: tuple[str, ...] = ()):
-    """Load `state` strictly, but for parameters that begin with one of `may_lack`.
-
-    Raises: ValueError naming the keys that are missing, left over or of another shape.
+    Raises: UserError naming the keys that are missing, left over or of another shape.
     """
     own = module.state_dict()
-    missing = [key for key in own if key not in state and not key.startswith(may_lack)]
+    missing = [key for key in own if key not in state and not key.startswith(may_be_missing)]
     shapes = [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in own
               if key in state and state[key].shape != own[key].shape]
     extra = [key for key in state if key not in own]
     if missing or shapes or extra:
-        raise ValueError(f"{path} does not fit: {len(missing)} missing {missing[:3]}, {len(extra)} left over "
-                         f"{extra[:3]}, {len(shapes)} of another shape {shapes[:3]}")
+        raise UserError(f"{path} does not fit: {len(missing)} missing {missing[:3]}, {len(extra)} left over "
+                        f"{extra[:3]}, {len(shapes)} of another shape {shapes[:3]}")
     module.load_state_dict(state, strict=False)
 
 
@@ -556,38 +560,42 @@ def load_checkpoint(path: str | Path, groups: int = 64, group_size: int = 32, po
                     which: str = "teacher") -> CrossMoST:
     """The model in a file of any family (see load_start), in eval mode: the teacher, or the "student".
 
-    groups, group_size and heads (default: width // 64) are not in published files; `last.pt` has its own.
+    groups, group_size and heads (default: width // 64) are for published files; our own have theirs.
     """
-    model, _ = load_start(path, None, which, groups=groups, group_size=group_size, heads=point_heads)
+    published = {"groups": groups, "group_size": group_size, "heads": point_heads}
+    model, _ = load_start(path, which=which, published=published)
     return model.eval()
 
 
 def load_start(path: str | Path, clip: CrossMoST | None = None, which: str = "teacher",
-               **point) -> tuple[CrossMoST, TextEncoder | None]:
+               published: dict | None = None, **point) -> tuple[CrossMoST, TextEncoder | None]:
     """Model and text tower (None where there is none) of a file, its family recognised from its keys.
+
+    point: groups, group_size, target of the PointEncoder, instead of the file's; published: of those files
+    only which do not say it, with their heads.
 
     Our own starts and `last.pt`; ULIP-1 and ULIP-2 (SLIP image tower, text tower, Point-BERT); ULIP-2 with
     colours (Point-BERT only, the image tower comes from `clip`); Cross-MoST's start and trained checkpoint.
-    Raises: ValueError naming the keys or shapes that do not fit.
+    Raises: UserError naming the keys or shapes that do not fit.
     """
     content = read_file(path)
     if "architecture" in content:
         try:
-            model = CrossMoST(**content["architecture"])
+            architecture = {**content["architecture"], "point": {**content["architecture"]["point"], **point}}
+            model = CrossMoST(**architecture)
             text = TextEncoder(**content["text_architecture"]) if "text" in content else None
             state = content["model"] if "model" in content else content[which]
         except Exception as error:  # sizes that cannot be, each in its own way
-            raise ValueError(f"{path} is broken: {error!r}; make it again") from error
-        fill(model, state, path)
+            raise UserError(f"{path} is broken: {error!r}; make it again") from error
+        load_strictly(model, state, path)
         if text:
-            fill(text, content["text"], path)
+            load_strictly(text, content["text"], path)
         return model, text
-    state = content.get("state_dict", content.get("model_ema" if which == "teacher" else "model"))
-    state = {key.removeprefix("module."): value for key, value in (state or content).items()}
+    state = published_state(content, which)
     text_state = {f"tower.{key}": state.pop(key) for key in list(state) if key.startswith(TEXT_KEYS)}
     for family, sign in {"OpenShape": "ppat.", "Uni3D": "trans2embed"}.items():
         if key := next((key for key in state if sign in key), None):
-            raise ValueError(f"{path} is {family}'s ({key}), another network than Point-BERT; README, Starts")
+            raise UserError(f"{path} is {family}'s ({key}), another network than Point-BERT; README, Starts")
     slip = "visual.cls_token" in state
     if slip:
         state = from_timm(state)
@@ -595,23 +603,23 @@ def load_start(path: str | Path, clip: CrossMoST | None = None, which: str = "te
         state["visual.proj"] = state.pop("image_projection")
     if "visual.conv1.weight" not in state:
         if clip is None:
-            raise ValueError(f"{path} holds a point encoder only; add --model with the open_clip name of its "
-                             "CLIP (ULIP-2 with colours: ViT-bigG-14 --pretrained laion2b_s39b_b160k)")
+            raise UserError(f"{path} holds a point encoder only; add --model with the open_clip name of its "
+                            "CLIP (ULIP-2 with colours: ViT-bigG-14 --pretrained laion2b_s39b_b160k)")
         state.update({key: value for key, value in clip.state_dict().items() if key.startswith("visual.")})
-    architecture = published_architecture(state, slip, path, **point)
+    architecture = published_architecture(state, slip, path, **(published or {}), **point)
     if clip:
         architecture.update({key: clip.architecture[key] for key in ("image", "mean", "std")})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of what the file lacks
         model = CrossMoST(**architecture)
-    fill(model, state, path, may_lack=ADDED)
+    load_strictly(model, state, path, MAY_BE_MISSING)
     text = None
     if text_state:
         words, width = text_state["tower.token_embedding.weight"].shape
         text = TextEncoder(architecture["embed_dim"], quick_gelu=True, vocab_size=words, width=width,
                            heads=width // 64, layers=blocks(text_state, "tower.transformer.resblocks."),
                            context_length=len(text_state["tower.positional_embedding"]))
-        fill(text, text_state, path)
+        load_strictly(text, text_state, path)
     return model, text
 
 
@@ -643,7 +651,7 @@ def published_architecture(state: dict, slip: bool, path: str | Path, groups: in
                           token_width=token_width, channels=stem[0].shape[1], groups=groups,
                           group_size=group_size, target=target)}
     except KeyError as error:
-        raise ValueError(f"{path} is of no known family: no {error}, found {list(state)[:4]}") from error
+        raise UserError(f"{path} is of no known family: no {error}, found {list(state)[:4]}") from error
 
 
 def from_timm(state: dict) -> dict:
@@ -665,3 +673,55 @@ def from_timm(state: dict) -> dict:
     out["visual.positional_embedding"] = position
     out["visual.mask_token_embedding"] = out.get("visual.mask_token_embedding", 0) - bias.view(1, 1, -1)
     return out
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Files
+
+@contextmanager
+def whole_file(path: Path):
+    """A temporary name to write to. `path` is then the whole new file, or what it was: fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")  # a killed process's is overwritten by the next
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_file(content: dict, path: Path):
+    """torch.save of a whole file."""
+    buffer = io.BytesIO()  # torch.save to a full disk does not raise OSError
+    torch.save(content, buffer)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def harmless_globals() -> list:
+    """What torch.load may build besides tensors. Published files hold their options and accuracies: a
+    Namespace and NumPy scalars, under the module names of NumPy 1 or of NumPy 2."""
+    scalar = np.float64(0).__reduce__()[0]
+    numbers = [type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]]
+    return [argparse.Namespace, codecs.encode, np.dtype, *numbers, (scalar, "numpy.core.multiarray.scalar"),
+            (scalar, "numpy._core.multiarray.scalar")]
+
+
+def read_file(path: str | Path, *needed: str) -> dict:
+    """Tensors and plain values of a checkpoint; nothing in it is run (weights_only).
+
+    Raises: FileNotFoundError, or UserError if it is unreadable or lacks one of the `needed` keys.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint {path}; README, Starts, says where to get which")
+    try:
+        with torch.serialization.safe_globals(harmless_globals()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a different type for each way a file can be broken
+        raise UserError(f"cannot read checkpoint {path}: {str(error).splitlines()[0][:200]}") from error
+    if not isinstance(content, dict) or any(key not in content for key in needed):
+        found = list(content)[:5] if isinstance(content, dict) else type(content).__name__
+        raise UserError(f"{path} is no checkpoint of this project: found {found}, expected {list(needed)}")
+    return content

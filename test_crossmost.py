@@ -29,9 +29,9 @@ from PIL import Image
 
 import data
 import eval as evaluation
-import losses
 import model as models
 import train
+from data import UserError
 from losses import (cross_modal_alignment_loss, fairness_loss, global_local_alignment_loss,
                     joint_pseudo_labels,
                     masked_image_loss, masked_point_loss, name_alignment_loss, pseudo_labels,
@@ -89,14 +89,21 @@ def test_raising_the_threshold_only_removes_objects_and_batch_order_does_not_mat
 def test_every_label_rule_does_what_its_name_says():
     image = torch.tensor([[0.90, 0.08, 0.02], [0.70, 0.20, 0.10]])
     point = torch.tensor([[0.10, 0.85, 0.05], [0.95, 0.03, 0.02]])
-    separate = pseudo_labels("separate", image, point, 0.84)
+    separate = pseudo_labels("separate", image, point, (0.84, 0.84))
     assert separate["image"][0].tolist() == [0, 0] and separate["image"][1].tolist() == [True, False]
     assert separate["point"][0].tolist() == [1, 0] and separate["point"][1].tolist() == [True, True]
-    assert pseudo_labels("agree", image, point, 0.5)["image"][1].tolist() == [False, True]
-    labels, keep = pseudo_labels("mean", image, point, 0.6)["point"]
+    apart = pseudo_labels("separate", image, point, (0.5, 0.9))
+    assert apart["image"][1].tolist() == [True, True] and apart["point"][1].tolist() == [False, True]
+    alone = pseudo_labels("separate", None, point, (0.0, 0.9))
+    assert alone.keys() == {"point"} and alone["point"][1].tolist() == [False, True]
+    truth = torch.tensor([2, 1])
+    assert all(torch.equal(label, truth) and keep.all()
+               for label, keep in pseudo_labels("truth", None, None, (1, 1), truth=truth).values())
+    assert pseudo_labels("agree", image, point, (0.5, 0.5))["image"][1].tolist() == [False, True]
+    labels, keep = pseudo_labels("mean", image, point, (0.6, 0.6))["point"]
     assert labels.tolist() == [0, 0] and keep.tolist() == [False, True]
     with pytest.raises(ValueError, match="unknown rule"):
-        pseudo_labels("guess", image, point, 0.5)
+        pseudo_labels("guess", image, point, (0.5, 0.5))
     with pytest.raises(ValueError, match="need equal"):
         joint_pseudo_labels(image, point[:1], 0.5)
 
@@ -215,7 +222,7 @@ def test_grouping_follows_a_translation():
     near, centres = group_points(points, 8, 6)
     moved, moved_centres = group_points(points + 3, 8, 6)
     assert torch.allclose(near, moved, atol=1e-5) and torch.allclose(centres + 3, moved_centres, atol=1e-5)
-    with pytest.raises(ValueError, match="--groups"):
+    with pytest.raises(UserError, match="--groups"):
         group_points(points, 61, 6)
 
 
@@ -456,7 +463,7 @@ def test_the_cross_most_start_and_its_trained_checkpoint_load(tmp_path, monkeypa
     assert trained.logit_scale == state["logit_scale"] != 9
     out = trained(*(inputs()[0][..., :32, :32], inputs()[1]))
     assert out.image_logits.shape == out.point_logits.shape == (4, 7)
-    with pytest.raises(ValueError, match="evaluate it on the data set"):
+    with pytest.raises(UserError, match="evaluate it on the data set"):
         evaluation.main(["--checkpoint", str(tmp_path / "trained.pth"), "--points", "128", "--views", "1"])
     path = tmp_path / "ten.pth"
     torch.save({"model": state | {"classifier": torch.randn(32, 10)}}, path)
@@ -468,7 +475,7 @@ def test_the_cross_most_start_and_its_trained_checkpoint_load(tmp_path, monkeypa
 
 def test_an_open_clip_model_lends_its_towers_to_a_file_without(tmp_path):
     write_ulip(tmp_path / "rgb.pt", channels=6, embed=256, towers=False)
-    with pytest.raises(ValueError, match="point encoder only"):
+    with pytest.raises(UserError, match="point encoder only"):
         load_checkpoint(tmp_path / "rgb.pt")
     point = dict(groups=16, group_size=8)
     clip, text = models.open_clip_start("ViT-S-32-alt", None, **point)
@@ -486,16 +493,16 @@ def test_an_open_clip_model_lends_its_towers_to_a_file_without(tmp_path):
 @pytest.mark.parametrize("name, says", [("nonsense", "unknown model"), ("ulip2", "start-checkpoint"),
                                         ("RN50", "no plain vision transformer")])
 def test_a_start_that_cannot_be_is_refused(name, says):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(UserError, match=says):
         build_model(name, NAMES, models.TEMPLATES["3d"])
 
 
 def test_weights_of_another_activation_or_out_of_reach_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match="use ViT-B-16-quickgelu"):
+    with pytest.raises(UserError, match="use ViT-B-16-quickgelu"):
         build_model("ViT-B-16", NAMES, models.TEMPLATES["3d"], "openai")
-    with pytest.raises(ValueError, match="use --start-checkpoint"):
+    with pytest.raises(UserError, match="use --start-checkpoint"):
         build_model("tiny", NAMES, models.TEMPLATES["3d"], "openai")
-    with pytest.raises(ValueError, match="--pretrained FILE"):
+    with pytest.raises(UserError, match="--pretrained FILE"):
         build_model("ViT-S-32-alt", NAMES, models.TEMPLATES["3d"], "/nowhere.pt")
 
 
@@ -509,14 +516,14 @@ def test_weights_of_another_activation_or_out_of_reach_are_refused(monkeypatch):
 def test_a_file_that_does_not_fit_is_named_with_its_keys(tmp_path, change, says):
     state = write_ulip(tmp_path / "ulip.pt")[2] | change
     torch.save({"state_dict": {k: v for k, v in state.items() if v is not None}}, tmp_path / "odd.pt")
-    with pytest.raises(ValueError, match=f"odd.pt.*{says}"):
+    with pytest.raises(UserError, match=f"odd.pt.*{says}"):
         load_checkpoint(tmp_path / "odd.pt", 16, 8)
 
 
 def test_full_size_models_have_the_published_sizes():
     with torch.device("meta"):
         encoders = [models.PointEncoder(512), models.PointEncoder(1280, layers=18, channels=6)]
-    added = tuple(key.removeprefix("point_encoder.") for key in models.ADDED)
+    added = tuple(key.removeprefix("point_encoder.") for key in models.MAY_BE_MISSING)
     sizes = [sum(p.numel() for n, p in e.named_parameters() if not n.startswith(added)) for e in encoders]
     assert sizes == [21_858_816, 32_499_072]
     assert sum(p.numel() for p in encoders[0].parameters()) == 22_203_648
@@ -542,103 +549,113 @@ def test_learning_rates_of_the_full_size_model_by_name():
         assert of[id(parameter)] == (pytest.approx(0.65 ** (13 - layer)), decay), name
 
 
-# ------------------------------------------------------------------------------------------------ downloads
+# ------------------------------------------------------------------------------------------------ fetching
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Serves `content`; /broken ends after half of what is asked for, /wrong serves other bytes."""
+    """Serves `content` under any path but /gone; /wrong serves other bytes."""
     content, asked = bytes(range(256)) * 400, []
 
     def do_GET(self):
-        begin = int(self.headers.get("Range", "bytes=0-")[6:-1])
-        self.asked.append((self.path, begin))
-        body = self.content[begin:]
-        if begin >= len(self.content) or self.path == "/gone":
-            return self.send_error(416 if self.path != "/gone" else 404)
-        self.send_response(206 if begin else 200)
-        self.send_header("Content-Length", str(len(body)))
+        self.asked.append(self.path)
+        if self.path == "/gone":
+            return self.send_error(404)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.content)))
         self.end_headers()
-        if self.path == "/broken":
-            body = body[:len(body) // 2]
-        self.wfile.write(b"x" * len(body) if self.path == "/wrong" else body)
+        self.wfile.write(b"x" * len(self.content) if self.path == "/wrong" else self.content)
 
     def log_message(self, *_):
         pass
 
 
-@contextlib.contextmanager
-def serving(monkeypatch, *paths, sha256=None):
+@pytest.fixture
+def address(monkeypatch):
+    """Of a local server; the hub is out of reach."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     Server.asked = []
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setitem(data.DOWNLOADS, "toy", dict(file="toy.bin", sha256=sha256, terms="free",
-                                                    urls=[address + path for path in paths]))
-    yield
+    monkeypatch.setattr(data, "hf_hub_download", no_hub)
+    yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
 
 
-def test_a_file_that_two_want_is_fetched_once(tmp_path, monkeypatch):
-    with serving(monkeypatch, "/good"):
-        both = [threading.Thread(target=data.download, args=("toy", tmp_path)) for _ in range(2)]
-        for thread in both:
-            thread.start()
-        for thread in both:
-            thread.join()
-        assert Server.asked == [("/good", 0)]
-    assert (tmp_path / "toy.bin").read_bytes() == Server.content
+def no_hub(*_, **__):
+    raise OSError("no hub here")
 
 
-def test_a_download_goes_on_where_it_broke_off_and_takes_the_mirror(tmp_path, monkeypatch):
-    digest = hashlib.sha256(Server.content).hexdigest()
-    with serving(monkeypatch, "/broken", "/gone", "/good", sha256=digest):
-        path = data.download("toy", tmp_path)
-        half = len(Server.content) // 2
-        assert Server.asked == [("/broken", 0), ("/gone", half), ("/good", half)]
-        assert path.read_bytes() == Server.content
-        assert {p.name for p in tmp_path.iterdir()} - {".toy.bin.lock"} == {"toy.bin"}
-        data.download("toy", tmp_path)
-        assert len(Server.asked) == 3  # it is there: nothing is asked
-    with serving(monkeypatch, "/wrong", "/good", sha256=digest):
-        path.unlink()
-        assert data.download("toy", tmp_path).read_bytes() == Server.content
+def stub_hub(content, asked):
+    def hf_hub_download(data_set, file, repo_type, revision, local_dir):
+        asked.append((data_set, file, repo_type, revision))
+        path = Path(local_dir) / file
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+        return str(path)
+    return hf_hub_download
 
 
-def test_a_download_that_cannot_be_right_leaves_nothing_and_says_where_to_put_the_file(tmp_path, monkeypatch):
-    with serving(monkeypatch, "/wrong", sha256="0" * 64):
-        with pytest.raises(ValueError, match=f"wrong sha256.*put it at {tmp_path}/toy.bin"):
-            data.download("toy", tmp_path)
-        assert [p.name for p in tmp_path.iterdir()] == [".toy.bin.lock"] and len(Server.asked) == 3
-        with pytest.raises(ValueError, match="toy.bin is missing"):
-            data.download("toy", tmp_path, allowed=False)
-    with serving(monkeypatch, "/good"):
-        data.download("toy", tmp_path).write_bytes(b"changed")
-        with pytest.raises(ValueError, match="has changed since"):
-            data.download("toy", tmp_path)
+def test_a_file_comes_from_the_hub_first_and_from_a_plain_address_second(tmp_path, monkeypatch, address):
+    sha256, hub, asked = hashlib.sha256(Server.content).hexdigest(), ("a/b", "c/file.bin", "main"), []
+    data.fetch(tmp_path / "plain.bin", [f"{address}/gone", f"{address}/good"], sha256, hub)
+    assert (tmp_path / "plain.bin").read_bytes() == Server.content and Server.asked == ["/gone", "/good"]
+    monkeypatch.setattr(data, "hf_hub_download", stub_hub(Server.content, asked))
+    for _ in range(2):  # the second time it is there: nothing is asked
+        data.fetch(tmp_path / "hub.bin", [f"{address}/good"], sha256, hub)
+    assert asked == [("a/b", "c/file.bin", "dataset", "main")] and len(Server.asked) == 2
+    assert (tmp_path / "hub.bin").read_bytes() == Server.content
+    monkeypatch.setattr(data, "hf_hub_download", stub_hub(b"other", asked))
+    data.fetch(tmp_path / "wrong.bin", [f"{address}/good"], sha256, hub)
+    assert (tmp_path / "wrong.bin").read_bytes() == Server.content
+    assert {path.suffix for path in tmp_path.iterdir()} == {".bin", ".lock"}
 
 
-def test_an_archive_stays_in_its_folder(tmp_path):
-    for member, fine in (("in/a.txt", True), ("../out.txt", False), (str(tmp_path / "abs.txt"), False)):
-        with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
-            file.writestr("first.txt", "1")
-            file.writestr(member, "2")
-        root = tmp_path / f"root{fine}"
-        if fine:
-            data.extract(tmp_path / "a.zip", root)
-            assert (root / member).read_text() == "2"
-        else:
-            with pytest.raises(ValueError, match="leaves its folder"):
-                data.extract(tmp_path / "a.zip", root)
-            assert not root.exists()
+def test_what_cannot_be_fetched_leaves_nothing_and_names_its_place(tmp_path, monkeypatch, address):
+    monkeypatch.setitem(data.DOWNLOADS, "toy", dict(
+        file="toy.bin", hub=("a/b", "toy.bin", None), terms="free", sha256="0" * 64,
+        urls=[f"{address}/gone", f"{address}/wrong"]))
+    with pytest.raises(UserError, match=f"no hub here.*404.*invalid hash.*put it at {tmp_path}/toy.bin$"):
+        data.fetch_published("toy", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".toy.bin.lock"]
+    with pytest.raises(UserError, match="toy.bin is missing; put it there"):
+        data.fetch_published("toy", tmp_path, allowed=False)
 
 
-def test_an_archive_larger_than_the_room_left_is_not_unpacked(tmp_path, monkeypatch):
-    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as file:
-        file.writestr("zeros", bytes(10 ** 7))
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: argparse.Namespace(free=9 * 10 ** 6))
-    with pytest.raises(ValueError, match="bomb.zip unpacks to 10 MB, .*root has room for 9"):
-        data.extract(tmp_path / "bomb.zip", tmp_path / "root")
-    assert not list((tmp_path / "root").iterdir())
+def test_a_file_that_two_want_is_fetched_once(tmp_path, address):
+    both = [threading.Thread(target=data.fetch, args=(tmp_path / "a", [f"{address}/good"])) for _ in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert Server.asked == ["/good"] and (tmp_path / "a").read_bytes() == Server.content
+
+
+def write_zip(path, **members):
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    return path
+
+
+def test_an_archive_is_unpacked_inside_its_folder_and_whole_or_not_at_all(tmp_path, monkeypatch):
+    folder = tmp_path / "set"
+    odd = write_zip(tmp_path / "odd.zip", **{"set/a.txt": "1", "../out.txt": "2", "set/../../out.txt": "3"})
+    broken = tmp_path / "broken.zip"
+    broken.write_bytes(odd.read_bytes()[:60])
+    for archive, members in ((broken, None), (odd, {"set/a.txt": "0" * 64})):
+        with pytest.raises(UserError, match=f"cannot unpack .*{archive.name}"):
+            data.unpack([archive], folder, members=members)
+    with pytest.raises(UserError, match="killed"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+        data.unpack([odd], folder)
+    assert not folder.exists() and not list(tmp_path.rglob("*.txt"))
+    (tmp_path / ".set.part").mkdir()  # left by a killed process
+    (tmp_path / ".set.part/half.txt").write_text("1")
+    data.unpack([odd], folder)
+    assert [path.name for path in folder.iterdir()] == ["a.txt"]
+    assert not (tmp_path / "out.txt").exists() and not (tmp_path.parent / "out.txt").exists()
+    data.unpack([broken], folder)  # it is there: nothing is unpacked
+    data.unpack([odd], tmp_path / "some", lambda names: names[:1])
+    assert [path.name for path in (tmp_path / "some").rglob("*.txt")] == ["a.txt"]
 
 
 # ------------------------------------------------------------------------------------------------ data and
@@ -698,7 +715,7 @@ def test_depth_views_show_up_as_up_right_as_right_and_near_as_bright():
     behind = data.render_depth_views(near_high, zero + math.pi, zero, 32)[0, 0, 0]
     assert behind.argmax().item() % 32 < 16 and view.max() > behind.max() > 0
     assert view.min() == 0 and view.max() <= 1
-    turned = data.rotate(near_high, torch.tensor([[0, 0, 0.7]]))  # turning the object is turning the camera
+    turned = data.rotate_about_xyz(near_high, torch.tensor([[0, 0, 0.7]]))  # turning the object is turning the camera
     assert torch.allclose(data.render_depth_views(turned, zero + 0.7, zero, 32)[0, 0, 0], view, atol=1e-5)
 
 
@@ -819,7 +836,7 @@ def turned(cloud, axes, signs=(1, 1, 1)):
 def test_clouds_are_turned_upright_and_not_mirrored(up, axes, signs):
     axis, direction = "xyz".index(up[-1]), -1.0 if up[0] == "-" else 1.0
     points = torch.eye(3)[None]
-    stood = data.upright(points, up)[0]
+    stood = data.to_z_up(points, up)[0]
     assert stood[axis].tolist() == [0, 0, direction]  # what pointed upwards now points along z
     assert torch.linalg.det(stood) == pytest.approx(1.0)  # a rotation
     assert torch.equal(stood, points[0][:, axes] * torch.tensor(signs))
@@ -844,7 +861,7 @@ def test_pointnets_own_modelnet_files_are_turned_and_named(tmp_path):
     folder = write_modelnet(tmp_path)
     plain = data.load_dataset("modelnet40", tmp_path, "test", points=64)
     (folder / "views").mkdir()
-    with pytest.raises(ValueError, match="has views, but no names"):
+    with pytest.raises(UserError, match="has views, but no names"):
         data.load_dataset("modelnet40", tmp_path, "test", points=64)
     listed = folder / "ply_data_test_0_id2file.json"
     listed.write_text(json.dumps([f"airplane/plane_{i}.ply" for i in range(12)]))
@@ -922,7 +939,7 @@ def write_folder(root, classes=("mug", "night_stand"), labelled=True, count=4, t
 @pytest.mark.parametrize("extension", data.CLOUDS + data.MESHES)
 def test_objects_of_every_format_are_read_the_same_every_time(tmp_path, extension):
     path = tmp_path / f"object{extension}"
-    header = {".csv": "x,y,z,r", ".pts": "version: 1\nn_points: 500\n{"}.get(extension, "")
+    header = {".csv": "x,y,z,r"}.get(extension, "")
     box = trimesh.creation.box((4, 2, 1))
     if extension == ".glb":  # a scene: a unit box and how it is stretched
         scene = trimesh.Scene()
@@ -934,14 +951,9 @@ def test_objects_of_every_format_are_read_the_same_every_time(tmp_path, extensio
             path.write_text(path.read_text().replace("OFF\n", "OFF", 1))
     elif extension == ".npy":
         np.save(path, LEANING)
-    elif extension == ".npz":
-        np.savez(path, points=LEANING)
-    elif extension == ".h5":
-        with h5py.File(path, "w") as file:
-            file["data"] = LEANING
     else:
         np.savetxt(path, np.hstack([LEANING, LEANING[:, :1]]), delimiter="," if extension == ".csv" else " ",
-                   header=header, comments="", footer="}" if extension == ".pts" else "")
+                   header=header, comments="")
     points = data.read_object(path, 200)
     assert points.shape == (200, 3) and np.array_equal(points, data.read_object(path, 200))
     if extension in data.MESHES:  # on the surface of the box: six faces by their area
@@ -968,7 +980,7 @@ def test_a_folder_of_ones_own_is_read_with_and_without_labels(tmp_path):
     objects = data.load_dataset(str(bare), tmp_path, "test", points=64)
     assert objects.labels is None and len(objects) == 8 and objects.split == "train"
     assert [len(paths) for paths in objects.images] == [2] + [0] * 7
-    assert [data.settings(str(root))["templates"] for root in (bare, named)] == ["photo", "depth"]
+    assert [data.dataset_row(str(root))["templates"] for root in (bare, named)] == ["photo", "depth"]
 
 
 def test_photographs_and_depth_views_take_one_path(tmp_path):
@@ -1026,73 +1038,30 @@ def test_redwood_and_co3d_are_fetched_piece_by_piece(tmp_path, monkeypatch):
         assert not list((tmp_path / folder).glob("*.zip")) and not list((tmp_path / folder).rglob("*.part"))
 
 
-def test_a_folder_is_unpacked_by_one_and_is_whole_or_missing(tmp_path):
-    begun, folder = [], tmp_path / "set"
-
-    def fill(part):
-        begun.append(part)
-        (part / "set").mkdir(parents=True)
-        time.sleep(0.3)  # others come meanwhile
-        (part / "set/a.txt").write_text("1")
-    with pytest.raises(OSError), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
-        data.unpack_once(folder, fill)
-    assert [path.name for path in tmp_path.iterdir()] == [".set.lock"]
-    (tmp_path / ".set.part/set").mkdir(parents=True)  # left by a killed process
-    (tmp_path / ".set.part/set/half.txt").write_text("1")
-    threads = [threading.Thread(target=data.unpack_once, args=(folder, fill)) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(begun) == 2 and [path.name for path in folder.iterdir()] == ["a.txt"]
-
-
-def zipped(folder, *members):
-    """The bytes of a zip of a folder's files, with `members` of any name beside them."""
-    path = folder.with_suffix(".zip")
-    with zipfile.ZipFile(path, "w") as file:
-        for one in sorted(folder.rglob("*.*")):
-            file.write(one, one.relative_to(folder.parent))
-        for name in members:
-            file.writestr(name, "x")
-    return path.read_bytes()
-
-
 @pytest.mark.parametrize("name", ["modelnet40", "scanobjectnn-obj-only"])
-def test_a_missing_data_set_is_fetched_checked_unpacked_and_read(tmp_path, monkeypatch, capsys, name):
+def test_a_missing_data_set_is_fetched_checked_unpacked_and_read(tmp_path, monkeypatch, capsys, name,
+                                                                 address):
     made, root, row = tmp_path / "made", tmp_path / "root", name.split("-")[0]
     made.mkdir()
+    published = dict(data.DOWNLOADS[row])
     if row == "modelnet40":
         folder = write_modelnet(made)
+        assert published["hub"][0] == "Msun/modelnet40" and published["urls"]
     else:
         folder = made / "h5_files"
-        for file in (*data.SCANOBJECTNN_SHA256, "main_split_nobg/training_objectdataset.h5"):
-            write_h5(folder / file, np.arange(15))
-        known = {file: data.sha256(folder / file) for file in data.SCANOBJECTNN_SHA256}
-        monkeypatch.setattr(data, "SCANOBJECTNN_SHA256", known)
-    content = zipped(folder)
-
-    def fetch(content, *paths):
-        monkeypatch.setattr(Server, "content", content)
-        sha256 = hashlib.sha256(content).hexdigest()
-        with serving(monkeypatch, *paths, sha256=sha256):
-            toy = {**data.DOWNLOADS[row], "urls": data.DOWNLOADS["toy"]["urls"], "sha256": sha256}
-            monkeypatch.setitem(data.DOWNLOADS, row, toy)
-            return data.load_dataset(name, root, "test", points=64)
+        for member in (*published["members"], "h5_files/main_split_nobg/training_objectdataset.h5"):
+            write_h5(made / member, np.arange(15))
+        published["members"] = {member: data.sha256_of(made / member) for member in published["members"]}
+    files = {str(file.relative_to(made)): file.read_bytes() for file in folder.rglob("*.*")}
+    monkeypatch.setattr(Server, "content", write_zip(tmp_path / "a.zip", **files).read_bytes())
+    published |= {"urls": [f"{address}/good"], "sha256": hashlib.sha256(Server.content).hexdigest()}
+    monkeypatch.setitem(data.DOWNLOADS, row, published)
     with pytest.raises(FileNotFoundError, match="README, Data"):
-        data.load_dataset(name, root, "test", points=64, fetch_missing=False)
-    with pytest.raises(ValueError, match="member .*outside.txt leaves its folder"):
-        fetch(zipped(folder, "../../outside.txt"), "/good")
-    assert not list(tmp_path.rglob("outside.txt")) and not list(root.rglob("*.h5"))
-    for archive in root.rglob("*.zip"):
-        archive.unlink()
-    with pytest.raises(ValueError, match="wrong sha256.*put it at"):
-        fetch(content, "/wrong")
+        data.load_dataset(name, root, "test", points=64, download=False)
     capsys.readouterr()
-    objects = fetch(content, "/broken", "/good")
-    assert data.DOWNLOADS[row]["terms"] in capsys.readouterr().out  # said before it is fetched
-    again = data.load_dataset(name, root, "test", points=64, fetch_missing=False)
+    objects = data.load_dataset(name, root, "test", points=64)
+    assert published["terms"] in capsys.readouterr().out  # said before it is fetched
+    again = data.load_dataset(name, root, "test", points=64, download=False)
     assert torch.equal(objects.points, again.points)
     assert len(objects) == (12 if row == "modelnet40" else 15)
 
@@ -1177,7 +1146,7 @@ BAD_DATA = {  # what is wrong -> (makes it and names the data set, what the one 
     "a text without numbers": (spoil_file("test/mug/a.xyz", b"hello\n"), "cannot read .*a.xyz"),
     "a broken mesh": (spoil_file("test/mug/a.off", b"OFF\n9 9 0\n1 2 3\n"), "cannot read .*a.off"),
     "a broken ply": (spoil_file("test/mug/a.ply", b"ply\nformat ascii 1.0\n"), "cannot read .*a.ply"),
-    "views of nobody": (spoil_file("views/stranger/a.png", b"x"), "pictures of none.*views/test00"),
+    "views of nobody": (spoil_file("views/stranger/a.png", b"x"), "no picture of any object.*views/test00"),
 }
 
 
@@ -1185,8 +1154,8 @@ BAD_DATA = {  # what is wrong -> (makes it and names the data set, what the one 
 def test_bad_data_is_one_line_that_names_it_and_exit_code_2(tmp_path, capsys, what):
     make, says = BAD_DATA[what]
     name = make(tmp_path)
-    with pytest.raises(SystemExit) as ended, data.one_line_errors():
-        data.load_dataset(name, tmp_path, "test", points=64, fetch_missing=False)
+    with pytest.raises(SystemExit) as ended, evaluation.one_line_errors():
+        data.load_dataset(name, tmp_path, "test", points=64, download=False)
     lines = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2 and len(lines) == 1 and re.match(f"error: .*{says}", lines[0]), lines
 
@@ -1198,13 +1167,11 @@ def test_no_broken_file_is_read_wrongly_or_ends_in_a_traceback(tmp_path):
     for name in readers:
         box.export(tmp_path / name)
     np.savetxt(cloud, LEANING)
-    readers |= {name: lambda path: data.read_object(path, 64) for name in ("a.npy", "a.txt", "own.h5")}
+    readers |= {name: lambda path: data.read_object(path, 64) for name in ("a.npy", "a.txt")}
     np.save(tmp_path / "a.npy", LEANING)
-    with h5py.File(tmp_path / "own.h5", "w") as file:
-        file["data"] = LEANING
     modelnet = write_modelnet(tmp_path)
-    readers |= {f"{modelnet.name}/ply_data_test0.h5": lambda path: data.read_h5(path, 64, 11)[0][0],
-                "a.zip": lambda path: data.extract(path, tmp_path / "out")}
+    readers |= {f"{modelnet.name}/ply_data_test0.h5": lambda path: data.read_h5(path, 64, 64, 11)[0][0],
+                "a.zip": lambda path: data.unpack([path], tmp_path / f"out{chance.random()}")}
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("hello.txt", "hello " * 40)
     for name in ("a.png", "a.jpg"):
@@ -1222,7 +1189,7 @@ def test_no_broken_file_is_read_wrongly_or_ends_in_a_traceback(tmp_path):
             path.write_bytes(broken)
             try:
                 found = read(path)
-            except (ValueError, OSError) as error:
+            except (UserError, OSError) as error:
                 assert path.name in str(error)
                 refused += 1
             else:
@@ -1235,14 +1202,14 @@ def test_a_picture_that_is_none_ends_evaluation_in_one_line(tmp_path, capsys):
     objects = data.load_dataset(own, tmp_path, "test", points=64)
     for images in (data.fixed_images(objects, None, 32, 4, "cpu"),
                    data.training_photographs(objects, torch.arange(8).split(4), 32, 0)):
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(UserError) as error:
             next(iter(images))
         assert re.fullmatch("cannot read .*a.png: cannot identify .*; replace or remove it", str(error.value))
     (tmp_path / "own/views/test00/a.png").write_bytes(bytes.fromhex(  # what Pillow calls a SyntaxError
         "89504e470d0a1a0a0000000d494844520000001400000014080200000002eb8a5a0000001d49444154789c63e4e4e464"
         "20173091ad7354f3a8e651cda3f848dff24fcfaf39473265b989b28b2d8af2ed9db88d14eb0f5323e1a9a21900e48a00"
         "43d3a4d7520000000049454e44ae426082"))
-    with pytest.raises(ValueError, match="cannot read .*a.png: broken PNG file"):
+    with pytest.raises(UserError, match="cannot read .*a.png: broken PNG file"):
         next(iter(data.fixed_images(objects, None, 32, 4, "cpu")))
 
 
@@ -1260,7 +1227,7 @@ def test_a_sheet_of_a_data_set_is_drawn(tmp_path):
     own = write_folder(tmp_path / "own")
     for argv in (["--dataset", str(own), "--points", "500", "--split", "test"], ["--domain", "source"]):
         picture = tmp_path / "sheet.png"
-        data.main([*argv, "--preview", str(picture), "--data-root", str(tmp_path)])
+        evaluation.main([*argv, "--preview", str(picture), "--data-root", str(tmp_path)])
         assert Image.open(picture).size[0] > 800
         picture.unlink()
 
@@ -1273,7 +1240,7 @@ def small_run(tmp_path, monkeypatch, *argv, train_count=48):
     if not start.exists():
         write_start(start)
 
-    def load(root, split, points, domain):
+    def load(split, points, domain):
         return data.sample_shapes({"train": train_count, "test": 20}[split], len(split), domain, points)
     monkeypatch.setattr(data, "load_shapes", load)
     return train.main(["--start-checkpoint", str(start), "--points", "128", "--batch-size", "16", "--epochs",
@@ -1417,7 +1384,7 @@ def test_a_run_that_stops_and_goes_on_equals_one_that_does_not(tmp_path, monkeyp
         assert same(weights(tmp_path / "whole/last.pt", which), weights(tmp_path / "parts/last.pt", which))
     lines = [(tmp_path / name / "log.jsonl").read_text().splitlines()[1:] for name in ("whole", "parts")]
     assert lines[0] == lines[1]
-    with pytest.raises(ValueError, match="other options.*seed"):
+    with pytest.raises(UserError, match="other options.*seed"):
         small_run(tmp_path, monkeypatch, "--out", str(tmp_path / "parts"), "--seed", "3")
 
 
@@ -1425,10 +1392,10 @@ def test_a_run_does_not_continue_on_other_data(tmp_path):
     flags = small_flags(tmp_path, "--epochs", 1, "--out", tmp_path / "out")
     train.main(flags)
     (tmp_path / "own/classes.txt").write_text("\n".join(["pouffe", *NAMES[1:]]))
-    with pytest.raises(ValueError, match="cannot continue .*last.pt: .*classes .*'bathtub'.*'pouffe'"):
+    with pytest.raises(UserError, match="cannot continue .*last.pt: .*classes .*'bathtub'.*'pouffe'"):
         train.main(flags)
     (tmp_path / "own/train/0.npy").unlink()
-    with pytest.raises(ValueError, match="other options.*objects.*40 -> 39"):
+    with pytest.raises(UserError, match="other options.*objects.*40 -> 39"):
         train.main(flags)
 
 
@@ -1465,7 +1432,7 @@ def test_a_run_killed_at_any_moment_continues_to_the_bit(tmp_path):
 
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path, monkeypatch):
-    with data.sole_use(tmp_path / "out"), pytest.raises(ValueError, match="another process writes to .*out;"):
+    with train.sole_use(tmp_path / "out"), pytest.raises(UserError, match="another process writes to .*out;"):
         small_run(tmp_path, monkeypatch)
     assert [p.name for p in (tmp_path / "out").iterdir()] == [".lock"]
     small_run(tmp_path, monkeypatch)
@@ -1475,7 +1442,7 @@ REFUSED = {  # options -> what the one line says
     "--modalities image --labels agree": "--labels agree needs both modalities",
     "--labels truth": "--labels truth needs labels, own has none",
     "--stage pretrain": "start.pt is a finished start; drop --stage pretrain",
-    "--stage cache": "--stage cache only reports accuracy; own has no labels",
+    "--threshold 0.5 0.6": "--threshold takes one value; two, of images and of points, go with --labels sep",
     "--freeze visual nothing": r"no parameter begins with \['nothing'\]",
     "--freeze visual p c logit": "leaves nothing to train",
     "--batch-size 0": r"argument --batch-size: 0 is not in \[1, inf\]",
@@ -1484,13 +1451,14 @@ REFUSED = {  # options -> what the one line says
     "--cross-temperature 0": "argument --cross-temperature: 0 is not in",
     "--epochs two": "argument --epochs: invalid int value: 'two'",
     "--device abacus": "argument --device: cannot compute on 'abacus': Expected one of cpu",
+    "--device mps": "argument --device: 'mps' is not supported; use cpu or cuda",
     "--templates poem": "argument --templates: invalid choice: 'poem'",
 }
 
 
 @pytest.mark.parametrize("asked", REFUSED)
 def test_options_that_cannot_be_or_contradict_each_other_are_one_line(tmp_path, capsys, asked):
-    with pytest.raises(SystemExit) as ended, data.one_line_errors():
+    with pytest.raises(SystemExit) as ended, evaluation.one_line_errors():
         train.main(small_flags(tmp_path, "--out", tmp_path / "out", *asked.split()))
     said = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2 and len(said) == 1 and re.search(f"error: .*{REFUSED[asked]}", said[0]), said
@@ -1503,7 +1471,7 @@ def test_out_of_memory_names_the_batch_size_and_what_to_lower(tmp_path, monkeypa
     def fill_up(*_):
         raise error
     monkeypatch.setattr(train, "train_step", fill_up)
-    with pytest.raises(SystemExit) as ended, data.one_line_errors():
+    with pytest.raises(SystemExit) as ended, evaluation.one_line_errors():
         small_run(tmp_path, monkeypatch)
     assert ended.value.code == 2
     assert "error: out of memory at --batch-size 16; lower it, --groups or" in capsys.readouterr().err
@@ -1516,10 +1484,7 @@ def test_a_run_leaves_its_results_and_eval_repeats_them(tmp_path, monkeypatch):
     assert {p.name for p in out.iterdir()} == {"last.pt", "log.jsonl", "results.json", "curves.png",
                                                "predictions.csv", ".lock"}
     assert results["objects"] == 20 and results["pseudo_label"]["coverage"] > 0
-    assert results["changed"] == {"points": 128, "batch_size": 16, "epochs": 2, "views": 2, "threshold": 0.12}
-    rival = small_run(tmp_path, monkeypatch, "--stage", "cache", "--out", str(tmp_path / "rival"))
-    assert rival["zero_shot"] == results["zero_shot"] and rival["changed"].pop("stage") == "cache"
-    assert set(rival["cache"]) == {"image", "point", "joint"} and rival["changed"] == results["changed"]
+    assert results["changed"] == {"points": 128, "batch_size": 16, "epochs": 2, "views": 2, "threshold": [0.12]}
     first = json.loads((out / "log.jsonl").read_text().splitlines()[0])
     assert {"options", "torch", "commit", "device", "start", "train"} <= first.keys()
     again = [evaluation.main(["--checkpoint", str(out / "last.pt")]) for _ in range(2)]
@@ -1528,25 +1493,14 @@ def test_a_run_leaves_its_results_and_eval_repeats_them(tmp_path, monkeypatch):
         assert {m: again[0][which][m] for m in results[which]} == results[which]
 
 
-def test_the_report_is_what_its_names_say():
-    labels = torch.tensor([0, 0, 0, 1, 2, 2])
-    sure = torch.eye(3)[[0, 0, 0, 0, 2, 1]] * 0.7 + 0.1  # confidence 0.8, four of six right
-    objects = data.Objects(torch.zeros(6, 8, 3), labels, ["a", "b", "c"], "toy", "test")
-    found = evaluation.report(evaluation.to_probs(sure.log(), sure.log()), objects)
-    assert found["joint"] == 66.67 and found["mean_class"]["joint"] == 50 and found["top-3"]["image"] == 100
-    assert found["calibration_error"]["point"] == pytest.approx(80 - 66.67, abs=0.01)
-    certain = torch.tensor([[1.0, 0], [0, 1], [1, 0], [0.5, 0.5]])
-    assert evaluation.calibration_error(certain, torch.tensor([0, 1, 1, 0])) == pytest.approx((1 + 0.5) / 4)
-
-
 def test_eval_names_a_start_by_any_words_and_writes_all_it_knows(tmp_path, monkeypatch):
     small_run(tmp_path, monkeypatch)
     files = {name: tmp_path / name for name in ("predictions", "embeddings", "json")}
-    files |= {name: tmp_path / f"{name}.png" for name in ("confusion", "gallery", "map")}
+    files |= {name: tmp_path / f"{name}.png" for name in ("confusion", "gallery")}
     flags = [word for name, path in files.items() for word in (f"--{name}", str(path))]
     start = ["--start-checkpoint", str(tmp_path / "start.pt")]
-    both = evaluation.main(["--checkpoint", str(tmp_path / "out/last.pt"), *start, *flags])
-    assert {"zero_shot", "student", "teacher"} <= both.keys()
+    both = evaluation.main(["--checkpoint", str(tmp_path / "out/last.pt"), *flags])
+    assert {"student", "teacher"} <= both.keys()
     assert json.loads(files["json"].read_text()) == json.loads(json.dumps(both))
     kept = np.load(files["embeddings"])  # refuses pickle
     model = load_checkpoint(tmp_path / "out/last.pt")
@@ -1554,7 +1508,7 @@ def test_eval_names_a_start_by_any_words_and_writes_all_it_knows(tmp_path, monke
     assert np.allclose(logits, kept["point_logits"], atol=1e-4) and len(kept["labels"]) == 20
     named = [line.split(",")[5] for line in files["predictions"].read_text().splitlines()[1:]]
     assert named == [kept["class_names"][k] for k in logits.argmax(axis=1)]
-    for picture in ("confusion", "gallery", "map"):
+    for picture in ("confusion", "gallery"):
         image = np.asarray(Image.open(files[picture]).convert("L"))
         assert min(image.shape) > 300 and image.std() > 5
     # Other words in another order: the same accuracy where all true names are among them, none where not.
@@ -1567,10 +1521,10 @@ def test_eval_names_a_start_by_any_words_and_writes_all_it_knows(tmp_path, monke
     assert "zero_shot" not in found and {"mug", "lamp"} >= {
         line.split(",")[1] for line in files["predictions"].read_text().splitlines()[1:]}
     trained = ["--checkpoint", str(tmp_path / "out/last.pt")]
-    for refused, says in (([*trained, "--classes", "mug"], "its own names"),
+    for refused, says in (([*trained, "--classes", "mug"], "can only name the classes"),
                           ([*start, "--classes", "mug,mug"], "twice"), ([], "nothing to evaluate"),
                           ([*start, "--classes", "mug", "--confusion", "c.png"], "needs labels")):
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(UserError, match=says):
             evaluation.main([*refused, *where])
 
 
@@ -1609,7 +1563,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_every_term(tmp_path, 
     small_run(tmp_path, monkeypatch)
     before = (tmp_path / "out/last.pt").read_bytes()
     monkeypatch.setattr(train, "fairness_loss", lambda logits: logits.sum() / 0)
-    with pytest.raises(ValueError, match="not finite at step 0: .*'self_image': [0-9].*'cross': [0-9]"):
+    with pytest.raises(UserError, match="not finite at step 0: .*'self_image': [0-9].*'cross': [0-9]"):
         small_run(tmp_path, monkeypatch, "--no-resume")
     assert (tmp_path / "out/last.pt").read_bytes() == before
     real = train.train_step
@@ -1618,7 +1572,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_every_term(tmp_path, 
         os.kill(os.getpid(), signal.SIGINT)
         return real(*args, **kwargs)
     monkeypatch.setattr(train, "train_step", interrupt)
-    with pytest.raises(ValueError, match="not finite at step 0"):
+    with pytest.raises(UserError, match="not finite at step 0"):
         small_run(tmp_path, monkeypatch, "--no-resume")
     assert (tmp_path / "out/last.pt").read_bytes() == before
 
@@ -1649,11 +1603,10 @@ def test_gradient_checkpointing_changes_memory_only():
     assert torch.equal(gradients(False), gradients(True))
 
 
-def test_the_benchmark_accounts_for_the_whole_step(tmp_path, monkeypatch, capsys):
+def test_the_benchmark_times_a_step_and_counts_its_products(tmp_path, monkeypatch, capsys):
     found = small_run(tmp_path, monkeypatch, "--benchmark")
     assert not (tmp_path / "out").exists()
-    assert sum(found[part] for part in ("views", "teacher", "forward", "backward", "update")) == \
-        pytest.approx(found["step"]) and min(found.values()) > 0
+    assert min(found.values()) > 0
     assert "objects/s" in capsys.readouterr().out
     narrow = small_run(tmp_path, monkeypatch, "--benchmark", "--modalities", "point")
     assert 0 < narrow["tflop"] < found["tflop"]
@@ -1740,8 +1693,8 @@ def test_the_learning_rate_warms_up_and_ends_at_its_floor():
 
 
 def test_pretraining_is_cached_by_what_made_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "sample_shapes", lambda count, seed,
-                        points: data.sample_shapes(count, seed, points=64))
+    monkeypatch.setattr(train, "sample_shapes", lambda count, seed, points: data.sample_shapes(count, seed,
+                                                                                               points=64))
     monkeypatch.setattr(train, "PRETRAIN", {"tiny": (64, 32, 1e-3, 0.05)})
     args = options("--cache", str(tmp_path), "--pretrain-epochs", "1", "--points", "64")
     path = train.find_start(args, None)
@@ -1788,7 +1741,7 @@ def test_shapenet_is_read_by_its_lists_turned_upright_and_named(tmp_path):
     extent = objects.points[0].std(dim=0)
     assert extent[2] > extent[0] > extent[1]  # up is z, ShapeNet's z is x
     np.save(tmp_path / "shapenet_pc/02691156-b.npy", np.array([{}]), allow_pickle=True)
-    with pytest.raises(ValueError, match="02691156-b.npy"):
+    with pytest.raises(UserError, match="02691156-b.npy"):
         data.load_dataset("shapenet55", tmp_path, "train", points=50)
 
 
@@ -1802,11 +1755,11 @@ def test_a_checkpoint_of_a_stranger_runs_no_code_and_broken_ones_are_named(tmp_p
     torch.save({"architecture": Evil(), "teacher": {}}, tmp_path / "evil.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "evil.pt").read_bytes()[:200])
     np.save(tmp_path / "evil.npy", np.array([Evil()]), allow_pickle=True)
-    with pytest.raises(ValueError, match="evil.npy"):
+    with pytest.raises(UserError, match="evil.npy"):
         data.read_object(tmp_path / "evil.npy", 1)
     torch.save({"weights": 1}, tmp_path / "other.pt")
     for name in ("evil.pt", "cut.pt", "other.pt"):
-        with pytest.raises(ValueError, match=name):
+        with pytest.raises(UserError, match=name):
             load_checkpoint(tmp_path / name)
     assert not (tmp_path / "ran").exists()
     with pytest.raises(FileNotFoundError, match="nowhere.pt"):
@@ -1881,13 +1834,13 @@ def test_a_summary_averages_seeds_and_measures_the_way_to_the_ceiling(tmp_path):
     run(0, None, {}, teacher=None)  # without labels: left out
     assert evaluation.collect(tmp_path / "runs", tmp_path / "all.json").splitlines() == lines
     run(1, 99.0, {})
-    with pytest.raises(ValueError, match="results.json has the options and seed of another run there; move"):
+    with pytest.raises(UserError, match="results.json has the options and seed of another run there; move"):
         evaluation.collect(tmp_path / "runs", tmp_path / "all.json")
     other = tmp_path / "broken/x/results.json"
     other.parent.mkdir(parents=True)
     for broken in ("{", "[1]", '{"teacher": 1}'):
         other.write_text(broken)
-        with pytest.raises(ValueError, match="x/results.json is no results.json of train.py"):
+        with pytest.raises(UserError, match="x/results.json is no results.json of train.py"):
             evaluation.collect(tmp_path / "broken", tmp_path / "all.json")
 
 

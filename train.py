@@ -4,11 +4,9 @@
     python train.py --dataset modelnet10 --model tiny
 """
 import argparse
-import ast
 import atexit
 import copy
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -18,58 +16,77 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import open_clip
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import (COUNT, DATASETS, DEVICE, SHARE, WEIGHT, Objects, add_data_options, draw_views, load_dataset,
-                  making, number, one_line_errors, option_parser, published_start, rotate, sample_shapes,
-                  settings, sole_use, training_photographs, usable_device)
-from eval import (MODALITIES, accuracy, evaluate, plot_curves, predict, predict_by_cache,
-                  pseudo_label_quality, table, write_predictions)
+from data import (DATASETS, Objects, UserError, dataset_row, draw_views, load_dataset, one_process_at_a_time,
+                  random_yaw, sample_shapes, training_photographs)
+from eval import (COUNT, DEVICE, MODALITIES, SHARE, WEIGHT, accuracy, add_data_options, evaluate, number,
+                  one_line_errors, option_parser, out_of_memory, plot_curves, predict, pseudo_label_quality,
+                  table, usable_device, write_predictions)
 from losses import (cross_modal_alignment_loss, fairness_loss, masked_terms, name_alignment_loss,
                     pseudo_labels, self_training_loss)
-from model import (PUBLISHED, TEMPLATES, CrossMoST, Groups, Output, build_model, hide_groups, hide_patches,
-                   parameter_groups, random_tiny, read_file, save_file, teacher_momentum, train_mode,
-                   update_teacher, whole_file)
+from model import (GROUPS, OTHER_GROUPS, PUBLISHED, TEMPLATES, CrossMoST, Groups, Output, build_model,
+                   describe_start, hide_groups, hide_patches, parameter_groups, published_start, random_tiny,
+                   read_file, save_file, teacher_momentum, train_mode, update_teacher, whole_file)
 
-# What suits a start: the original code's values for the published ones and for open_clip's towers; ULIP's
-# files were made with 512 groups. `tiny` is trained for hundreds of steps, not 10^5: a larger step, a lower
-# threshold (its confidences are low); of its 4 x 4 patches few are hidden, and repainting them weighs little.
+# The original code's values. What a data set has of its own, DATASETS, comes before them.
 PAPER = dict(pretrain_epochs=12, epochs=200, batch_size=128, lr=2e-5, layer_decay=0.65, momentum=0.9998,
-             points=2048, groups=64, group_size=32, mask_ratio=0.3, w_fair=1.0, w_mim=1.0, w_mpm=1.0,
-             w_gl=0.2, cross_temperature=1.0, precision="auto")
-RECIPES = {
-    "crossmost": PAPER, "ulip1": {**PAPER, "groups": 512}, "ulip2": {**PAPER, "groups": 512},
-    "tiny": dict(pretrain_epochs=4, epochs=3, batch_size=32, lr=2e-3, layer_decay=1.0, momentum=0.999,
-                 points=1024, groups=32, group_size=16, threshold=0.6, mask_ratio=0.1, w_fair=2.0, w_mim=0.1,
-                 w_mpm=0.1, w_gl=0.02, cross_temperature=0.07, precision="fp32"),
-}
+             mask_ratio=0.3, w_fair=1.0, w_mim=1.0, w_mpm=1.0, w_gl=0.2, cross_temperature=1.0,
+             precision="auto")
+# `tiny` is trained for hundreds of steps, not 10^5: a larger step, a lower threshold (its confidences are
+# low); of its 4 x 4 patches few are hidden, and repainting them weighs little.
+TINY = dict(pretrain_epochs=4, epochs=3, batch_size=32, lr=2e-3, layer_decay=1.0, momentum=0.999, points=1024,
+            threshold=[0.6], mask_ratio=0.1, w_fair=2.0, w_mim=0.1, w_mpm=0.1, w_gl=0.02,
+            cross_temperature=0.07, precision="fp32")
 # `tiny` on what a scanner sees is far from its start: the teacher follows sooner and longer, and `fairness`
 # weighs more against the many wrong names of the first epochs (measured on `shapes`).
-FAR = dict(epochs=10, momentum=0.99, w_fair=4.0)
-# Pre-training: objects, batch, peak learning rate, weight decay; of `tiny`, and of a point encoder beside a
-# CLIP (ULIP's values).
-PRETRAIN = {"tiny": (12000, 32, 1e-3, 0.05), "clip": (4000, 64, 5e-4, 0.1)}
-NOT_THE_METHOD = ("out", "cache", "data_root", "download", "resume", "device", "log_every", "precision",
-                  "compile", "grad_checkpointing", "benchmark")
+TINY_ON_SCANS = dict(epochs=10, momentum=0.99, w_fair=4.0)
+MAY_CHANGE_ON_RESUME = ("out", "cache", "data_root", "download", "resume", "device", "log_every", "compile",
+                        "precision", "grad_checkpointing", "benchmark", "stage")
+
+
+def defaults_of(chosen: argparse.Namespace) -> dict:
+    """What holds in a run where its options do not say otherwise: the paper's values, then the data set's,
+    then the start's."""
+    start = describe_start(chosen.start_checkpoint) if chosen.start_checkpoint else {}
+    model = chosen.model or start.get("model") or ("tiny" if chosen.dataset == "shapes" else "ulip2")
+    row = {key: value for key, value in dataset_row(chosen.dataset).items() if key not in ("load", "up")}
+    separate = row.pop("separate")
+    row["threshold"] = [row["threshold"]]
+    if chosen.labels == "separate" or chosen.modalities != "both":
+        row["threshold"] = list(separate)
+    values = {**PAPER, **row, **GROUPS.get(model, OTHER_GROUPS)}
+    if model == "tiny":
+        values |= TINY
+        if (chosen.domain or chosen.dataset) in ("target", "shapes"):
+            values |= TINY_ON_SCANS
+    values |= {key: start[key] for key in ("points", "groups", "group_size") if key in start}
+    return {"model": model, "out": Path("runs", f"{Path(chosen.dataset).name}-{model.replace('/', '-')}"),
+            **values}
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    """All options; defaults that depend on the data set or the start come from DATASETS and RECIPES."""
+    """All options, with the defaults of their data set and start."""
+    return parser_of(argv).parse_args(argv)
+
+
+def parser_of(argv=None) -> argparse.ArgumentParser:
+    """The options, with the defaults of defaults_of for the data set and the start that `argv` names."""
     parser = option_parser(__doc__.splitlines()[0])
     group = parser.add_argument_group("data").add_argument
-    group("--dataset", default="shapes", help=f"{', '.join(DATASETS)}: a folder of your own objects")
+    group("--dataset", default="shapes", help=f"{', '.join(DATASETS)}, or a folder of your own objects")
     add_data_options(group)
-    group("--download", action=argparse.BooleanOptionalAction, help="fetch all that is missing, or nothing")
-    group("--views", type=COUNT, help="evaluation: depth views (6) or photographs (all) averaged")
     group("--templates", choices=sorted(TEMPLATES), help="texts around a class name")
     group = parser.add_argument_group("start").add_argument
     group("--model", help="zero-shot start: tiny, ulip2, ulip1, crossmost or an open_clip name")
@@ -83,7 +100,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     group("--modalities", choices=("both", "image", "point"), default="both", help="what is trained")
     group("--labels", choices=("joint", "mean", "separate", "agree", "truth"), default="joint",
           help="joint-label: who names the objects; truth is an oracle that uses the real labels")
-    group("--threshold", type=SHARE, help="joint-label: confidence to exceed")
+    group("--threshold", type=SHARE, nargs="+",
+          help="joint-label: confidence to exceed; with --labels separate one of images and one of points")
     group("--point-weight", type=WEIGHT, help="joint-label: factor on the point confidence")
     group("--w-fair", type=WEIGHT, help="fairness: weight; 0 removes it, as for all weights")
     group("--w-mim", type=WEIGHT, help="mim: weight")
@@ -103,7 +121,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     group("--warmup-epochs", type=WEIGHT, default=1.0, help="epochs of linear warm-up")
     group("--freeze", nargs="*", default=["point_encoder.encoder"], help="parameters not trained, by prefix")
     group = parser.add_argument_group("run").add_argument
-    group("--stage", choices=("pretrain", "cache", "train"), default="train", help="cache: untrained rival")
+    group("--stage", choices=("pretrain", "train"), default="train", help="pretrain: only make the start")
     group("--out", type=Path, help="results folder (default: runs/DATASET-MODEL)")
     group("--seed", type=number(0, 2 ** 32, int), default=0, help="of start, views, order and masks")
     group("--resume", action=argparse.BooleanOptionalAction, default=True, help="continue OUT/last.pt")
@@ -111,37 +129,430 @@ def parse_args(argv=None) -> argparse.Namespace:
     group("--precision", choices=("auto", "bf16", "fp32"), help="of the networks; auto: the faster")
     group("--compile", action="store_true", help="compile the encoders (minutes at first, then faster)")
     group("--grad-checkpointing", action="store_true", help="less memory: compute image blocks twice")
-    group("--benchmark", action="store_true", help="time the parts of a step, and leave")
+    group("--benchmark", action="store_true", help="time a step, and leave")
     group("--log-every", type=COUNT, default=10, help="steps per line of log.jsonl")
     asked = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("-h", "--help")]
-    chosen = parser.parse_known_args(asked)[0]
-    model = chosen.model or ("tiny" if chosen.dataset == "shapes" else "ulip2")
-    row = settings(chosen.dataset)
-    defaults = {key: row[key] for key in ("templates", "threshold", "point_weight")}
-    defaults |= RECIPES.get(model, PAPER)
-    if model == "tiny" and (chosen.domain or chosen.dataset) in ("target", "shapes"):
-        defaults |= FAR
-    parser.set_defaults(out=Path("runs", f"{Path(chosen.dataset).name}-{model}"), model=model, **defaults)
-    return parser.parse_args(argv)
+    parser.set_defaults(**defaults_of(parser.parse_known_args(asked)[0]))
+    return parser
+
+
+# -----------------------------------------------------------------------------------------------------------
+# One step
+
+def train_step(student, teacher, views, optimizer, step, total_steps, args, truth=None):
+    """One update of the student, then of the teacher. Returns the detached terms and the labels used.
+
+    `views` holds images and point clouds only; `truth` is None but for the oracle, --labels truth.
+    """
+    for group in optimizer.param_groups:
+        warmup, share = int(args.warmup_epochs * total_steps / args.epochs), args.batch_size / 256
+        group["lr"] = group["scale"] * learning_rate(step, total_steps, warmup, args.lr * share, 1e-6 * share)
+
+    # The teacher sees the weak views and names the objects [joint-label].
+    labels = teacher_labels(teacher, views, args, truth)
+
+    # The student must agree from the strong, masked views, align its modalities and repaint what was hidden.
+    weights = {"self_image": 1, "self_point": 1, "fair_image": args.w_fair, "fair_point": args.w_fair,
+               "mim": args.w_mim, "mpm": args.w_mpm, "gl_image": args.w_gl, "gl_point": args.w_gl,
+               "cross": args.w_cross}
+    terms = student_terms(student, views, labels, args)
+    loss = sum(weights[name] * term for name, term in terms.items() if weights[name])
+    terms = {name: term.detach() for name, term in {"loss": loss, **terms}.items()}
+
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    sum_gradients(student)
+    optimizer.step()
+    update_teacher(teacher, student, teacher_momentum(step, args.momentum))
+    return terms, labels
+
+
+@torch.no_grad()
+def teacher_labels(teacher: CrossMoST, views: dict, args, truth: Tensor | None) -> dict:
+    """(labels, keep) for each trained modality, from the teacher's weak views [joint-label]."""
+    image_probs = point_probs = None
+    if args.labels != "truth":
+        images = points = None
+        if args.modalities != "point":
+            images = teacher.normalise(my_share(views["weak_image"]))
+        if args.modalities != "image":
+            points = my_share(views["weak_points"])
+        with networks_precision(args):
+            out = whole_batch(teacher(images, points))
+        if images is not None:
+            image_probs = out.image_logits.softmax(dim=-1)
+        if points is not None:
+            point_probs = out.point_logits.softmax(dim=-1)
+    rule = "separate" if args.modalities != "both" and args.labels == "joint" else args.labels
+    thresholds = args.threshold[0], args.threshold[-1]
+    return pseudo_labels(rule, image_probs, point_probs, thresholds, args.point_weight, truth)
+
+
+def student_terms(student: CrossMoST, views: dict, labels: dict, args) -> dict[str, Tensor]:
+    """Every term of the loss, by name, from the student's strong and masked views."""
+    images = points = image_hidden = point_hidden = None
+    if args.modalities != "point":
+        images = student.normalise(views["strong_image"])
+        if args.mask_ratio > 0:
+            grid = student.visual.grid_size[0]
+            image_hidden = hide_patches(len(images), grid, args.mask_ratio, images.device)
+    if args.modalities != "image":
+        points = student.group(views["strong_points"])
+        if args.mask_ratio > 0:
+            point_hidden = hide_groups(points.centres, args.mask_ratio)
+    with networks_precision(args):
+        out = whole_batch(student(*map(my_share, (images, points, image_hidden, point_hidden))))
+    terms = masked_terms(out, images, image_hidden, point_hidden)
+    for modality in ("image", "point") if args.modalities == "both" else (args.modalities,):
+        logits = getattr(out, f"{modality}_logits")
+        terms[f"self_{modality}"] = self_training_loss(logits, *labels[modality])
+        terms[f"fair_{modality}"] = fairness_loss(logits)
+    if args.modalities == "both":
+        features = out.image_features, out.point_features
+        terms["cross"] = cross_modal_alignment_loss(*features, args.cross_temperature)
+    return terms
+
+
+def learning_rate(step: int, total: int, warmup: int, peak: float, floor: float) -> float:
+    """Linear warm-up from 0 to peak, then a cosine to floor at the last step."""
+    if step < warmup:
+        return peak * step / warmup
+    done = (step - warmup) / max(1, total - 1 - warmup)
+    return floor + (peak - floor) * (1 + math.cos(math.pi * min(1, done))) / 2
+
+
+def networks_precision(args) -> torch.autocast:
+    """Both networks in bfloat16 where --precision says so; features, logits and losses stay in float32.
+
+    auto: on a GPU that computes in it, or a CPU with AMX; AVX512-BF16 alone was measured slower than float32.
+    """
+    device = torch.device(args.device).type
+    fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda"
+            else torch.cpu._is_amx_tile_supported())
+    chosen = args.precision == "bf16" or args.precision == "auto" and fast
+    return torch.autocast(device, torch.bfloat16, enabled=chosen)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# The loop
+
+def self_train(run: "Run", objects: Objects, test: Objects, args):
+    """The loop. Ctrl-C and SIGTERM let the step finish, save, and leave with exit code 130 or 143."""
+    per_epoch = max(1, len(objects) // args.batch_size)
+    total, size = args.epochs * per_epoch, run.student.visual.image_size[0]
+    points, truth = objects.points.to(run.device), objects.labels
+    truth = None if truth is None else truth.to(run.device)
+    train_mode(run.student, args.freeze)
+    bar = tqdm(total=total, initial=run.step, desc="self-training", unit="step", disable=not leader())
+    with bar, stops_caught() as caught:
+        while run.step < total and not caught:
+            epoch, at = divmod(run.step, per_epoch)
+            shuffle = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
+            batches = torch.randperm(len(points), generator=shuffle).split(args.batch_size)[at:per_epoch]
+            photographs = training_photographs(objects, batches, size, shuffle.initial_seed())
+            for index, pictures in zip(batches, photographs):
+                index = index.to(run.device)
+                real = None if truth is None else truth[index]
+                views = draw_views(points[index], size, pictures)
+                terms, labels = train_step(run.student, run.teacher, views, run.optimizer, run.step, total,
+                                           args, real if args.labels == "truth" else None)
+                run.count_step(terms, labels, real)
+                bar.update()
+                if run.step % args.log_every == 0 or run.step % per_epoch == 0:
+                    row = run.flush(epoch + 1)
+                    bar.set_postfix(loss=f"{row['loss']:.2f}", coverage=f"{row['coverage']:.2f}")
+                if caught:
+                    break
+            if run.step % per_epoch == 0 and test.labels is not None and leader():
+                found = evaluate(run.teacher, test, args.views)
+                run.log(epoch=epoch + 1, step=run.step, teacher={name: found[name] for name in MODALITIES})
+            run.save()
+    if caught:
+        sys.exit(128 + caught[0])
+
+
+@contextmanager
+def stops_caught():
+    """A list that Ctrl-C and SIGTERM fill, so that the step can finish."""
+    caught = []
+    stops = () if dist.is_initialized() else (signal.SIGINT, signal.SIGTERM)  # processes would stop apart
+    before = {stop: signal.signal(stop, lambda number, _: caught.append(number)) for stop in stops}
+    try:
+        yield caught
+    finally:
+        for stop, handler in before.items():
+            signal.signal(stop, handler)
+
+
+class Run:
+    """What a run needs to go on to the bit: models, optimiser, step, random state, log position, sums."""
+
+    def __init__(self, student, teacher, optimizer, args, device):
+        self.student, self.teacher, self.optimizer, self.device = student, teacher, optimizer, device
+        self.path, self.log_path = args.out / "last.pt", args.out / "log.jsonl"
+        self.options = plain_options(args)
+        self.step, self.sums, self.count, self.last, self.zero_shot = 0, {}, 0, {}, None
+        self.seconds_before, self.began = 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Of this process and, up to what they saved, of those it continues."""
+        return self.seconds_before + time.perf_counter() - self.began
+
+    def log(self, **row):
+        if not leader():
+            return
+        with open(self.log_path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def count_step(self, terms: dict, labels: dict, truth: Tensor | None):
+        """Add up terms and, class by class, names given and, where the truth is known, rightly given; shares
+        of the objects, modalities averaged."""
+        classes = self.student.classifier.shape[1]
+        given = {m: F.one_hot(label, classes) * keep[:, None] for m, (label, keep) in labels.items()}
+        values = {**terms, "named": torch.stack([*given.values()]).double().mean(dim=(0, 1))}
+        if truth is not None:
+            correct = [given[m] * (label == truth)[:, None] for m, (label, _) in labels.items()]
+            values["correct"] = torch.stack(correct).double().mean(dim=(0, 1))
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.double()
+        self.check()  # the step before: waiting for this one would leave the device idle
+        self.last, self.step, self.count = terms, self.step + 1, self.count + 1
+
+    def check(self):
+        """Raises: UserError where the last step's loss is not finite."""
+        if self.last and not torch.isfinite(self.last["loss"]):
+            terms = {name: term.item() for name, term in self.last.items()}
+            raise UserError(f"loss is not finite at step {self.step - 1}: {terms}; lower --lr, or look at "
+                            f"the data; {self.path} is of the last whole epoch, if there was one")
+
+    def flush(self, epoch: int) -> dict:
+        """Log the means since the last line and return them; starts new sums."""
+        self.check()
+        means = {name: total / self.count for name, total in self.sums.items()}
+        named, correct = means.pop("named"), means.pop("correct", None)
+        kept, known = named.sum().clamp(min=1e-12), correct is not None
+        row = {"coverage": named.sum(), "entropy": torch.special.entr(named / kept).sum(), "named": named,
+               "label_accuracy": correct.sum() / kept if known else None,
+               "label_accuracy_by_class": correct / named.clamp(min=1e-12) if known else None, **means}
+        row = {name: value if value is None else value.tolist() for name, value in row.items()}
+        self.log(epoch=epoch, step=self.step, steps=self.count, **row)
+        self.sums, self.count = {}, 0
+        return row
+
+    def save(self):
+        self.check()
+        if not leader():
+            return
+        save_file({**{name: getattr(self, name).state_dict() for name in ("student", "teacher", "optimizer")},
+                   **{key: getattr(self, key) for key in ("options", "step", "sums", "count", "zero_shot",
+                                                          "seconds")},
+                   "architecture": self.student.architecture, "log_bytes": self.log_path.stat().st_size,
+                   "code": CODE, "random": torch.get_rng_state(),
+                   "cuda_random": torch.cuda.get_rng_state(self.device) if "cuda" in self.device else None},
+                  self.path)
+
+    def load(self):
+        """Go back to last.pt. Raises: UserError where it was made with other options or other code."""
+        saved = read_file(self.path, "student", "teacher", "optimizer", "random", "options", "log_bytes")
+        changed = {key: f"{saved['options'].get(key)} -> {value}" for key, value in self.options.items()
+                   if saved["options"].get(key) != value}
+        if changed:
+            raise UserError(f"{self.path} was made with other options ({changed}); use the same, "
+                            "another --out, or --no-resume to start over")
+        if saved.get("code") != CODE:
+            raise UserError(f"{self.path} was made by other code than is here now; --no-resume starts over, "
+                            "another --out keeps it")
+        try:
+            names = saved["architecture"]["class_names"]
+            if names != self.student.class_names:
+                raise ValueError(f"it is of the classes {names}, the data have {self.student.class_names}")
+            for name in ("student", "teacher", "optimizer"):
+                getattr(self, name).load_state_dict(saved[name])
+            for name in ("step", "sums", "count", "zero_shot"):
+                setattr(self, name, saved[name])
+            self.seconds_before = saved["seconds"]
+            torch.set_rng_state(saved["random"])
+            if "cuda" in self.device:
+                torch.cuda.set_rng_state(saved["cuda_random"], self.device)
+        except Exception as error:  # a broken file in any way
+            raise UserError(f"cannot continue {self.path}: {error}; --no-resume starts over") from error
+        with open(self.log_path, "a") as file:  # forget lines written after the checkpoint
+            file.truncate(min(saved["log_bytes"], self.log_path.stat().st_size))
+
+
+def plain_options(args, may_change: tuple = MAY_CHANGE_ON_RESUME) -> dict:
+    """Options as a file can keep them, without those that may be others when a run continues."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in sorted(vars(args).items())
+            if key not in may_change}
+
+
+def code_hash() -> str:
+    """Of the five files: a fork's run does not go on from what other code did."""
+    files = [Path(__file__).with_name(f"{name}.py") for name in ("losses", "model", "data", "eval", "train")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+CODE = code_hash()  # now: the files may change while a run lasts
+
+
+@contextmanager
+def sole_use(folder: Path):
+    """A lock on a folder, made if it is missing. Raises: UserError where another process has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"another process writes to {folder}; wait for it, or name another --out") from error
+    with lock:
+        yield
+
+
+# -----------------------------------------------------------------------------------------------------------
+# A whole run
+
+def main(argv=None) -> dict:
+    """Run all of it. Returns what it writes to OUT/results.json."""
+    join_processes()  # before anything opens a context on a GPU
+    args = parse_args(argv)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32; bfloat16 is the fast way
+    objects, test = (load_dataset(args.dataset, args.data_root, split, args.points, args.domain,
+                                  args.download, args.up) for split in ("train", "test"))
+    refuse_contradictions(args, objects)
+    untrained = args.benchmark and args.model not in PUBLISHED  # as fast as any other
+    start = None if untrained else find_start(args, objects)
+    point = {"groups": args.groups, "group_size": args.group_size, "target": args.point_target}
+    student = build_model(args.model, objects.class_names, TEMPLATES[args.templates], args.pretrained, start,
+                          **point).to(args.device)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    groups = parameter_groups(student, args.weight_decay, args.layer_decay, args.freeze)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
+    if args.compile:
+        for part in (student.visual, student.point_encoder, teacher.visual, teacher.point_encoder):
+            part.compile()
+    student.visual.set_grad_checkpointing(args.grad_checkpointing)
+    run = Run(student, teacher, optimizer, args, args.device)
+    run.options["objects"] = len(objects)
+    if args.benchmark:
+        return benchmark(run, objects, args)
+    results = {"dataset": objects.name, "split": test.split, "objects": len(test),
+               "classes": len(test.class_names), "model": args.model, "start": start.stem, "seed": args.seed,
+               "epochs": args.epochs, "changed": changed_options(argv)}
+    if args.stage == "pretrain":
+        probs = predict(student, test, args.views)
+        results["zero_shot"] = accuracy(probs, test) if test.labels is not None else None
+        print(f"{table(results)}\nthe start is {start}")
+        return results
+    with sole_use(args.out) if leader() else nullcontext():
+        train_and_score(run, objects, test, args, results)
+    return results
+
+
+def changed_options(argv) -> dict:
+    """The options of the method that are not its defaults for this data set and this start."""
+    parser, not_the_method = parser_of(argv), (*MAY_CHANGE_ON_RESUME, "dataset", "model", "seed", "domain",
+                                               "pretrain_epochs", "start_checkpoint")
+    return {key: value for key, value in plain_options(parser.parse_args(argv), not_the_method).items()
+            if value != parser.get_default(key)}
+
+
+def refuse_contradictions(args, objects: Objects):
+    """Raises: UserError for options that do not go together, or not with the data."""
+    if args.labels == "truth" and objects.labels is None:
+        raise UserError(f"--labels truth needs labels, {objects.name} has none; use --labels joint")
+    if args.labels in ("mean", "agree") and args.modalities != "both":
+        raise UserError(f"--labels {args.labels} needs both modalities; drop it, or --modalities")
+    if args.stage == "pretrain" and (args.start_checkpoint or args.model in PUBLISHED):
+        raise UserError(f"{args.start_checkpoint or args.model} is a finished start; drop --stage pretrain")
+    if len(args.threshold) > 2 or len(args.threshold) == 2 and (
+            args.labels != "separate" and args.modalities == "both"):
+        raise UserError("--threshold takes one value; two, of images and of points, go with --labels "
+                        "separate")
+    batch = min(args.batch_size, len(objects))
+    if dist.is_initialized() and batch % dist.get_world_size():
+        raise UserError(f"{dist.get_world_size()} processes cannot share a batch of {batch} objects; choose "
+                        "--batch-size or their number otherwise")
+
+
+def train_and_score(run: Run, objects: Objects, test: Objects, args, results: dict):
+    """Score the start, train, score again: into `results`, the standard output and OUT."""
+    def score_and_write(model):
+        probs = predict(model, test, args.views)
+        with whole_file(args.out / "predictions.csv") as path:
+            results["agreement"] = write_predictions(path, test, probs)
+        found = accuracy(probs, test) if test.labels is not None else {}
+        return found.pop("per_class", None), found or None
+    torch.manual_seed(args.seed)
+    if args.resume and run.path.exists():
+        run.load()
+        print(f"continuing {run.path} at step {run.step}")
+    else:
+        if leader():
+            run.log_path.write_text("")
+        trainable = sum(p.numel() for group in run.optimizer.param_groups for p in group["params"])
+        run.log(options=plain_options(args, ()), start=results["start"], train=len(objects), test=len(test),
+                trainable=trainable, **provenance(args.device))
+        if leader():
+            _, run.zero_shot = score_and_write(run.student)
+    results["zero_shot"] = run.zero_shot
+    print(table(results))
+    shown = (*TINY, "groups", "group_size", "point_weight", "templates")
+    print("settings:", ", ".join(f"{name} {getattr(args, name)}" for name in shown))
+    try:
+        self_train(run, objects, test, args)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(f"out of memory at --batch-size {args.batch_size}; lower it, --groups or --points, "
+                        "or add --grad-checkpointing") from error
+    if not leader():
+        return
+    _, results["student"] = score_and_write(run.student)
+    results["teacher_per_class"], results["teacher"] = score_and_write(run.teacher)
+    results["pseudo_label"] = pseudo_label_quality(run.log_path, args.epochs)
+    results["seconds"] = round(run.seconds, 1)
+    with whole_file(args.out / "curves.png") as path:
+        plot_curves(run.log_path, path, run.zero_shot)
+    with whole_file(args.out / "results.json") as path:
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"\n{table(results)}\npseudo-labels of the last epoch, %: {results['pseudo_label']}")
+    print(f"{args.out / 'predictions.csv'}: image and point agree on {results['agreement']} % of the objects")
+
+
+def provenance(device: str) -> dict:
+    """Versions, commit and device, for the first line of the log."""
+    name = torch.cuda.get_device_name(device) if "cuda" in device else f"{os.cpu_count()} CPU cores"
+    git = f"git --no-optional-locks -C '{Path(__file__).parent}'"  # writes nothing there
+    commit = subprocess.getoutput(f"{git} describe --always --dirty")
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "open_clip": open_clip.__version__,
+            "commit": commit, "device": name}
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Pre-training of a start
+
+PRETRAIN_VERSION = 1  # raised when what follows, the procedural objects or the small networks change
+# Objects, batch, peak learning rate, weight decay; of `tiny`, and of a point encoder beside a CLIP (ULIP's).
+PRETRAIN = {"tiny": (12000, 32, 1e-3, 0.05), "clip": (4000, 64, 5e-4, 0.1)}
 
 
 def find_start(args, target: Objects) -> Path:
-    """The start's file: the one named, fetched, or pre-trained here and kept under a hash of all it hangs on:
-    settings, seed, code, versions and kind of device."""
+    """The start's file: the one named, fetched, or pre-trained here. The latter is kept in --cache, under a
+    hash of the options that made it and, where the target's clouds were used, of these."""
     if args.start_checkpoint:
         return args.start_checkpoint
     if args.model in PUBLISHED:
         return published_start(args.model, args.cache, args.download is not False)
-    sources = [(Path(__file__).parent / f"{name}.py").read_text() for name in ("data", "model", "losses")]
-    sources += [inspect.getsource(part) for part in (pretrain, pretrain_loss)]
-    alone = args.model == "tiny" and args.dataset != "shapenet55"  # sees nothing of the target
-    made_by = [args.model, args.pretrained, args.pretrain_epochs, args.groups, args.group_size, args.seed,
-               args.points, args.point_target, PRETRAIN, torch.__version__, torch.device(args.device).type,
-               () if alone else (args.templates, target.name, len(target)),
-               [ast.dump(ast.parse(source)) for source in sources]]
-    digest = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:16]
+    made_by = {key: getattr(args, key) for key in ("model", "pretrained", "pretrain_epochs", "groups",
+                                                   "group_size", "seed", "points", "point_target")}
+    if args.model != "tiny" or args.dataset == "shapenet55":
+        clouds = hashlib.sha256(target.points.numpy().tobytes()).hexdigest()
+        made_by |= {"templates": args.templates, "up": args.up, "data_root": str(args.data_root.resolve()),
+                    "target": target.name, "clouds": clouds}
+    key = json.dumps([PRETRAIN_VERSION, PRETRAIN, made_by])
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     path = args.cache / f"{args.model.replace('/', '-')}-{digest}.pt"
-    with making(path):
+    with one_process_at_a_time(path):
         if not path.exists():
             pretrain(args, target, args.device, path)
     return path
@@ -177,29 +588,30 @@ def pretrain(args, target: Objects, device, path: Path):
                for index in torch.randperm(len(clouds)).split(batch) if len(index) == batch]
     schedule = OneCycleLR(optimizer, lr, len(batches), pct_start=0.05, cycle_momentum=False)
     bar = tqdm(batches, f"pre-training {args.model}", unit="step")
-    for index in bar:
-        loss = pretrain_loss(model, text, clouds[index].to(device), labels[index].to(device),
-                             source.class_names)
+    for step, index in enumerate(bar):
+        loss = pretrain_loss(model, text, clouds[index].to(device), labels[index], source.class_names)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.2f}")
+        if step % 50 == 0:  # reading it makes a GPU wait
+            bar.set_postfix(loss=f"{loss.item():.2f}")
     model.classifier = None
     save_file({"architecture": {**model.architecture, "class_names": []}, "model": model.state_dict(),
-               **({"text_architecture": text.architecture, "text": text.state_dict()} if text else {})}, path)
+               **({"text_architecture": text.architecture, "text": text.state_dict()} if text else {}),
+               "options": plain_options(args)}, path)
 
 
 def pretrain_loss(model, text, points, labels, class_names) -> Tensor:
     """Half the InfoNCE image-text, point-text and point-image, and a little masked modelling. (B, P, 3)
 
-    labels (B,): index of the name, -1 where there is none. Without a `text` tower to train the names are the
-    classifier's columns, and the image tower is taken as it is.
+    labels (B,) on the CPU: index of the name, -1 where there is none. Without a `text` tower to train the
+    names are the classifier's columns, and the image tower is taken as it is.
     """
     batch, device = len(points), points.device
-    yaw = F.pad(2 * math.pi * torch.rand(batch, 1, device=device), (2, 0))
-    views = draw_views(rotate(points, yaw), model.visual.image_size[0])
+    named = (labels >= 0).nonzero()[:, 0]  # on the CPU, so that nothing waits for a GPU
+    views = draw_views(random_yaw(points), model.visual.image_size[0])
     strong = torch.rand(2, batch, 1, 1, device=device) < 0.5
     images = model.normalise(torch.where(strong[0, ..., None], views["strong_image"], views["weak_image"]))
     groups = model.group(torch.where(strong[1], views["strong_points"], views["weak_points"]))
@@ -207,39 +619,35 @@ def pretrain_loss(model, text, points, labels, class_names) -> Tensor:
     image_hidden = hide_patches(batch, model.visual.grid_size[0], 0.3, device) & masked[0] if text else None
     point_hidden = hide_groups(groups.centres, 0.3) & masked[1]
     out = model(images, groups, image_hidden, point_hidden)
-    named, scale = labels >= 0, model.logit_scale.exp()
+    named, labels, scale = named.to(device), labels[named].to(device), model.logit_scale.exp()
     aligned = cross_modal_alignment_loss(out.image_features, out.point_features, 1 / scale) / 2
     if text:
         template = TEMPLATES["depth"][torch.randint(len(TEMPLATES["depth"]), ())]
         names = text([template.format(name) for name in class_names])
-        aligned = aligned + name_alignment_loss(out.image_features, names, labels, scale)
+        aligned = aligned + name_alignment_loss(out.image_features[named], names, labels, scale)
     else:
         names = model.classifier.detach().T
-    if named.any():
-        aligned = aligned + name_alignment_loss(out.point_features[named], names, labels[named], scale)
+    if len(named):
+        aligned = aligned + name_alignment_loss(out.point_features[named], names, labels, scale)
     terms = masked_terms(out, images, image_hidden, point_hidden)
     weights = {"mim": 0.1, "mpm": 0.1, "gl_image": 0.02, "gl_point": 0.02}
     return aligned / 2 + sum(weights[name] * term for name, term in terms.items())
 
 
-def learning_rate(step: int, total: int, warmup: int, peak: float, floor: float) -> float:
-    """Linear warm-up from 0 to peak, then a cosine to floor at the last step."""
-    if step < warmup:
-        return peak * step / warmup
-    done = (step - warmup) / max(1, total - 1 - warmup)
-    return floor + (peak - floor) * (1 + math.cos(math.pi * min(1, done))) / 2
+# -----------------------------------------------------------------------------------------------------------
+# Several GPUs: torchrun's processes share each batch
 
-
-def networks_precision(args) -> torch.autocast:
-    """Both networks in bfloat16 where --precision says so; features, logits and losses stay in float32.
-
-    auto: on a GPU that computes in it, or a CPU with AMX; AVX512-BF16 alone was measured slower than float32.
-    """
-    device = torch.device(args.device).type
-    fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda"
-            else torch.cpu._is_amx_tile_supported())
-    chosen = args.precision == "bf16" or args.precision == "auto" and fast
-    return torch.autocast(device, torch.bfloat16, enabled=chosen)
+def join_processes():
+    """Started by torchrun: become one of its processes, with a GPU of its own."""
+    if "LOCAL_RANK" not in os.environ:
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # `cuda` is this one from now on
+    # The others wait while the first evaluates: longer than the ten minutes that are usual.
+    dist.init_process_group(timeout=timedelta(days=1))
+    atexit.register(dist.destroy_process_group)
+    if not leader():
+        sys.stdout = open(os.devnull, "w")
 
 
 def leader() -> bool:
@@ -268,221 +676,20 @@ def whole_batch(out: Output) -> Output:
     return out
 
 
-@torch.no_grad()
-def name_objects(teacher: CrossMoST, views: dict, args, truth: Tensor | None) -> dict:
-    """(labels, keep) for each trained modality, from the teacher's weak views [joint-label]."""
-    if args.labels == "truth":
-        everything = torch.ones_like(truth, dtype=torch.bool)
-        return {"image": (truth, everything), "point": (truth, everything)}
-    with networks_precision(args):
-        out = whole_batch(teacher(
-            teacher.normalise(my_share(views["weak_image"])) if args.modalities != "point" else None,
-            my_share(views["weak_points"]) if args.modalities != "image" else None))
-    if args.modalities != "both":
-        probs = (out.image_logits if args.modalities == "image" else out.point_logits).softmax(dim=-1)
-        return pseudo_labels("separate", probs, probs, args.threshold)
-    return pseudo_labels(args.labels, out.image_logits.softmax(dim=-1), out.point_logits.softmax(dim=-1),
-                         args.threshold, args.point_weight)
-
-
-def student_terms(student: CrossMoST, views: dict, labels: dict, args) -> dict[str, Tensor]:
-    """Every term of the loss, by name, from the student's strong and masked views."""
-    images = points = image_hidden = point_hidden = None
-    if args.modalities != "point":
-        images = student.normalise(views["strong_image"])
-        if args.mask_ratio > 0:
-            grid = student.visual.grid_size[0]
-            image_hidden = hide_patches(len(images), grid, args.mask_ratio, images.device)
-    if args.modalities != "image":
-        points = student.group(views["strong_points"])
-        if args.mask_ratio > 0:
-            point_hidden = hide_groups(points.centres, args.mask_ratio)
-    with networks_precision(args):
-        out = whole_batch(student(*map(my_share, (images, points, image_hidden, point_hidden))))
-    terms = masked_terms(out, images, image_hidden, point_hidden)
-    for modality in ("image", "point") if args.modalities == "both" else (args.modalities,):
-        logits = getattr(out, f"{modality}_logits")
-        terms[f"self_{modality}"] = self_training_loss(logits, *labels[modality])
-        terms[f"fair_{modality}"] = fairness_loss(logits)
-    if args.modalities == "both":
-        features = out.image_features, out.point_features
-        terms["cross"] = cross_modal_alignment_loss(*features, args.cross_temperature)
-    return terms
-
-
-def train_step(student, teacher, views, optimizer, step, total_steps, args, truth=None):
-    """One update of the student, then of the teacher. Returns the detached terms and the labels used.
-
-    `views` holds images and point clouds only; `truth` is None but for the oracle, --labels truth.
-    """
-    for group in optimizer.param_groups:
-        warmup, share = int(args.warmup_epochs * total_steps / args.epochs), args.batch_size / 256
-        group["lr"] = group["scale"] * learning_rate(step, total_steps, warmup, args.lr * share, 1e-6 * share)
-
-    # The teacher sees the weak views and names the objects [joint-label].
-    labels = name_objects(teacher, views, args, truth)
-
-    # The student must agree from the strong, masked views, align its modalities and repaint what was hidden.
-    weights = {"self_image": 1, "self_point": 1, "fair_image": args.w_fair, "fair_point": args.w_fair,
-               "mim": args.w_mim, "mpm": args.w_mpm, "gl_image": args.w_gl, "gl_point": args.w_gl,
-               "cross": args.w_cross}
-    terms = student_terms(student, views, labels, args)
-    loss = sum(weights[name] * term for name, term in terms.items() if weights[name])
-    terms = {name: term.detach() for name, term in {"loss": loss, **terms}.items()}
-
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+def sum_gradients(student: CrossMoST):
+    """Under torchrun the sum of the processes' shares of the gradient."""
     if dist.is_initialized():
         for parameter in student.parameters():
             if parameter.grad is not None:
-                dist.all_reduce(parameter.grad)  # the sum of the processes' shares
-    optimizer.step()
-    update_teacher(teacher, student, teacher_momentum(step, args.momentum))
-    return terms, labels
+                dist.all_reduce(parameter.grad)
 
 
-class Run:
-    """What a run needs to go on to the bit: models, optimiser, step, random state, log position, sums."""
-
-    def __init__(self, student, teacher, optimizer, args, device):
-        self.student, self.teacher, self.optimizer, self.device = student, teacher, optimizer, device
-        self.path, self.log_path = args.out / "last.pt", args.out / "log.jsonl"
-        self.options = {key: str(value) for key, value in sorted(vars(args).items())
-                        if key not in (*NOT_THE_METHOD, "stage")}
-        self.step, self.sums, self.count, self.last, self.zero_shot = 0, {}, 0, {}, None
-
-    def log(self, **row):
-        if not leader():
-            return
-        with open(self.log_path, "a") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def count_step(self, terms: dict, labels: dict, truth: Tensor | None):
-        """Add up terms and, class by class, names given and, where the truth is known, rightly given; shares
-        of the objects, modalities averaged."""
-        classes = self.student.classifier.shape[1]
-        given = {m: F.one_hot(label, classes) * keep[:, None] for m, (label, keep) in labels.items()}
-        values = {**terms, "named": torch.stack([*given.values()]).double().mean(dim=(0, 1))}
-        if truth is not None:
-            right = [given[m] * (label == truth)[:, None] for m, (label, _) in labels.items()]
-            values["right"] = torch.stack(right).double().mean(dim=(0, 1))
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.double()
-        self.check()  # the step before: waiting for this one would leave the device idle
-        self.last, self.step, self.count = terms, self.step + 1, self.count + 1
-
-    def check(self):
-        """Raises: ValueError where the last step's loss is not finite."""
-        if self.last and not torch.isfinite(self.last["loss"]):
-            terms = {name: term.item() for name, term in self.last.items()}
-            raise ValueError(f"loss is not finite at step {self.step - 1}: {terms}; lower --lr, or look at "
-                             f"the data; {self.path} is of the last whole epoch, if there was one")
-
-    def flush(self, epoch: int) -> dict:
-        """Log the means since the last line and return them; starts new sums."""
-        self.check()
-        means = {name: total / self.count for name, total in self.sums.items()}
-        named, right = means.pop("named"), means.pop("right", None)
-        kept, known = named.sum().clamp(min=1e-12), right is not None
-        row = {"coverage": named.sum(), "entropy": torch.special.entr(named / kept).sum(), "named": named,
-               "label_accuracy": right.sum() / kept if known else None,
-               "label_accuracy_by_class": right / named.clamp(min=1e-12) if known else None, **means}
-        row = {name: value if value is None else value.tolist() for name, value in row.items()}
-        self.log(epoch=epoch, step=self.step, steps=self.count, **row)
-        self.sums, self.count = {}, 0
-        return row
-
-    def save(self):
-        self.check()
-        if not leader():
-            return
-        save_file({**{name: getattr(self, name).state_dict() for name in ("student", "teacher", "optimizer")},
-                   **{key: getattr(self, key) for key in ("options", "step", "sums", "count", "zero_shot")},
-                   "architecture": self.student.architecture, "log_bytes": self.log_path.stat().st_size,
-                   "random": torch.get_rng_state(),
-                   "cuda_random": torch.cuda.get_rng_state(self.device) if "cuda" in self.device else None},
-                  self.path)
-
-    def load(self):
-        """Go back to last.pt. Raises: ValueError where it was made with other options."""
-        saved = read_file(self.path, "student", "teacher", "optimizer", "random", "options", "log_bytes")
-        changed = {key: f"{saved['options'].get(key)} -> {value}" for key, value in self.options.items()
-                   if saved["options"].get(key) != value}
-        if changed:
-            raise ValueError(f"{self.path} was made with other options ({changed}); use the same, "
-                             "another --out, or --no-resume to start over")
-        try:
-            names = saved["architecture"]["class_names"]
-            if names != self.student.class_names:
-                raise ValueError(f"it is of the classes {names}, the data have {self.student.class_names}")
-            for name in ("student", "teacher", "optimizer"):
-                getattr(self, name).load_state_dict(saved[name])
-            for name in ("step", "sums", "count", "zero_shot"):
-                setattr(self, name, saved[name])
-            torch.set_rng_state(saved["random"])
-            if "cuda" in self.device:
-                torch.cuda.set_rng_state(saved["cuda_random"], self.device)
-        except Exception as error:  # a broken file in any way
-            raise ValueError(f"cannot continue {self.path}: {error}; --no-resume starts over") from error
-        with open(self.log_path, "a") as file:  # forget lines written after the checkpoint
-            file.truncate(min(saved["log_bytes"], self.log_path.stat().st_size))
-
-
-@contextmanager
-def stops_caught():
-    """A list that Ctrl-C and SIGTERM fill, so that the step can finish."""
-    caught = []
-    stops = () if dist.is_initialized() else (signal.SIGINT, signal.SIGTERM)  # processes would stop apart
-    before = {stop: signal.signal(stop, lambda number, _: caught.append(number)) for stop in stops}
-    try:
-        yield caught
-    finally:
-        for stop, handler in before.items():
-            signal.signal(stop, handler)
-
-
-def self_train(run: Run, objects: Objects, test: Objects, args):
-    """The loop. Ctrl-C and SIGTERM let the step finish, save, and leave with exit code 130 or 143."""
-    per_epoch = max(1, len(objects) // args.batch_size)
-    total, size = args.epochs * per_epoch, run.student.visual.image_size[0]
-    points, truth = objects.points.to(run.device), objects.labels
-    truth = None if truth is None else truth.to(run.device)
-    train_mode(run.student, args.freeze)
-    bar = tqdm(total=total, initial=run.step, desc="self-training", unit="step", disable=not leader())
-    with bar, stops_caught() as caught:
-        while run.step < total and not caught:
-            epoch, at = divmod(run.step, per_epoch)
-            shuffle = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
-            batches = torch.randperm(len(points), generator=shuffle).split(args.batch_size)[at:per_epoch]
-            photographs = training_photographs(objects, batches, size, shuffle.initial_seed())
-            for index, pictures in zip(batches, photographs):
-                index = index.to(run.device)
-                real = None if truth is None else truth[index]
-                views = draw_views(points[index], size, pictures)
-                terms, labels = train_step(run.student, run.teacher, views, run.optimizer, run.step, total,
-                                           args, real if args.labels == "truth" else None)
-                run.count_step(terms, labels, real)
-                bar.update()
-                if run.step % args.log_every == 0 or run.step % per_epoch == 0:
-                    row = run.flush(epoch + 1)
-                    bar.set_postfix(loss=f"{row['loss']:.2f}", coverage=f"{row['coverage']:.2f}")
-                if caught:
-                    break
-            if run.step % per_epoch == 0 and test.labels is not None and leader():
-                right = evaluate(run.teacher, test, args.views)
-                run.log(epoch=epoch + 1, step=run.step, teacher={name: right[name] for name in MODALITIES})
-            run.save()
-    if caught:
-        sys.exit(128 + caught[0])
-
+# -----------------------------------------------------------------------------------------------------------
+# Benchmark
 
 def benchmark(run: Run, objects: Objects, args, repeats: int = 10) -> dict:
-    """Print how long a step and its parts take, each the median of `repeats` after three to warm up, and how
-    much of the device that uses: its peak is that of a large matrix product in the same precision.
-
-    Parts run one by one; backward is what they leave of the whole. Photographs are decoded apart. Returns
-    seconds of each, TFLOP of a step (matrix products), and the peak, TFLOP/s.
-    """
+    """Print the median seconds of a step after three to warm up, objects per second, and the share of the
+    device's own matrix product in the same precision. Photographs are decoded before. Returns the figures."""
     gpu, size = "cuda" in args.device, run.student.visual.image_size[0]
     pick = torch.arange(args.batch_size) % len(objects)
     points, truth = objects.points[pick].to(args.device), torch.zeros_like(pick, device=args.device)
@@ -500,20 +707,10 @@ def benchmark(run: Run, objects: Objects, args, repeats: int = 10) -> dict:
             times.append(time.perf_counter() - began)
         return statistics.median(times[3:])
 
-    def draw():
-        return draw_views(points, size, pictures)
-
     def step():
-        return train_step(run.student, run.teacher, draw(), run.optimizer, 0, 1000, args, truth)
-
-    def update():
-        run.optimizer.step()
-        update_teacher(run.teacher, run.student, args.momentum)
-    whole, views, labels = seconds(step), draw(), step()[1]
-    parts = {"views": seconds(draw),
-             "teacher": seconds(lambda: name_objects(run.teacher, views, args, truth)),
-             "forward": seconds(lambda: student_terms(run.student, views, labels, args)),
-             "update": seconds(update)}
+        views = draw_views(points, size, pictures)
+        train_step(run.student, run.teacher, views, run.optimizer, 0, 1000, args, truth)
+    took = seconds(step)
     with FlopCounterMode(display=False) as counter:
         step()
     work = counter.get_total_flops() / 1e12
@@ -521,135 +718,10 @@ def benchmark(run: Run, objects: Objects, args, repeats: int = 10) -> dict:
     square = torch.randn(*[8192 if gpu else 2048] * 2, device=args.device, dtype=kind)
     peak = 2 * len(square) ** 3 / 1e12 / seconds(lambda: square @ square)
     print(f"{args.model}, batch {len(pick)}, {kind}{', compiled' * args.compile}, {provenance(args.device)}")
-    parts = {"step": whole, **parts, "backward": whole - sum(parts.values())}
-    for name, took in parts.items():
-        print(f"{name:8} {1000 * took:9.1f} ms {100 * took / whole:5.1f} %")
-    print(f"{len(pick) / whole:.1f} objects/s, {work / whole:.2f} TFLOP/s, {100 * work / whole / peak:.0f} % "
-          f"of a matrix product's {peak:.2f}"
+    print(f"{1000 * took:.1f} ms a step, {len(pick) / took:.1f} objects/s, {work / took:.2f} TFLOP/s, "
+          f"{100 * work / took / peak:.0f} % of a matrix product's {peak:.2f}"
           + f", {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB" * gpu)
-    return {**parts, "tflop": work, "peak": peak}
-
-
-def provenance(device: str) -> dict:
-    """Versions, commit and device, for the first line of the log."""
-    name = torch.cuda.get_device_name(device) if "cuda" in device else f"{os.cpu_count()} CPU cores"
-    git = f"git --no-optional-locks -C '{Path(__file__).parent}'"  # writes nothing there
-    commit = subprocess.getoutput(f"{git} describe --always --dirty")
-    return {"python": sys.version.split()[0], "torch": torch.__version__, "open_clip": open_clip.__version__,
-            "commit": commit, "device": name}
-
-
-def join_processes(args):
-    """Started by torchrun: become one of its processes, with a GPU of its own."""
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(args.device)
-    dist.init_process_group()
-    atexit.register(dist.destroy_process_group)
-    if not leader():
-        sys.stdout = open(os.devnull, "w")
-    if args.batch_size % dist.get_world_size():
-        raise ValueError(f"{dist.get_world_size()} processes cannot share --batch-size {args.batch_size}")
-
-
-def refuse_contradictions(args, objects: Objects, test: Objects):
-    """Raises: ValueError for options that do not go together, or not with the data."""
-    if args.labels == "truth" and objects.labels is None:
-        raise ValueError(f"--labels truth needs labels, {objects.name} has none; use --labels joint")
-    if args.labels in ("mean", "agree") and args.modalities != "both":
-        raise ValueError(f"--labels {args.labels} needs both modalities; drop it, or --modalities")
-    if args.stage == "pretrain" and (args.start_checkpoint or args.model in PUBLISHED):
-        raise ValueError(f"{args.start_checkpoint or args.model} is a finished start; drop --stage pretrain")
-    if args.stage == "cache" and test.labels is None:
-        raise ValueError(f"--stage cache only reports accuracy; {test.name} has no labels")
-
-
-def main(argv=None) -> dict:
-    """Run all of it. Returns what it writes to OUT/results.json."""
-    args, began = parse_args(argv), time.perf_counter()
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32; bfloat16 is the fast way
-    if "LOCAL_RANK" in os.environ:
-        join_processes(args)
-    plain = vars(parse_args(["--dataset", args.dataset, "--model", args.model,
-                             *(["--domain", args.domain] if args.domain else [])]))
-    changed = {key: value for key, value in vars(args).items() if value != plain[key]
-               and key not in (*NOT_THE_METHOD, "seed", "domain", "pretrain_epochs", "start_checkpoint")}
-    objects, test = (load_dataset(args.dataset, args.data_root, split, args.points, args.domain,
-                                  args.download, args.up) for split in ("train", "test"))
-    refuse_contradictions(args, objects, test)
-    untrained = args.benchmark and args.model not in PUBLISHED  # as fast as any other
-    start = None if untrained else find_start(args, objects)
-    point = {"groups": args.groups, "group_size": args.group_size, "target": args.point_target}
-    student = build_model(args.model, objects.class_names, TEMPLATES[args.templates], args.pretrained, start,
-                          **point).to(args.device)
-    teacher = copy.deepcopy(student).requires_grad_(False)
-    groups = parameter_groups(student, args.weight_decay, args.layer_decay, args.freeze)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
-    if args.compile:
-        for part in (student.visual, student.point_encoder, teacher.visual, teacher.point_encoder):
-            part.compile()
-    student.visual.set_grad_checkpointing(args.grad_checkpointing)
-    run = Run(student, teacher, optimizer, args, args.device)
-    run.options["objects"] = str(len(objects))
-    if args.benchmark:
-        return benchmark(run, objects, args)
-    results = {"dataset": objects.name, "split": test.split, "objects": len(test),
-               "classes": len(test.class_names), "model": args.model, "start": start.stem, "seed": args.seed,
-               "epochs": args.epochs, "changed": changed}
-    with sole_use(args.out) if leader() else nullcontext():
-        run_stages(run, objects, test, args, results)
-        results["seconds"] = round(time.perf_counter() - began, 1)
-        if leader():
-            with whole_file(args.out / "results.json") as path:
-                path.write_text(json.dumps(results, indent=1) + "\n")
-    return results
-
-
-def run_stages(run: Run, objects: Objects, test: Objects, args, results: dict):
-    """Score the start, train, score again: into `results`, the standard output and OUT."""
-    def score(model):
-        probs = predict(model, test, args.views)
-        with whole_file(args.out / "predictions.csv") as path:
-            results["agreement"] = write_predictions(path, test, probs)
-        right = accuracy(probs, test) if test.labels is not None else {}
-        return right.pop("per_class", None), right or None
-    torch.manual_seed(args.seed)
-    if args.resume and run.path.exists():
-        run.load()
-        print(f"continuing {run.path} at step {run.step}")
-    else:
-        if leader():
-            run.log_path.write_text("")
-        trainable = sum(p.numel() for group in run.optimizer.param_groups for p in group["params"])
-        run.log(options={key: str(value) for key, value in vars(args).items()}, start=results["start"],
-                train=len(objects), test=len(test), trainable=trainable, **provenance(args.device))
-        if leader():
-            _, run.zero_shot = score(run.student)
-    results["zero_shot"] = run.zero_shot
-    print(table(results))
-    if args.stage == "train":
-        shown = (*RECIPES["tiny"], "point_weight", "templates")
-        print("settings:", ", ".join(f"{name} {getattr(args, name)}" for name in shown))
-        try:
-            self_train(run, objects, test, args)
-        except RuntimeError as error:
-            if "memory" not in str(error):
-                raise
-            raise ValueError(f"out of memory at --batch-size {args.batch_size}; lower it, --groups or "
-                             "--points, or add --grad-checkpointing") from error
-        if not leader():
-            return
-        _, results["student"] = score(run.student)
-        results["teacher_per_class"], results["teacher"] = score(run.teacher)
-        results["pseudo_label"] = pseudo_label_quality(run.log_path, args.epochs)
-        with whole_file(args.out / "curves.png") as path:
-            plot_curves(run.log_path, path, run.zero_shot)
-        print(f"\n{table(results)}\npseudo-labels of the last epoch, %: {results['pseudo_label']}")
-    elif args.stage == "cache":
-        probs = predict_by_cache(run.student, objects, test, args.views)
-        results["cache"] = {m: accuracy(probs, test)[m] for m in MODALITIES}
-        print(table(results))
-    print(f"{args.out / 'predictions.csv'}: image and point agree on {results['agreement']} % of the objects")
+    return {"step": took, "tflop": work, "peak": peak}
 
 
 if __name__ == "__main__":
