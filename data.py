@@ -14,7 +14,7 @@ import tempfile
 import zipfile
 import zlib
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -39,8 +39,8 @@ class UserError(Exception):
 class Objects:
     """A split of a data set.
 
-    points (N, P, 3); labels (N,) or None; the names of the N objects, or None (they are numbered); images: a
-    list of photographs' paths for each object, or None where depth views are rendered.
+    points (N, P, 3); labels (N,) or None; names of the N objects (without: their numbers); images: a list of
+    photographs' paths for each object, or None where depth views are rendered.
     """
     points: Tensor
     labels: Tensor | None
@@ -50,8 +50,18 @@ class Objects:
     names: list[str] | None = None
     images: list | None = None
 
+    def __post_init__(self):
+        self.names = self.names or [str(i) for i in range(len(self.points))]
+
     def __len__(self):
         return len(self.points)
+
+    def pick(self, index: Tensor) -> "Objects":
+        """Those of the indices (n,)."""
+        labels = None if self.labels is None else self.labels[index]
+        images = self.images and [self.images[i] for i in index]
+        return replace(self, points=self.points[index], labels=labels, images=images,
+                       names=[self.names[i] for i in index])
 
 
 def to_unit_sphere(points: Tensor) -> Tensor:
@@ -331,16 +341,17 @@ def load_modelnet(root: Path, split: str, points: int, most: int, download: bool
     clouds, labels, names = zip(*(read_h5(file, points, most, len(class_names)) for file in files))
     clouds, labels = torch.from_numpy(np.concatenate(clouds)), torch.from_numpy(np.concatenate(labels))
     names = None if None in names else sum(names, [])
-    if classes is not None:
-        index = torch.tensor([list(classes).index(name) if name in classes else -1 for name in class_names])
-        chosen, class_names = index[labels] >= 0, list(classes)
-        clouds, labels = clouds[chosen], index[labels][chosen]
-        names = names and [name for name, keep in zip(names, chosen) if keep]
     if views and names is None and (folder / "views").is_dir():
         raise UserError(f"{folder} has views, but no names of objects to find them by; expected `name` in "
                         "the h5 files, or ply_data_SPLIT_N_id2file.json")
-    images = find_photographs(folder / "views", names) if views and names else None
-    return Objects(clouds.float(), labels, class_names, split=split, names=names, images=images)
+    objects = Objects(clouds.float(), labels, class_names, split=split, names=names)
+    if classes is not None:
+        index = torch.tensor([list(classes).index(name) if name in classes else -1 for name in class_names])
+        objects.labels, objects.class_names = index[labels], list(classes)
+        objects = objects.pick((objects.labels >= 0).nonzero()[:, 0])
+    if views:
+        objects.images = find_photographs(folder / "views", objects.names)
+    return objects
 
 
 SCANOBJECTNN = "bag bin box cabinet chair desk display door shelf table bed pillow sink sofa toilet".split()
@@ -689,6 +700,21 @@ def read_objects(files: list[Path], points: int, most: int, root: Path) -> Tenso
     return torch.from_numpy(np.load(kept, allow_pickle=False))
 
 
+def load_files(files: list[Path], points: int, up: str) -> tuple[Objects, int]:
+    """Single objects without labels, and how many could not be read: of each of these a line on stderr."""
+    clouds, names = [], []
+    for file in files:
+        try:
+            clouds.append(read_object(file, points))
+            names.append(str(file))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+    if not clouds:
+        raise UserError(f"none of {len(files)} files could be read")
+    turned = to_z_up(torch.from_numpy(np.stack(clouds)), up)
+    return Objects(to_unit_sphere(turned), None, [], "files", names=names), len(files) - len(clouds)
+
+
 def find_photographs(folder: Path, names: list[str]) -> list | None:
     """Photographs or renderings under a folder: a sorted list for each object; None without the folder.
 
@@ -763,32 +789,38 @@ DOWNLOADS = {
 
 
 def fetch_published(name: str, root: Path, allowed: bool = True) -> Path:
-    """The file DOWNLOADS[name] under `root`, fetched if it is not there. Raises: UserError, see fetch."""
+    """The file DOWNLOADS[name], from `root` or fetched. Raises: UserError, see fetch."""
     row = DOWNLOADS[name]
     path = root / row["file"]
     if not path.exists():
         if not allowed:
             raise UserError(f"{path} is missing; put it there, or leave out --no-download")
-        print(f"fetching {path.name} ({row['terms']}) into {path.parent}", flush=True)
+        print(f"fetching {path.name} ({row['terms']})", flush=True)
     return fetch(path, row.get("urls", ()), row.get("sha256"), row.get("hub"))
 
 
 def fetch(path: Path, urls=(), sha256: str | None = None, hub: tuple | None = None) -> Path:
-    """A file, fetched if it is not there: from a data set of the Hugging Face hub, then from plain addresses.
+    """`path` if it is there; else the file in the Hugging Face hub's own cache, fetched from a data set of the
+    hub, or else fetched from plain addresses to `path`.
 
-    It gets its name once it is whole and, where its sha256 is known, right.
+    hub: data set, file in it, revision. Bytes of another sha256 are refused and not kept.
     Raises: UserError that names the file, where to put it, and what went wrong at each address.
     """
     reasons = []
-    with one_process_at_a_time(path):
+    with lock(path):
         for source in (hub, *urls):
             if path.exists() or source is None:
                 continue
             try:
-                if source is hub:
-                    fetch_from_hub(path, *hub, sha256)
-                else:
+                if source is not hub:
                     torch.hub.download_url_to_file(source, str(path), hash_prefix=sha256)
+                    continue
+                data_set, file, revision = hub
+                found = Path(hf_hub_download(data_set, file, repo_type="dataset", revision=revision))
+                if sha256 in (None, hashlib.sha256(found.read_bytes()).hexdigest()):
+                    return found
+                found.resolve().unlink()
+                raise ValueError("wrong sha256")
             except Exception as error:  # the hub, the network and the file system have many types of errors
                 reasons.append(f"{source}: {str(error).strip().splitlines()[0] if str(error) else error!r}")
     if not path.exists():
@@ -797,45 +829,26 @@ def fetch(path: Path, urls=(), sha256: str | None = None, hub: tuple | None = No
     return path
 
 
-def fetch_from_hub(path: Path, data_set: str, file: str, revision: str | None, sha256: str | None):
-    """One file of a data set on the Hugging Face hub. Raises: ValueError for another sha256 than expected."""
-    folder = path.with_name(f".{path.name}.part")  # the hub goes on with what a broken connection left here
-    found = hf_hub_download(data_set, file, repo_type="dataset", revision=revision, local_dir=folder)
-    if sha256 and sha256_of(found) != sha256:
-        shutil.rmtree(folder)
-        raise ValueError("wrong sha256")
-    os.replace(found, path)
-    shutil.rmtree(folder)
-
-
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 @contextmanager
-def one_process_at_a_time(path: Path):
-    """A lock for making `path`: another process waits, and then finds it made."""
+def lock(path: Path, wait: bool = True):
+    """While it is held no other process makes `path`: it waits, or (not `wait`) is refused with UserError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    held = FileLock(path.with_name(f".{path.name}.lock"))
     try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
+        held.acquire(timeout=0)
+    except Timeout as error:
+        if not wait:
+            raise UserError(f"another process writes to {path}; wait for it, or name another") from error
         print(f"waiting for another process that makes {path}", file=sys.stderr)
-        held = lock.acquire()
+        held.acquire()
     with held:
         yield
 
 
 def fetch_and_unpack(name: str, root: Path, folder: Path):
     """Where `folder` is missing, the archive DOWNLOADS[name], unpacked there."""
-    if folder.exists():
-        return
-    unpack([fetch_published(name, root)], folder, members=DOWNLOADS[name].get("members"))
+    if not folder.exists():
+        unpack([fetch_published(name, root)], folder, members=DOWNLOADS[name].get("members"))
 
 
 def unpack(archives: list[Path], folder: Path, choose=None, members: dict | None = None):
@@ -845,7 +858,7 @@ def unpack(archives: list[Path], folder: Path, choose=None, members: dict | None
     Raises: UserError naming the archive that is broken or not its authors'.
     """
     part = folder.with_name(f".{folder.name}.part")
-    with one_process_at_a_time(folder):
+    with lock(folder):
         if folder.exists():
             return
         shutil.rmtree(part, ignore_errors=True)  # a killed process left it
@@ -855,8 +868,7 @@ def unpack(archives: list[Path], folder: Path, choose=None, members: dict | None
                     for name, expected in (members or {}).items():
                         if hashlib.sha256(file.read(name)).hexdigest() != expected:
                             raise ValueError(f"{name} is not its authors' (sha256)")
-                    names = file.namelist()
-                    file.extractall(part, choose(names) if choose else names)  # `..` in names is left out
+                    file.extractall(part, choose(file.namelist()) if choose else None)  # leaves `..` out
             inner = part / folder.name
             os.replace(inner if inner.is_dir() else part, folder)
         except Exception as error:  # zip files break in many ways, each with a type of its own

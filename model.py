@@ -35,7 +35,7 @@ TINY = {
     "image": {"image_size": 64, "patch_size": 16, "width": 96, "layers": 4, "heads": 3},
     "point": {"width": 96, "layers": 4, "heads": 3, "groups": 32, "group_size": 16, "stem": [32, 64, 96],
               "token_width": 64, "drop_path": 0.0},
-    "text": {"context_length": 20, "width": 64, "heads": 2, "layers": 2},
+    "text": {"fixed_tokens": True, "context_length": 20, "width": 64, "heads": 2, "layers": 2},
 }
 TEMPLATES = {
     "depth": ("a depth map of a {}.", "a depth image of one {}.", "a {} seen by a depth camera.",
@@ -382,14 +382,22 @@ def train_mode(student: CrossMoST, freeze: list[str]):
 # Class names to classifier
 
 class TextEncoder(nn.Module):
-    """CLIP's text tower (open_clip's) with its tokenizer: class names to classifier columns."""
+    """CLIP's text tower (open_clip's) with its tokenizer: class names to classifier columns.
 
-    def __init__(self, embed_dim: int, quick_gelu: bool = False, **sizes):
+    fixed_tokens: token embeddings are random numbers that are not trained, always the same.
+    """
+
+    def __init__(self, embed_dim: int, quick_gelu: bool = False, fixed_tokens: bool = False, **sizes):
         super().__init__()
-        self.architecture = {"embed_dim": embed_dim, "quick_gelu": quick_gelu, **sizes}
+        self.architecture = {"embed_dim": embed_dim, "quick_gelu": quick_gelu, "fixed_tokens": fixed_tokens,
+                             **sizes}
         self.tower = TextTransformer(output_dim=embed_dim, act_layer=QuickGELU if quick_gelu else nn.GELU,
                                      **sizes)
         self.tokenize = open_clip.SimpleTokenizer(context_length=self.tower.context_length)
+        if fixed_tokens:  # enough to tell names apart, and 3.2 M numbers that need no place in a file
+            table = self.tower.token_embedding.requires_grad_(False).weight
+            numbers = np.random.RandomState(0).standard_normal(table.shape)  # the same in every NumPy
+            table.data.copy_(torch.from_numpy(0.02 * numbers))
 
     def forward(self, texts: list[str]) -> Tensor:
         """Unit-norm features (n, E) of n texts."""
@@ -407,8 +415,8 @@ def embed_names(text: TextEncoder, class_names: list[str], templates: tuple[str,
 # -----------------------------------------------------------------------------------------------------------
 # Starts: a model without classifier, and the text tower that names classes for it
 
-# Published files that are starts. Others: `tiny`, or any plain vision transformer of open_clip by its name.
-PUBLISHED = ("ulip2", "ulip1", "crossmost")
+# Starts by name. Any other name is a plain vision transformer of open_clip.
+STARTS = ("tiny", "ulip2", "ulip1", "crossmost")
 # How the point encoder of a start cuts a cloud, as in its training; files of our own say it themselves.
 GROUPS = {"tiny": dict(groups=32, group_size=16), "ulip1": dict(groups=512, group_size=32),
           "ulip2": dict(groups=512, group_size=32)}
@@ -424,8 +432,11 @@ TIMM_NAMES = {"patch_embed.proj.weight": "conv1.weight", "cls_token": "class_emb
               ".qkv.": ".in_proj_", ".attn.proj.": ".attn.out_proj.", ".fc1.": ".c_fc.", ".fc2.": ".c_proj."}
 
 
-def published_start(name: str, cache: Path, allowed: bool = True) -> Path:
-    """The file of ulip1, ulip2 (fetched if it is missing) or crossmost (by hand; README, Starts)."""
+def start_file(name: str, cache: Path, allowed: bool = True) -> Path:
+    """A start's file: tiny's in the repository, ulip1's and ulip2's fetched if missing, crossmost's put there
+    by hand (README, Starts)."""
+    if name == "tiny":
+        return Path(__file__).parent / "assets" / "tiny.pt"
     if name == "crossmost":
         return cache / "ulip-june11-checkpoint_best.pt"
     return fetch_published(name, cache, allowed)
@@ -434,15 +445,15 @@ def published_start(name: str, cache: Path, allowed: bool = True) -> Path:
 def describe_start(path: str | Path) -> dict:
     """What a run needs to know of a file of any family: "groups", "group_size", for most "model".
 
-    A file of our own, a start or a last.pt, says it itself, with "points" per cloud and the "options" that
-    made it; of a published one it goes by its family.
+    A file of our own, a start or a last.pt, says it itself, with "points" per cloud, "class_names" and the
+    "options" that made it; of a published one it goes by its family.
     """
     content = read_file(path)
     if "architecture" in content:
-        options, point = content.get("options", {}), content["architecture"]["point"]
+        options, architecture = content.get("options", {}), content["architecture"]
         own = {key: options[key] for key in ("model", "points") if key in options}
-        return {"model": "tiny", "options": options, **own,
-                **{key: point.get(key, OTHER_GROUPS[key]) for key in OTHER_GROUPS}}
+        own |= {key: architecture["point"].get(key, OTHER_GROUPS[key]) for key in OTHER_GROUPS}
+        return {"model": "tiny", "options": options, "class_names": architecture["class_names"], **own}
     state = published_state(content)
     if "image_projection" in state and "visual.cls_token" not in state:
         return {"model": "crossmost", **OTHER_GROUPS}
@@ -457,25 +468,32 @@ def published_state(content: dict, which: str = "teacher") -> dict:
     return {key.removeprefix("module."): value for key, value in (state or content).items()}
 
 
+@contextmanager
+def seeded(seed: int):
+    """Random numbers from `seed`, and afterwards as if none had been drawn."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
 def build_model(name: str, class_names: list[str], templates: tuple[str, ...], pretrained: str | None = None,
                 start_checkpoint: str | Path | None = None, seed: int = 0, **point) -> CrossMoST:
     """A zero-shot start with one classifier column per class name, in eval mode.
 
     Args:
-        name: tiny, one of PUBLISHED, or an open_clip model; pretrained: its tag, or a file of its weights.
+        name: one of STARTS, or an open_clip model; pretrained: its tag, or a file of its weights.
         start_checkpoint: the start's file, of any family (see load_start); without one the weights of `tiny`,
         and of the point encoder beside an open_clip model, are random, from `seed`.
         templates: texts with {} for the name. point: groups, group_size, target of the PointEncoder.
     Raises: UserError for an unknown name, or a file that does not fit or cannot name classes.
     """
-    from_open_clip = name not in ("tiny", *PUBLISHED)
-    if pretrained and not from_open_clip:
+    if pretrained and name in STARTS:
         raise UserError(f"--pretrained {pretrained} goes with an open_clip name; for --model {name} use "
                         "--start-checkpoint")
-    if name in PUBLISHED and not start_checkpoint:
+    if name in STARTS[1:] and not start_checkpoint:
         raise UserError(f"--model {name} is a file; name it with --start-checkpoint")
     model = text = None
-    if from_open_clip:
+    if name not in STARTS:
         model, text = open_clip_start(name, pretrained, seed, **point)
     elif not start_checkpoint:
         model, text = random_tiny(seed, **point)
@@ -493,8 +511,7 @@ def build_model(name: str, class_names: list[str], templates: tuple[str, ...], p
 
 def random_tiny(seed: int, **point) -> tuple[CrossMoST, TextEncoder]:
     """An untrained small CLIP with its small Point-BERT."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = CrossMoST(TINY["embed_dim"], TINY["image"], {**TINY["point"], **point})
         return model, TextEncoder(TINY["embed_dim"], **TINY["text"])
 
@@ -507,7 +524,7 @@ def open_clip_start(name: str, pretrained: str | None, seed: int = 0, **point) -
     """
     config, weights = open_clip.get_model_config(name), open_clip.get_pretrained_cfg(name, pretrained or "")
     if config is None:
-        raise UserError(f"unknown model {name!r}; one of tiny, {', '.join(PUBLISHED)}, or open_clip's: "
+        raise UserError(f"unknown model {name!r}; one of {', '.join(STARTS)}, or open_clip's: "
                         "ViT-B-16-quickgelu, ...")
     vision, quick_gelu = config["vision_cfg"], config.get("quick_gelu", False)
     odd = set(vision) - {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"}
@@ -516,8 +533,7 @@ def open_clip_start(name: str, pretrained: str | None, seed: int = 0, **point) -
     if weights and weights.get("quick_gelu", False) != quick_gelu:  # open_clip would only warn
         raise UserError(f"the {pretrained} weights of {name} {'lack' if quick_gelu else 'need'} QuickGELU; "
                         f"use {name.removesuffix('-quickgelu') if quick_gelu else name + '-quickgelu'}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         logging.disable()  # the hub's retries, and a warning that random weights are random
         try:
             clip = open_clip.create_model(name, pretrained)
@@ -571,26 +587,53 @@ def load_start(path: str | Path, clip: CrossMoST | None = None, which: str = "te
                published: dict | None = None, **point) -> tuple[CrossMoST, TextEncoder | None]:
     """Model and text tower (None where there is none) of a file, its family recognised from its keys.
 
-    point: groups, group_size, target of the PointEncoder, instead of the file's; published: of those files
-    only which do not say it, with their heads.
-
     Our own starts and `last.pt`; ULIP-1 and ULIP-2 (SLIP image tower, text tower, Point-BERT); ULIP-2 with
     colours (Point-BERT only, the image tower comes from `clip`); Cross-MoST's start and trained checkpoint.
+    point: groups, group_size, target of the PointEncoder, instead of the file's; published: of those files
+    only which do not say it, with their heads.
     Raises: UserError naming the keys or shapes that do not fit.
     """
     content = read_file(path)
-    if "architecture" in content:
-        try:
-            architecture = {**content["architecture"], "point": {**content["architecture"]["point"], **point}}
-            model = CrossMoST(**architecture)
-            text = TextEncoder(**content["text_architecture"]) if "text" in content else None
-            state = content["model"] if "model" in content else content[which]
-        except Exception as error:  # sizes that cannot be, each in its own way
-            raise UserError(f"{path} is broken: {error!r}; make it again") from error
-        load_strictly(model, state, path)
-        if text:
-            load_strictly(text, content["text"], path)
-        return model, text
+    with seeded(0):  # of what the file lacks
+        if "architecture" in content:
+            return load_own(content, path, which, point)
+        return load_published(content, path, which, clip, {**(published or {}), **point})
+
+
+def load_own(content: dict, path: str | Path, which: str,
+             point: dict) -> tuple[CrossMoST, TextEncoder | None]:
+    """A start, or student or teacher of a last.pt. Another target of mpm than the file's has a new head."""
+    try:
+        architecture = {**content["architecture"], "point": {**content["architecture"]["point"], **point}}
+        model, text = CrossMoST(**architecture), None
+        state = content["model"] if "model" in content else content[which]
+        if "text" in content:
+            text = TextEncoder(**content["text_architecture"])
+        new_head = architecture["point"].get("target") != content["architecture"]["point"].get("target")
+    except Exception as error:  # sizes that cannot be, each in its own way
+        raise UserError(f"{path} is broken: {error!r}; make it again") from error
+    head = "point_encoder.lm_head."
+    state = {key: value for key, value in state.items() if not (new_head and key.startswith(head))}
+    load_strictly(model, state, path, (head,) if new_head else ())
+    if text:
+        load_strictly(text, content["text"], path, ("tower.token_embedding.",))
+    return model, text
+
+
+def save_start(model: CrossMoST, text: TextEncoder | None, options: dict, path: Path):
+    """A start's file, in half precision, with the options that made it."""
+    def halved(module):
+        return {key: value.half() if value.is_floating_point() else value
+                for key, value in module.state_dict().items() if not key.startswith("tower.token_embedding.")}
+    content = {"architecture": {**model.architecture, "class_names": []}, "model": halved(model)}
+    if text:
+        content |= {"text_architecture": text.architecture, "text": halved(text)}
+    save_file({**content, "options": options}, path)
+
+
+def load_published(content: dict, path: str | Path, which: str, clip: CrossMoST | None,
+                   point: dict) -> tuple[CrossMoST, TextEncoder | None]:
+    """Model and text tower of ULIP's and Cross-MoST's files."""
     state = published_state(content, which)
     text_state = {f"tower.{key}": state.pop(key) for key in list(state) if key.startswith(TEXT_KEYS)}
     for family, sign in {"OpenShape": "ppat.", "Uni3D": "trans2embed"}.items():
@@ -606,14 +649,11 @@ def load_start(path: str | Path, clip: CrossMoST | None = None, which: str = "te
             raise UserError(f"{path} holds a point encoder only; add --model with the open_clip name of its "
                             "CLIP (ULIP-2 with colours: ViT-bigG-14 --pretrained laion2b_s39b_b160k)")
         state.update({key: value for key, value in clip.state_dict().items() if key.startswith("visual.")})
-    architecture = published_architecture(state, slip, path, **(published or {}), **point)
+    architecture = published_architecture(state, slip, path, **point)
     if clip:
         architecture.update({key: clip.architecture[key] for key in ("image", "mean", "std")})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # of what the file lacks
-        model = CrossMoST(**architecture)
+    model, text = CrossMoST(**architecture), None
     load_strictly(model, state, path, MAY_BE_MISSING)
-    text = None
     if text_state:
         words, width = text_state["tower.token_embedding.weight"].shape
         text = TextEncoder(architecture["embed_dim"], quick_gelu=True, vocab_size=words, width=width,

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -23,30 +22,29 @@ import open_clip
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import (DATASETS, Objects, UserError, dataset_row, draw_views, load_dataset, one_process_at_a_time,
-                  random_yaw, sample_shapes, training_photographs)
+from data import (DATASETS, Objects, UserError, dataset_row, draw_views, load_dataset, lock, random_yaw,
+                  sample_shapes, training_photographs)
 from eval import (COUNT, DEVICE, MODALITIES, SHARE, WEIGHT, accuracy, add_data_options, evaluate, number,
-                  one_line_errors, option_parser, out_of_memory, plot_curves, predict, pseudo_label_quality,
-                  table, usable_device, write_predictions)
+                  one_line_errors, opinions, option_parser, out_of_memory, plot_curves, predict,
+                  pseudo_label_quality, table, usable_device, write_predictions)
 from losses import (cross_modal_alignment_loss, fairness_loss, masked_terms, name_alignment_loss,
                     pseudo_labels, self_training_loss)
-from model import (GROUPS, OTHER_GROUPS, PUBLISHED, TEMPLATES, CrossMoST, Groups, Output, build_model,
-                   describe_start, hide_groups, hide_patches, parameter_groups, published_start, random_tiny,
-                   read_file, save_file, teacher_momentum, train_mode, update_teacher, whole_file)
+from model import (GROUPS, OTHER_GROUPS, STARTS, TEMPLATES, CrossMoST, Groups, Output, build_model,
+                   describe_start, hide_groups, hide_patches, parameter_groups, random_tiny, read_file,
+                   save_file, save_start, start_file, teacher_momentum, train_mode, update_teacher, whole_file)
 
 # The original code's values. What a data set has of its own, DATASETS, comes before them.
-PAPER = dict(pretrain_epochs=12, epochs=200, batch_size=128, lr=2e-5, layer_decay=0.65, momentum=0.9998,
+PAPER = dict(epochs=200, batch_size=128, lr=2e-5, layer_decay=0.65, momentum=0.9998,
              mask_ratio=0.3, w_fair=1.0, w_mim=1.0, w_mpm=1.0, w_gl=0.2, cross_temperature=1.0,
              precision="auto")
 # `tiny` is trained for hundreds of steps, not 10^5: a larger step, a lower threshold (its confidences are
 # low); of its 4 x 4 patches few are hidden, and repainting them weighs little.
-TINY = dict(pretrain_epochs=4, epochs=3, batch_size=32, lr=2e-3, layer_decay=1.0, momentum=0.999, points=1024,
+TINY = dict(epochs=3, batch_size=32, lr=2e-3, layer_decay=1.0, momentum=0.999, points=1024,
             threshold=[0.6], mask_ratio=0.1, w_fair=2.0, w_mim=0.1, w_mpm=0.1, w_gl=0.02,
             cross_temperature=0.07, precision="fp32")
 # `tiny` on what a scanner sees is far from its start: the teacher follows sooner and longer, and `fairness`
@@ -54,6 +52,8 @@ TINY = dict(pretrain_epochs=4, epochs=3, batch_size=32, lr=2e-3, layer_decay=1.0
 TINY_ON_SCANS = dict(epochs=10, momentum=0.99, w_fair=4.0)
 MAY_CHANGE_ON_RESUME = ("out", "cache", "data_root", "download", "resume", "device", "log_every", "compile",
                         "precision", "grad_checkpointing", "benchmark", "stage")
+NOT_THE_METHOD = (*MAY_CHANGE_ON_RESUME, "dataset", "model", "seed", "domain", "pretrain_epochs",
+                  "start_checkpoint")
 
 
 def defaults_of(chosen: argparse.Namespace) -> dict:
@@ -77,22 +77,18 @@ def defaults_of(chosen: argparse.Namespace) -> dict:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    """All options, with the defaults of their data set and start."""
-    return parser_of(argv).parse_args(argv)
-
-
-def parser_of(argv=None) -> argparse.ArgumentParser:
-    """The options, with the defaults of defaults_of for the data set and the start that `argv` names."""
+    """All options, with the defaults of defaults_of for the data set and the start that `argv` names; those of
+    the method that are others than these defaults are in `changed`."""
     parser = option_parser(__doc__.splitlines()[0])
     group = parser.add_argument_group("data").add_argument
-    group("--dataset", default="shapes", help=f"{', '.join(DATASETS)}, or a folder of your own objects")
+    group("--dataset", default="shapes", help=f"{', '.join(DATASETS)}, or a folder of your own")
     add_data_options(group)
     group("--templates", choices=sorted(TEMPLATES), help="texts around a class name")
     group = parser.add_argument_group("start").add_argument
-    group("--model", help="zero-shot start: tiny, ulip2, ulip1, crossmost or an open_clip name")
+    group("--model", help=f"zero-shot start: {', '.join(STARTS)}, or an open_clip name")
     group("--pretrained", help="open_clip's weights of --model: a tag or a file")
     group("--start-checkpoint", type=Path, help="the start's file, of any family, instead of its own")
-    group("--pretrain-epochs", type=COUNT, help="passes over the procedural objects: 12,000, else 4,000")
+    group("--pretrain-epochs", type=COUNT, help="make a start of one's own: passes over procedural objects")
     group("--groups", type=COUNT, help="point groups per cloud")
     group("--group-size", type=COUNT, help="points per group")
     group("--cache", type=Path, default=Path("cache"), help="folder of fetched and pre-trained starts")
@@ -123,7 +119,7 @@ def parser_of(argv=None) -> argparse.ArgumentParser:
     group = parser.add_argument_group("run").add_argument
     group("--stage", choices=("pretrain", "train"), default="train", help="pretrain: only make the start")
     group("--out", type=Path, help="results folder (default: runs/DATASET-MODEL)")
-    group("--seed", type=number(0, 2 ** 32, int), default=0, help="of start, views, order and masks")
+    group("--seed", type=number(0, 2 ** 32, int), default=0, help="of a new start, views, order and masks")
     group("--resume", action=argparse.BooleanOptionalAction, default=True, help="continue OUT/last.pt")
     group("--device", type=usable_device, default=DEVICE, help="where to compute")
     group("--precision", choices=("auto", "bf16", "fp32"), help="of the networks; auto: the faster")
@@ -131,9 +127,13 @@ def parser_of(argv=None) -> argparse.ArgumentParser:
     group("--grad-checkpointing", action="store_true", help="less memory: compute image blocks twice")
     group("--benchmark", action="store_true", help="time a step, and leave")
     group("--log-every", type=COUNT, default=10, help="steps per line of log.jsonl")
-    asked = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("-h", "--help")]
-    parser.set_defaults(**defaults_of(parser.parse_known_args(asked)[0]))
-    return parser
+    argv = sys.argv[1:] if argv is None else argv
+    chosen, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    parser.set_defaults(**defaults_of(chosen))
+    args = parser.parse_args(argv)
+    args.changed = {key: value for key, value in plain_options(args, NOT_THE_METHOD).items()
+                    if value != parser.get_default(key)}
+    return args
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -287,11 +287,11 @@ def stops_caught():
 class Run:
     """What a run needs to go on to the bit: models, optimiser, step, random state, log position, sums."""
 
-    def __init__(self, student, teacher, optimizer, args, device):
-        self.student, self.teacher, self.optimizer, self.device = student, teacher, optimizer, device
+    def __init__(self, student, teacher, optimizer, args):
+        self.student, self.teacher, self.optimizer, self.device = student, teacher, optimizer, args.device
         self.path, self.log_path = args.out / "last.pt", args.out / "log.jsonl"
         self.options = plain_options(args)
-        self.step, self.sums, self.count, self.last, self.zero_shot = 0, {}, 0, {}, None
+        self.step, self.sums, self.count, self.last, self.before = 0, {}, 0, {}, None
         self.seconds_before, self.began = 0.0, time.perf_counter()
 
     @property
@@ -345,8 +345,7 @@ class Run:
         if not leader():
             return
         save_file({**{name: getattr(self, name).state_dict() for name in ("student", "teacher", "optimizer")},
-                   **{key: getattr(self, key) for key in ("options", "step", "sums", "count", "zero_shot",
-                                                          "seconds")},
+                   **{key: getattr(self, key) for key in ("options", "step", "sums", "count", "before", "seconds")},
                    "architecture": self.student.architecture, "log_bytes": self.log_path.stat().st_size,
                    "code": CODE, "random": torch.get_rng_state(),
                    "cuda_random": torch.cuda.get_rng_state(self.device) if "cuda" in self.device else None},
@@ -369,7 +368,7 @@ class Run:
                 raise ValueError(f"it is of the classes {names}, the data have {self.student.class_names}")
             for name in ("student", "teacher", "optimizer"):
                 getattr(self, name).load_state_dict(saved[name])
-            for name in ("step", "sums", "count", "zero_shot"):
+            for name in ("step", "sums", "count", "before"):
                 setattr(self, name, saved[name])
             self.seconds_before = saved["seconds"]
             torch.set_rng_state(saved["random"])
@@ -396,18 +395,6 @@ def code_hash() -> str:
 CODE = code_hash()  # now: the files may change while a run lasts
 
 
-@contextmanager
-def sole_use(folder: Path):
-    """A lock on a folder, made if it is missing. Raises: UserError where another process has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(folder / ".lock").acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(f"another process writes to {folder}; wait for it, or name another --out") from error
-    with lock:
-        yield
-
-
 # -----------------------------------------------------------------------------------------------------------
 # A whole run
 
@@ -419,11 +406,11 @@ def main(argv=None) -> dict:
     objects, test = (load_dataset(args.dataset, args.data_root, split, args.points, args.domain,
                                   args.download, args.up) for split in ("train", "test"))
     refuse_contradictions(args, objects)
-    untrained = args.benchmark and args.model not in PUBLISHED  # as fast as any other
+    untrained = args.benchmark and args.model not in STARTS  # as fast as any other
     start = None if untrained else find_start(args, objects)
-    point = {"groups": args.groups, "group_size": args.group_size, "target": args.point_target}
     student = build_model(args.model, objects.class_names, TEMPLATES[args.templates], args.pretrained, start,
-                          **point).to(args.device)
+                          groups=args.groups, group_size=args.group_size, target=args.point_target)
+    student = student.to(args.device)
     teacher = copy.deepcopy(student).requires_grad_(False)
     groups = parameter_groups(student, args.weight_decay, args.layer_decay, args.freeze)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
@@ -431,29 +418,21 @@ def main(argv=None) -> dict:
         for part in (student.visual, student.point_encoder, teacher.visual, teacher.point_encoder):
             part.compile()
     student.visual.set_grad_checkpointing(args.grad_checkpointing)
-    run = Run(student, teacher, optimizer, args, args.device)
+    run = Run(student, teacher, optimizer, args)
     run.options["objects"] = len(objects)
     if args.benchmark:
         return benchmark(run, objects, args)
     results = {"dataset": objects.name, "split": test.split, "objects": len(test),
                "classes": len(test.class_names), "model": args.model, "start": start.stem, "seed": args.seed,
-               "epochs": args.epochs, "changed": changed_options(argv)}
+               "epochs": args.epochs, "changed": args.changed, "commit": provenance(args.device)["commit"]}
     if args.stage == "pretrain":
         probs = predict(student, test, args.views)
         results["zero_shot"] = accuracy(probs, test) if test.labels is not None else None
         print(f"{table(results)}\nthe start is {start}")
         return results
-    with sole_use(args.out) if leader() else nullcontext():
+    with lock(args.out / "last.pt", wait=False) if leader() else nullcontext():
         train_and_score(run, objects, test, args, results)
     return results
-
-
-def changed_options(argv) -> dict:
-    """The options of the method that are not its defaults for this data set and this start."""
-    parser, not_the_method = parser_of(argv), (*MAY_CHANGE_ON_RESUME, "dataset", "model", "seed", "domain",
-                                               "pretrain_epochs", "start_checkpoint")
-    return {key: value for key, value in plain_options(parser.parse_args(argv), not_the_method).items()
-            if value != parser.get_default(key)}
 
 
 def refuse_contradictions(args, objects: Objects):
@@ -462,7 +441,7 @@ def refuse_contradictions(args, objects: Objects):
         raise UserError(f"--labels truth needs labels, {objects.name} has none; use --labels joint")
     if args.labels in ("mean", "agree") and args.modalities != "both":
         raise UserError(f"--labels {args.labels} needs both modalities; drop it, or --modalities")
-    if args.stage == "pretrain" and (args.start_checkpoint or args.model in PUBLISHED):
+    if args.stage == "pretrain" and (args.start_checkpoint or args.model in STARTS[1:]):
         raise UserError(f"{args.start_checkpoint or args.model} is a finished start; drop --stage pretrain")
     if len(args.threshold) > 2 or len(args.threshold) == 2 and (
             args.labels != "separate" and args.modalities == "both"):
@@ -476,25 +455,17 @@ def refuse_contradictions(args, objects: Objects):
 
 def train_and_score(run: Run, objects: Objects, test: Objects, args, results: dict):
     """Score the start, train, score again: into `results`, the standard output and OUT."""
-    def score_and_write(model):
-        probs = predict(model, test, args.views)
-        with whole_file(args.out / "predictions.csv") as path:
-            results["agreement"] = write_predictions(path, test, probs)
-        found = accuracy(probs, test) if test.labels is not None else {}
-        return found.pop("per_class", None), found or None
     torch.manual_seed(args.seed)
     if args.resume and run.path.exists():
         run.load()
         print(f"continuing {run.path} at step {run.step}")
-    else:
-        if leader():
-            run.log_path.write_text("")
+    elif leader():
+        run.log_path.write_text("")
         trainable = sum(p.numel() for group in run.optimizer.param_groups for p in group["params"])
         run.log(options=plain_options(args, ()), start=results["start"], train=len(objects), test=len(test),
                 trainable=trainable, **provenance(args.device))
-        if leader():
-            _, run.zero_shot = score_and_write(run.student)
-    results["zero_shot"] = run.zero_shot
+        run.before = score_and_write(run.student, test, args)
+    results["zero_shot"] = run.before and run.before["accuracy"]
     print(table(results))
     shown = (*TINY, "groups", "group_size", "point_weight", "templates")
     print("settings:", ", ".join(f"{name} {getattr(args, name)}" for name in shown))
@@ -507,16 +478,39 @@ def train_and_score(run: Run, objects: Objects, test: Objects, args, results: di
                         "or add --grad-checkpointing") from error
     if not leader():
         return
-    _, results["student"] = score_and_write(run.student)
-    results["teacher_per_class"], results["teacher"] = score_and_write(run.teacher)
-    results["pseudo_label"] = pseudo_label_quality(run.log_path, args.epochs)
-    results["seconds"] = round(run.seconds, 1)
-    with whole_file(args.out / "curves.png") as path:
-        plot_curves(run.log_path, path, run.zero_shot)
-    with whole_file(args.out / "results.json") as path:
-        path.write_text(json.dumps(results, indent=1) + "\n")
+    results["student"] = score_and_write(run.student, test, args)["accuracy"]
+    after = score_and_write(run.teacher, test, args)
+    results |= {"teacher": after["accuracy"], "teacher_per_class": after["per_class"],
+                "agreement": {"start": run.before["agreement"], "teacher": after["agreement"]},
+                "shares": {"start": run.before["shares"], "teacher": after["shares"]},
+                "pseudo_label": pseudo_label_quality(run.log_path, args.epochs),
+                "seconds": round(run.seconds, 1)}
+    zero_shot = results["zero_shot"]
+    for name, write in {"curves.png": lambda path: plot_curves(run.log_path, path, zero_shot),
+                        "results.json": lambda path: path.write_text(json.dumps(results, indent=1))}.items():
+        with whole_file(args.out / name) as path:
+            write(path)
     print(f"\n{table(results)}\npseudo-labels of the last epoch, %: {results['pseudo_label']}")
-    print(f"{args.out / 'predictions.csv'}: image and point agree on {results['agreement']} % of the objects")
+    print_opinions(run.before, after)
+    print(f"each object's name: {args.out / 'predictions.csv'}")
+
+
+def score_and_write(model: CrossMoST, test: Objects, args) -> dict:
+    """Accuracy (None without labels), agreement of the modalities and shares of the names; each object's
+    name goes to OUT/predictions.csv."""
+    probs = predict(model, test, args.views)
+    with whole_file(args.out / "predictions.csv") as path:
+        write_predictions(path, test, probs)
+    found = accuracy(probs, test) if test.labels is not None else {}
+    return {"per_class": found.pop("per_class", None), "accuracy": found or None,
+            **opinions(probs, test.class_names)}
+
+
+def print_opinions(before: dict, after: dict):
+    """Say without labels what training changed, and warn where it looks like harm."""
+    print(f"image and point agree on {before['agreement']} % of the objects before, {after['agreement']} % after")
+    shares = [f"{name} {before['shares'][name]:.0f} -> {share:.0f}" for name, share in after["shares"].items()]
+    print("share of each name before -> after, %:", ", ".join(shares))
 
 
 def provenance(device: str) -> dict:
@@ -531,18 +525,18 @@ def provenance(device: str) -> dict:
 # -----------------------------------------------------------------------------------------------------------
 # Pre-training of a start
 
-PRETRAIN_VERSION = 1  # raised when what follows, the procedural objects or the small networks change
-# Objects, batch, peak learning rate, weight decay; of `tiny`, and of a point encoder beside a CLIP (ULIP's).
-PRETRAIN = {"tiny": (12000, 32, 1e-3, 0.05), "clip": (4000, 64, 5e-4, 0.1)}
+PRETRAIN_VERSION = 2  # raised when what follows, the procedural objects or the small networks change
+# Objects, passes, batch, peak learning rate, weight decay; of `tiny`, and of a point encoder beside a CLIP
+# (ULIP's).
+PRETRAIN = {"tiny": (12000, 8, 32, 1e-3, 0.05), "clip": (4000, 12, 64, 5e-4, 0.1)}
 
 
 def find_start(args, target: Objects) -> Path:
-    """The start's file: the one named, fetched, or pre-trained here. The latter is kept in --cache, under a
-    hash of the options that made it and, where the target's clouds were used, of these."""
-    if args.start_checkpoint:
-        return args.start_checkpoint
-    if args.model in PUBLISHED:
-        return published_start(args.model, args.cache, args.download is not False)
+    """The start's file: the one named, in the repository, fetched, or pre-trained here. The latter is kept in
+    --cache, under a hash of the options that made it and, where the target's clouds were used, of these."""
+    own = args.pretrain_epochs or args.stage == "pretrain" or args.dataset == "shapenet55"
+    if args.start_checkpoint or args.model in STARTS and not (args.model == "tiny" and own):
+        return args.start_checkpoint or start_file(args.model, args.cache, args.download is not False)
     made_by = {key: getattr(args, key) for key in ("model", "pretrained", "pretrain_epochs", "groups",
                                                    "group_size", "seed", "points", "point_target")}
     if args.model != "tiny" or args.dataset == "shapenet55":
@@ -552,27 +546,26 @@ def find_start(args, target: Objects) -> Path:
     key = json.dumps([PRETRAIN_VERSION, PRETRAIN, made_by])
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     path = args.cache / f"{args.model.replace('/', '-')}-{digest}.pt"
-    with one_process_at_a_time(path):
+    with lock(path):
         if not path.exists():
             pretrain(args, target, args.device, path)
     return path
 
 
 def pretrain(args, target: Objects, device, path: Path):
-    """Align the modalities of a start without labels of the target, into a file [pretrain].
+    """Align the modalities of a start without labels of the target, into a file in half precision [pretrain].
 
     `tiny`: image, point and text tower together, on procedural objects. An open_clip model: the point encoder
     to the frozen towers (ULIP), on procedural objects with their names and the target's clouds without.
     ShapeNet-55 as the target lends its names too.
     """
     tiny, shapenet = args.model == "tiny", args.dataset == "shapenet55"
-    count, batch, lr, weight_decay = PRETRAIN["tiny" if tiny else "clip"]
+    count, passes, batch, lr, weight_decay = PRETRAIN["tiny" if tiny else "clip"]
     source = target if shapenet else sample_shapes(count, seed=1000 + args.seed, points=args.points)
     clouds, labels = source.points, source.labels
     point = {"groups": args.groups, "group_size": args.group_size, "target": args.point_target}
     if tiny:
         model, text = (part.to(device).train() for part in random_tiny(args.seed, **point))
-        text.tower.token_embedding.requires_grad_(False)  # 3.2 M random numbers tell ten names apart
         parameters = [p for part in (model, text) for p in part.parameters() if p.requires_grad]
     else:
         model, text = build_model(args.model, source.class_names, TEMPLATES[args.templates], args.pretrained,
@@ -584,7 +577,7 @@ def pretrain(args, target: Objects, device, path: Path):
             labels = torch.cat([labels, torch.full((len(target),), -1)])
     torch.manual_seed(args.seed)
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
-    batches = [index for _ in range(args.pretrain_epochs)
+    batches = [index for _ in range(args.pretrain_epochs or passes)
                for index in torch.randperm(len(clouds)).split(batch) if len(index) == batch]
     schedule = OneCycleLR(optimizer, lr, len(batches), pct_start=0.05, cycle_momentum=False)
     bar = tqdm(batches, f"pre-training {args.model}", unit="step")
@@ -598,9 +591,7 @@ def pretrain(args, target: Objects, device, path: Path):
         if step % 50 == 0:  # reading it makes a GPU wait
             bar.set_postfix(loss=f"{loss.item():.2f}")
     model.classifier = None
-    save_file({"architecture": {**model.architecture, "class_names": []}, "model": model.state_dict(),
-               **({"text_architecture": text.architecture, "text": text.state_dict()} if text else {}),
-               "options": plain_options(args)}, path)
+    save_start(model, text, {**plain_options(args), **provenance(device)}, path)
 
 
 def pretrain_loss(model, text, points, labels, class_names) -> Tensor:
@@ -687,29 +678,26 @@ def sum_gradients(student: CrossMoST):
 # -----------------------------------------------------------------------------------------------------------
 # Benchmark
 
-def benchmark(run: Run, objects: Objects, args, repeats: int = 10) -> dict:
-    """Print the median seconds of a step after three to warm up, objects per second, and the share of the
-    device's own matrix product in the same precision. Photographs are decoded before. Returns the figures."""
+def benchmark(run: Run, objects: Objects, args) -> dict:
+    """Print the median seconds of a step, objects per second, the share of the device's own matrix product in
+    the same precision, and the memory. Photographs are decoded before. Returns the figures."""
     gpu, size = "cuda" in args.device, run.student.visual.image_size[0]
-    pick = torch.arange(args.batch_size) % len(objects)
-    points, truth = objects.points[pick].to(args.device), torch.zeros_like(pick, device=args.device)
-    truth = truth if args.labels == "truth" else None
-    pictures = next(iter(training_photographs(objects, (pick,), size, seed=0)))
+    some = objects.pick(torch.arange(args.batch_size) % len(objects))
+    points = some.points.to(args.device)
+    truth = torch.zeros(len(some), dtype=torch.long, device=args.device) if args.labels == "truth" else None
+    pictures = next(iter(training_photographs(some, (torch.arange(len(some)),), size, seed=0)))
     train_mode(run.student, args.freeze)
-
-    def seconds(part):
-        times = []
-        for _ in range(3 + repeats):
-            began = time.perf_counter()
-            part()
-            if gpu:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - began)
-        return statistics.median(times[3:])
 
     def step():
         views = draw_views(points, size, pictures)
         train_step(run.student, run.teacher, views, run.optimizer, 0, 1000, args, truth)
+
+    from torch.utils.benchmark import Timer  # here: on a machine without CUDA it says so on stderr
+
+    def seconds(part):
+        timer = Timer("part()", globals={"part": part}, num_threads=torch.get_num_threads())
+        return timer.blocked_autorange(min_run_time=3).median  # it waits for the GPU
+    step()
     took = seconds(step)
     with FlopCounterMode(display=False) as counter:
         step()
@@ -717,8 +705,8 @@ def benchmark(run: Run, objects: Objects, args, repeats: int = 10) -> dict:
     kind = torch.bfloat16 if networks_precision(args)._enabled else torch.float32
     square = torch.randn(*[8192 if gpu else 2048] * 2, device=args.device, dtype=kind)
     peak = 2 * len(square) ** 3 / 1e12 / seconds(lambda: square @ square)
-    print(f"{args.model}, batch {len(pick)}, {kind}{', compiled' * args.compile}, {provenance(args.device)}")
-    print(f"{1000 * took:.1f} ms a step, {len(pick) / took:.1f} objects/s, {work / took:.2f} TFLOP/s, "
+    print(f"{args.model}, batch {len(some)}, {kind}{', compiled' * args.compile}, {provenance(args.device)}")
+    print(f"{1000 * took:.1f} ms a step, {len(some) / took:.1f} objects/s, {work / took:.2f} TFLOP/s, "
           f"{100 * work / took / peak:.0f} % of a matrix product's {peak:.2f}"
           + f", {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB" * gpu)
     return {"step": took, "tflop": work, "peak": peak}
