@@ -26,6 +26,7 @@ from open_clip.constants import (IMAGENET_MEAN, IMAGENET_STD, OPENAI_DATASET_MEA
 from open_clip.transformer import LayerNorm, QuickGELU, TextTransformer, VisionTransformer
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from data import UserError, fetch_published
 
@@ -210,12 +211,31 @@ class ImageEncoder(VisionTransformer):
         if hidden is not None:
             patches = torch.where(hidden.unsqueeze(-1), self.mask_token_embedding.to(patches.dtype), patches)
         x = torch.cat([self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1), patches], dim=1)
-        x = self.transformer(self.ln_pre(x + self.positional_embedding.to(x.dtype)))
+        x = self.ln_pre(x + self.positional_embedding.to(x.dtype))
+        for block in self.transformer.resblocks:
+            if self.transformer.grad_checkpointing:
+                x = checkpoint(image_block, block, x, use_reentrant=False)
+            else:
+                x = image_block(block, x)
         return self.ln_post(x[:, 0]) @ self.proj, x[:, 1:]
 
     def paint(self, tokens: Tensor) -> Tensor:
         """Patch tokens after ln_patch (B, L, D) -> pixels (B, 3, H, W)."""
         return self.decoder(tokens.transpose(1, 2).unflatten(2, self.grid_size))
+
+
+def image_block(block: nn.Module, x: Tensor) -> Tensor:
+    """One of open_clip's blocks. (B, 1 + L, D) -> the same
+
+    Its nn.MultiheadAttention transposes the tokens, and where the weight needs no gradient (the teacher)
+    bfloat16 on a CPU then copies that weight for every token. Here each projection is one product.
+    """
+    attention = block.attn
+    projected = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
+    query, key, value = projected.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    attended = F.scaled_dot_product_attention(query, key, value)  # (B, heads, 1 + L, D / heads)
+    x = x + attention.out_proj(attended.transpose(1, 2).flatten(2))
+    return x + block.mlp(block.ln_2(x))
 
 
 class Output(SimpleNamespace):
