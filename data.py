@@ -324,30 +324,26 @@ MODELNET10 = tuple("bathtub,bed,chair,desk,dresser,monitor,night stand,sofa,tabl
 def load_shapes(split: str, points: int, domain: str) -> Objects:
     """2,000 train or 500 test objects of the procedural set."""
     count, seed = {"train": (2000, 1), "test": (500, 2)}[split]
-    objects = sample_shapes(count, seed, domain, points)
-    objects.split = split
-    return objects
+    return replace(sample_shapes(count, seed, domain, points), split=split)
 
 
 def load_modelnet(root: Path, split: str, points: int, most: int, download: bool | None = None,
                   classes: tuple | None = None, views: bool = True) -> Objects:
-    """ModelNet40, or ten of its classes, in the official h5 layout; renderings from its `views` folder."""
+    """ModelNet40, or some of its classes, in the official h5 layout; renderings from its `views` folder."""
     folder = root / "modelnet40_ply_hdf5_2048"
-    if download is not False:
-        fetch_and_unpack("modelnet40", root, folder)
+    fetch_and_unpack("modelnet40", root, folder, download)
     class_names = [line.replace("_", " ") for line in read_lines(folder / "shape_names.txt")]
     # The lists hold paths of the machine they were made on.
     files = [folder / Path(line).name for line in read_lines(folder / f"{split}_files.txt")]
     clouds, labels, names = zip(*(read_h5(file, points, most, len(class_names)) for file in files))
-    clouds, labels = torch.from_numpy(np.concatenate(clouds)), torch.from_numpy(np.concatenate(labels))
-    names = None if None in names else sum(names, [])
-    if views and names is None and (folder / "views").is_dir():
+    if views and None in names and (folder / "views").is_dir():
         raise UserError(f"{folder} has views, but no names of objects to find them by; expected `name` in "
                         "the h5 files, or ply_data_SPLIT_N_id2file.json")
-    objects = Objects(clouds.float(), labels, class_names, split=split, names=names)
+    objects = Objects(torch.cat(clouds), torch.cat(labels), class_names, split=split,
+                      names=None if None in names else sum(names, []))
     if classes is not None:
         index = torch.tensor([list(classes).index(name) if name in classes else -1 for name in class_names])
-        objects.labels, objects.class_names = index[labels], list(classes)
+        objects.labels, objects.class_names = index[objects.labels], list(classes)
         objects = objects.pick((objects.labels >= 0).nonzero()[:, 0])
     if views:
         objects.images = find_photographs(folder / "views", objects.names)
@@ -361,15 +357,13 @@ def load_scanobjectnn(root: Path, split: str, points: int, most: int, download: 
                       file: str = "main_split/{}_objectdataset.h5") -> Objects:
     """ScanObjectNN, one of its variants: real indoor scans in its authors' h5 files."""
     folder = root / "scanobjectnn" / "h5_files"
-    if download is not False:
-        fetch_and_unpack("scanobjectnn", root, folder)
+    fetch_and_unpack("scanobjectnn", root, folder, download)
     path = folder / file.format({"train": "training", "test": "test"}[split])
     clouds, labels, _ = read_h5(path, points, most, len(SCANOBJECTNN))
-    return Objects(torch.from_numpy(clouds).float(), torch.from_numpy(labels), SCANOBJECTNN, split=split)
+    return Objects(clouds, labels, SCANOBJECTNN, split=split)
 
 
-def read_h5(path: Path, points: int, most: int,
-            classes: int) -> tuple[np.ndarray, np.ndarray, list | None]:
+def read_h5(path: Path, points: int, most: int, classes: int) -> tuple[Tensor, Tensor, list | None]:
     """The first `most` points of clouds (N, P, 3), labels (N,) and, if there are any, names of an h5 file.
 
     PointNet's own files are y up, told by their normals, and turned.
@@ -379,21 +373,22 @@ def read_h5(path: Path, points: int, most: int,
         raise FileNotFoundError(f"no {path}; README, Data, says what goes there")
     try:
         with h5py.File(path) as file:
-            clouds, labels = file["data"][:, :most], file["label"][:].reshape(-1).astype(np.int64)
-            listed = path.with_name(f"{path.stem[:-1]}_{path.stem[-1]}_id2file.json")  # PointNet's names
+            clouds = torch.from_numpy(file["data"][:, :most].astype(np.float32))
+            labels = torch.from_numpy(file["label"][:].reshape(-1).astype(np.int64))
             names = [name.decode() for name in file["name"]] if "name" in file else None
+            listed = path.with_name(f"{path.stem[:-1]}_{path.stem[-1]}_id2file.json")  # PointNet's names
             if names is None and listed.is_file():
                 names = [Path(name).stem for name in json.loads(listed.read_text())]
-            clouds = clouds[..., UP["y"][0]] if "normal" in file else clouds
+            clouds = to_z_up(clouds, "y") if "normal" in file else clouds
     except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:  # h5py has one for each fault
         raise UserError(f"cannot read {path}: {error}; expected data (N, P, 3) and label; "
                         "fetch it again") from error
-    if clouds.ndim != 3 or clouds.shape[2] != 3 or not len(labels) == len(clouds) == len(names or clouds):
-        raise UserError(f"{path} has data {clouds.shape}, {len(labels)} labels, {len(names or labels)} names"
-                        "; expected (N, P, 3), N and N")
+    if clouds.dim() != 3 or clouds.shape[2] != 3 or not len(labels) == len(clouds) == len(names or clouds):
+        raise UserError(f"{path} has data {tuple(clouds.shape)}, {len(labels)} labels, "
+                        f"{len(names or labels)} names; expected (N, P, 3), N and N")
     if clouds.shape[1] < points:
         raise UserError(f"{path} has {clouds.shape[1]} points, --points is {points}; lower it")
-    if not 0 <= labels.min(initial=0) <= labels.max(initial=0) < classes:
+    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
         raise UserError(f"label {labels.max()} in {path}, but there are {classes} classes; fetch it again")
     return clouds, labels, names
 
@@ -404,29 +399,27 @@ REDWOOD = "chair,table,trash container,bench,plant,sign,bicycle,motorcycle,sofa"
 def load_redwood(root: Path, split: str, points: int, most: int, download: bool | None = None) -> Objects:
     """Redwood's scans of nine classes: redwood/{meshes/ID.ply | points/ID.npy}, redwood/images/ID/*.jpg.
 
-    redwood/categories.json maps a class to its ids; those without a mesh or cloud are left out. The split is
-    a hash of the id; the paper's list is not published.
+    redwood/categories.json maps a class to its ids; those without a mesh or cloud are left out.
     """
     folder = root / "redwood"
+    listed = folder / "categories.json"
     if download:
         fetch_redwood(folder)
-    if not (folder / "categories.json").is_file():
-        raise FileNotFoundError(f"no {folder / 'categories.json'}; --download fetches it with the meshes and "
-                                "24 frames of each object (of some 100 GB); README, Data, has the layout")
+    if not listed.is_file():
+        raise FileNotFoundError(f"no {listed}; --download fetches it with the meshes and 24 frames of each "
+                                "object (of some 100 GB); README, Data, has the layout")
     try:
-        ids = json.loads((folder / "categories.json").read_text())
+        ids = json.loads(listed.read_text())
         ids = [(name, k) for k, key in enumerate(REDWOOD) for name in ids[key] if in_split(name, split)]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {folder / 'categories.json'}: {error!r}; "
-                        "expected class -> ids") from error
+        raise UserError(f"cannot read {listed}: {error!r}; expected class -> ids") from error
     files = {name: file for name, _ in ids for file in (folder / f"points/{name}.npy",
                                                         folder / f"meshes/{name}.ply") if file.is_file()}
-    labels = [k for name, k in ids if name in files]
     if not files:
         raise FileNotFoundError(f"no mesh in {folder / 'meshes'} of any id; --download fetches them")
     clouds, names = read_objects(list(files.values()), points, most, root), list(files)
-    images = find_photographs(folder / "images", names)
-    return Objects(clouds, torch.tensor(labels), REDWOOD, split=split, names=names, images=images)
+    return Objects(clouds, torch.tensor([k for name, k in ids if name in files]), REDWOOD, split=split,
+                   names=names, images=find_photographs(folder / "images", names))
 
 
 def fetch_redwood(folder: Path):
@@ -456,22 +449,18 @@ CO3D_NAMES = {"teddybear": "teddy bear", "toyplane": "toy plane", "hairdryer": "
 
 
 def load_co3d(root: Path, split: str, points: int, most: int, download: bool | None = None) -> Objects:
-    """CO3D v2: co3d/CATEGORY/SEQUENCE/{pointcloud.ply, images/*.jpg} of 42 categories.
-
-    The split is a hash of the sequence's name; the paper's list is not published.
-    """
+    """CO3D v2: co3d/CATEGORY/SEQUENCE/{pointcloud.ply, images/*.jpg} of 42 categories."""
     folder = root / "co3d"
     for category in CO3D if download else ():
         fetch_co3d(folder, category)
-    files = [(file, k) for k, category in enumerate(CO3D)
+    files = {file: k for k, category in enumerate(CO3D)
              for file in sorted((folder / category).glob("*/pointcloud.ply"))
-             if in_split(file.parent.name, split)]
+             if in_split(file.parent.name, split)}
     if not files:
         raise FileNotFoundError(f"no {folder}/CATEGORY/SEQUENCE/pointcloud.ply; --download fetches single "
                                 "sequences (8.9 GB, CC BY-NC 4.0); all: github.com/facebookresearch/co3d")
-    files, labels = zip(*files)
     images = [sorted((file.parent / "images").glob("*.jpg")) for file in files]
-    return Objects(read_objects(files, points, most, root), torch.tensor(labels),
+    return Objects(read_objects(list(files), points, most, root), torch.tensor(list(files.values())),
                    [CO3D_NAMES.get(name, name) for name in CO3D], split=split,
                    names=[file.parent.name for file in files], images=images if any(images) else None)
 
@@ -482,10 +471,11 @@ def fetch_co3d(folder: Path, category: str):
         return
     print(f"fetching CO3D's single sequences of {category} (CC BY-NC 4.0; 8.9 GB for all categories)")
     listed = json.loads(fetch(folder / "co3d_sha256.json", [CO3D_SHA256]).read_text())["singlesequence"]
-    names = [f"{category}_{part}_singlesequence.zip" for part in ("000", "001")]
-    archives = [fetch(folder / name, [CO3D_FILES + name], listed[name.replace("_singlesequence", "")])
-                for name in names]
-    unpack(archives, folder / category, lambda members: [m for m in members if m.startswith(f"{category}/")])
+    archives = []
+    for name in (f"{category}_000", f"{category}_001"):
+        file = f"{name}_singlesequence.zip"
+        archives.append(fetch(folder / file, [CO3D_FILES + file], listed[f"{name}.zip"]))
+    unpack(archives, folder / category)
     for archive in archives:
         archive.unlink(missing_ok=True)
 
@@ -506,17 +496,17 @@ SHAPENET55 = dict(entry.split(" ", 1) for entry in (
 
 def load_shapenet55(root: Path, split: str, points: int, most: int, download: bool | None = None) -> Objects:
     """Point-BERT's ShapeNet-55, for pre-training: ShapeNet-55/{train,test}.txt, shapenet_pc/*.npy."""
-    try:
-        names = read_lines(root / "ShapeNet-55" / f"{split}.txt")
-    except FileNotFoundError as error:
-        raise UserError(f"{error}; it needs ShapeNet's form: https://huggingface.co/datasets/ShapeNet/"
-                        "ShapeNetCore, files in Point-BERT's layout") from error
-    labels = [list(SHAPENET55).index(name.split("-")[0]) if name.split("-")[0] in SHAPENET55 else -1
-              for name in names]
-    if -1 in labels:
-        raise UserError(f"{names[labels.index(-1)]} in ShapeNet-55/{split}.txt is of none of the 55 classes")
+    listed = root / "ShapeNet-55" / f"{split}.txt"
+    if not listed.is_file():
+        raise FileNotFoundError(f"no {listed}; it needs ShapeNet's form: https://huggingface.co/datasets/"
+                                "ShapeNet/ShapeNetCore, files in Point-BERT's layout")
+    names, synsets = read_lines(listed), list(SHAPENET55)
+    strange = [name for name in names if name.split("-")[0] not in synsets]
+    if strange:
+        raise UserError(f"{strange[0]} in {listed} is of none of the 55 classes")
+    labels = torch.tensor([synsets.index(name.split("-")[0]) for name in names])
     clouds = read_objects([root / "shapenet_pc" / name for name in names], points, most, root)
-    return Objects(clouds, torch.tensor(labels), list(SHAPENET55.values()), split=split, names=names)
+    return Objects(clouds, labels, list(SHAPENET55.values()), split=split, names=names)
 
 
 def load_folder(folder: Path, split: str, points: int, most: int, root: Path) -> Objects:
@@ -525,31 +515,30 @@ def load_folder(folder: Path, split: str, points: int, most: int, root: Path) ->
     Without class folders there are no labels; without `test` the training objects stand for it.
     Raises: UserError or OSError naming what is not as it should be.
     """
-    names = read_lines(folder / "classes.txt")
-    if len(set(names)) < len(names) or len(names) < 2:
-        raise UserError(f"{folder / 'classes.txt'} has {names}; expected two or more different names")
-    if split == "test" and not (folder / "test").is_dir():
-        split = "train"
+    listed, split = folder / "classes.txt", split if (folder / split).is_dir() else "train"
+    class_names = read_lines(listed)
+    if len(set(class_names)) < len(class_names) or len(class_names) < 2:
+        raise UserError(f"{listed} has {class_names}; expected two or more different names")
     files = sorted(file for file in (folder / split).glob("**/*") if file.suffix.lower() in CLOUDS + MESHES)
     if not files:
         raise FileNotFoundError(f"no objects in {folder / split}; expected files {' '.join(CLOUDS + MESHES)}")
     owners = [file.parent.name if file.parent != folder / split else None for file in files]
-    strange = set(owners) - set(names) - {None}
+    strange = set(owners) - set(class_names) - {None}
     if strange or (None in owners and set(owners) != {None}):
         raise UserError(f"{folder / split} has objects in {sorted(strange) or 'folders and outside'}; "
-                        f"expected folders named as in {folder / 'classes.txt'}, or none at all")
-    labels = None if None in owners else torch.tensor([names.index(owner) for owner in owners])
-    objects = [file.stem for file in files]
-    if len(set(objects)) < len(objects):
-        raise UserError(f"two objects of {folder / split} are called "
-                        f"{next(name for name in objects if objects.count(name) > 1)}; rename one")
-    clouds, images = read_objects(files, points, most, root), find_photographs(folder / "views", objects)
-    return Objects(clouds, labels, [name.replace("_", " ") for name in names], split=split, names=objects,
-                   images=images)
+                        f"expected folders named as in {listed}, or none at all")
+    labels = None if None in owners else torch.tensor([class_names.index(owner) for owner in owners])
+    names = [file.stem for file in files]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"two objects of {folder / split} are called {twice}; rename one")
+    return Objects(read_objects(files, points, most, root), labels,
+                   [name.replace("_", " ") for name in class_names], split=split, names=names,
+                   images=find_photographs(folder / "views", names))
 
 
 def in_split(name: str, split: str) -> bool:
-    """A fixed split, 80 % train and 20 % test, by a hash of the name, where no list is published."""
+    """A fixed split, 80 % train and 20 % test, by a hash of the name: the paper's lists are not published."""
     return (hashlib.sha256(name.encode()).digest()[0] < 51) == (split == "test")
 
 
@@ -631,8 +620,7 @@ def read_object(path: Path, points: int, most: int | None = None) -> np.ndarray:
     """Points of a cloud, or of a mesh's surface by area, the same every time. -> (P, 3) float32
 
     A mesh gives `most` points (default: `points`), a cloud as many if it has more, by a random choice seeded
-    by the file's name.
-    Raises: UserError naming the file and what is wrong with it.
+    by the file's name. Raises: UserError naming the file and what is wrong with it.
     """
     random, most = np.random.default_rng(zlib.crc32(path.stem.encode())), most or points
     try:
@@ -845,9 +833,9 @@ def lock(path: Path, wait: bool = True):
         yield
 
 
-def fetch_and_unpack(name: str, root: Path, folder: Path):
-    """Where `folder` is missing, the archive DOWNLOADS[name], unpacked there."""
-    if not folder.exists():
+def fetch_and_unpack(name: str, root: Path, folder: Path, download: bool | None):
+    """Where `folder` is missing, and unless `download` is False, the archive DOWNLOADS[name], unpacked there."""
+    if download is not False and not folder.exists():
         unpack([fetch_published(name, root)], folder, members=DOWNLOADS[name].get("members"))
 
 

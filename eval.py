@@ -442,7 +442,7 @@ def main(argv=None) -> dict | None:
         results |= {"start": Path(start or args.model).stem, "seed": known.get("options", {}).get("seed", 0)}
     for which, model in models.items():
         embedded = embed(model.to(args.device), objects, args.views)
-        probs = to_probs(embedded["image"][0], embedded["point"][0])
+        probs = to_probs(embedded)
         if objects.labels is not None:
             results[which] = accuracy(probs, objects)
     if args.rival:

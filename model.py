@@ -411,6 +411,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.architecture = {"embed_dim": embed_dim, "quick_gelu": quick_gelu, "fixed_tokens": fixed_tokens,
                              **sizes}
+        self.fixed_tokens = fixed_tokens
         self.tower = TextTransformer(output_dim=embed_dim, act_layer=QuickGELU if quick_gelu else nn.GELU,
                                      **sizes)
         self.tokenize = open_clip.SimpleTokenizer(context_length=self.tower.context_length)
@@ -463,29 +464,13 @@ def start_file(name: str, cache: Path, allowed: bool = True) -> Path:
 
 
 def describe_start(path: str | Path) -> dict:
-    """What a run needs to know of a file of any family: "groups", "group_size", for most "model".
-
-    A file of our own, a start or a last.pt, says it itself, with "points" per cloud, "class_names" and the
-    "options" that made it; of a published one it goes by its family.
-    """
-    content = read_file(path)
-    if "architecture" in content:
-        options, architecture = content.get("options", {}), content["architecture"]
-        own = {key: options[key] for key in ("model", "points") if key in options}
-        own |= {key: architecture["point"].get(key, OTHER_GROUPS[key]) for key in OTHER_GROUPS}
-        return {"model": "tiny", "options": options, "class_names": architecture["class_names"], **own}
-    state = published_state(content)
-    if "image_projection" in state and "visual.cls_token" not in state:
-        return {"model": "crossmost", **OTHER_GROUPS}
-    if "visual.cls_token" in state:
-        return {"model": "ulip2", **GROUPS["ulip2"]}
-    return GROUPS["ulip2"]  # a point encoder alone: ULIP-2 with colours
-
-
-def published_state(content: dict, which: str = "teacher") -> dict:
-    """The parameters in a published file, by name."""
-    state = content.get("state_dict", content.get("model_ema" if which == "teacher" else "model"))
-    return {key.removeprefix("module."): value for key, value in (state or content).items()}
+    """What a run needs to know of a file of any family: "model", "groups", "group_size"; of a file of our own
+    also "points" per cloud, "class_names" and the "options" that made it."""
+    content = read_start(path)
+    architecture, options = content["architecture"], content["options"]
+    own = {key: options[key] for key in ("model", "points") if key in options}
+    return {**own, **{key: architecture["point"].get(key, OTHER_GROUPS[key]) for key in OTHER_GROUPS},
+            "class_names": architecture["class_names"], "options": options}
 
 
 @contextmanager
@@ -592,95 +577,87 @@ def load_strictly(module: nn.Module, state: dict, path: str | Path, may_be_missi
     module.load_state_dict(state, strict=False)
 
 
-def load_checkpoint(path: str | Path, groups: int = 64, group_size: int = 32, point_heads: int | None = None,
-                    which: str = "teacher") -> CrossMoST:
-    """The model in a file of any family (see load_start), in eval mode: the teacher, or the "student".
+def load_checkpoint(path: str | Path, groups: int | None = None, group_size: int | None = None,
+                    point_heads: int | None = None, which: str = "teacher") -> CrossMoST:
+    """The model in a file of any family (see read_start), in eval mode: the teacher, or the "student".
 
-    groups, group_size and heads (default: width // 64) are for published files; our own have theirs.
+    groups, group_size, point_heads: other than the file's, or than its family's.
     """
-    published = {"groups": groups, "group_size": group_size, "heads": point_heads}
-    model, _ = load_start(path, which=which, published=published)
+    point = {"groups": groups, "group_size": group_size, "heads": point_heads}
+    model, _ = load_start(path, which=which, **{key: value for key, value in point.items() if value})
     return model.eval()
 
 
 def load_start(path: str | Path, clip: CrossMoST | None = None, which: str = "teacher",
-               published: dict | None = None, **point) -> tuple[CrossMoST, TextEncoder | None]:
-    """Model and text tower (None where there is none) of a file, its family recognised from its keys.
+               **point) -> tuple[CrossMoST, TextEncoder | None]:
+    """Model and text tower (None where there is none) of a file of any family, see read_start.
 
-    Our own starts and `last.pt`; ULIP-1 and ULIP-2 (SLIP image tower, text tower, Point-BERT); ULIP-2 with
-    colours (Point-BERT only, the image tower comes from `clip`); Cross-MoST's start and trained checkpoint.
-    point: groups, group_size, target of the PointEncoder, instead of the file's; published: of those files
-    only which do not say it, with their heads.
+    clip: has the image tower where the file has none. point: arguments of the PointEncoder other than the
+    file's; for another `target` the head that predicts it is new.
     Raises: UserError naming the keys or shapes that do not fit.
     """
-    content = read_file(path)
-    with seeded(0):  # of what the file lacks
-        if "architecture" in content:
-            return load_own(content, path, which, point)
-        return load_published(content, path, which, clip, {**(published or {}), **point})
-
-
-def load_own(content: dict, path: str | Path, which: str,
-             point: dict) -> tuple[CrossMoST, TextEncoder | None]:
-    """A start, or student or teacher of a last.pt. Another target of mpm than the file's has a new head."""
+    content = read_start(path, which)
+    architecture, state, text = content["architecture"], content["model"], None
+    may_be_missing = content["may_be_missing"]
+    if architecture["image"] is None:
+        if clip is None:
+            raise UserError(f"{path} holds a point encoder only; add --model with the open_clip name of its "
+                            "CLIP (ULIP-2 with colours: ViT-bigG-14 --pretrained laion2b_s39b_b160k)")
+        state |= {key: value for key, value in clip.state_dict().items() if key.startswith("visual.")}
+        architecture |= {key: clip.architecture[key] for key in ("image", "mean", "std")}
+    if point.get("target", "tokens") != architecture["point"].get("target", "tokens"):
+        state = {key: value for key, value in state.items() if not key.startswith("point_encoder.lm_head.")}
+        may_be_missing = MAY_BE_MISSING
     try:
-        architecture = {**content["architecture"], "point": {**content["architecture"]["point"], **point}}
-        model, text = CrossMoST(**architecture), None
-        state = content["model"] if "model" in content else content[which]
-        if "text" in content:
-            text = TextEncoder(**content["text_architecture"])
-        new_head = architecture["point"].get("target") != content["architecture"]["point"].get("target")
+        with seeded(0):  # of what the file lacks
+            model = CrossMoST(**{**architecture, "point": {**architecture["point"], **point}})
+            if "text" in content:
+                text = TextEncoder(**content["text_architecture"])
     except Exception as error:  # sizes that cannot be, each in its own way
-        raise UserError(f"{path} is broken: {error!r}; make it again") from error
-    head = "point_encoder.lm_head."
-    state = {key: value for key, value in state.items() if not (new_head and key.startswith(head))}
-    load_strictly(model, state, path, (head,) if new_head else ())
+        raise UserError(f"{path} is broken: {error!r}; get or make it again") from error
+    load_strictly(model, state, path, may_be_missing)
     if text:
-        load_strictly(text, content["text"], path, ("tower.token_embedding.",))
+        load_strictly(text, content["text"], path, ("tower.token_embedding.",) * text.fixed_tokens)
     return model, text
 
 
-def save_start(model: CrossMoST, text: TextEncoder | None, options: dict, path: Path):
-    """A start's file, in half precision, with the options that made it."""
-    def halved(module):
-        return {key: value.half() if value.is_floating_point() else value
-                for key, value in module.state_dict().items() if not key.startswith("tower.token_embedding.")}
-    content = {"architecture": {**model.architecture, "class_names": []}, "model": halved(model)}
-    if text:
-        content |= {"text_architecture": text.architecture, "text": halved(text)}
-    save_file({**content, "options": options}, path)
+def read_start(path: str | Path, which: str = "teacher") -> dict:
+    """A file of any family, recognised from its keys, in the layout of our own starts: "model", its
+    "architecture" (image None where the file has no image tower), "options", and of most "text",
+    "text_architecture"; and the keys that "may_be_missing".
 
-
-def load_published(content: dict, path: str | Path, which: str, clip: CrossMoST | None,
-                   point: dict) -> tuple[CrossMoST, TextEncoder | None]:
-    """Model and text tower of ULIP's and Cross-MoST's files."""
-    state = published_state(content, which)
-    text_state = {f"tower.{key}": state.pop(key) for key in list(state) if key.startswith(TEXT_KEYS)}
+    Families: our own starts and `last.pt`; ULIP-1 and ULIP-2 (SLIP image tower, text tower, Point-BERT); ULIP-2
+    with colours (Point-BERT only); Cross-MoST's start and trained checkpoint.
+    Raises: UserError for a file of none of them.
+    """
+    content = read_file(path)
+    if "architecture" in content:
+        try:
+            return {"options": {}, "may_be_missing": (), **content,
+                    "architecture": {**content["architecture"], "point": {**content["architecture"]["point"]}},
+                    "model": content["model"] if "model" in content else content[which]}
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path} is broken: {error!r}; make it again") from error
+    state = content.get("state_dict", content.get("model_ema" if which == "teacher" else "model"))
+    state = {key.removeprefix("module."): value for key, value in (state or content).items()}
     for family, sign in {"OpenShape": "ppat.", "Uni3D": "trans2embed"}.items():
         if key := next((key for key in state if sign in key), None):
             raise UserError(f"{path} is {family}'s ({key}), another network than Point-BERT; README, Starts")
+    text = {f"tower.{key}": state.pop(key) for key in list(state) if key.startswith(TEXT_KEYS)}
     slip = "visual.cls_token" in state
     if slip:
         state = from_timm(state)
     if "image_projection" in state:
         state["visual.proj"] = state.pop("image_projection")
-    if "visual.conv1.weight" not in state:
-        if clip is None:
-            raise UserError(f"{path} holds a point encoder only; add --model with the open_clip name of its "
-                            "CLIP (ULIP-2 with colours: ViT-bigG-14 --pretrained laion2b_s39b_b160k)")
-        state.update({key: value for key, value in clip.state_dict().items() if key.startswith("visual.")})
-    architecture = published_architecture(state, slip, path, **point)
-    if clip:
-        architecture.update({key: clip.architecture[key] for key in ("image", "mean", "std")})
-    model, text = CrossMoST(**architecture), None
-    load_strictly(model, state, path, MAY_BE_MISSING)
-    if text_state:
-        words, width = text_state["tower.token_embedding.weight"].shape
-        text = TextEncoder(architecture["embed_dim"], quick_gelu=True, vocab_size=words, width=width,
-                           heads=width // 64, layers=blocks(text_state, "tower.transformer.resblocks."),
-                           context_length=len(text_state["tower.positional_embedding"]))
-        load_strictly(text, text_state, path)
-    return model, text
+    found = {"model": state, "architecture": published_architecture(state, slip, path),
+             "options": {"model": "ulip2" if slip else "crossmost"}, "may_be_missing": MAY_BE_MISSING}
+    if text:
+        words, width = text["tower.token_embedding.weight"].shape
+        found |= {"text": text, "text_architecture": dict(
+            embed_dim=found["architecture"]["embed_dim"], quick_gelu=True, vocab_size=words, width=width,
+            heads=width // 64, layers=blocks(text, "tower.transformer.resblocks."),
+            context_length=len(text["tower.positional_embedding"]))}
+    return found
 
 
 def blocks(state: dict, prefix: str) -> int:
@@ -688,28 +665,28 @@ def blocks(state: dict, prefix: str) -> int:
     return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
 
 
-def published_architecture(state: dict, slip: bool, path: str | Path, groups: int = 64, group_size: int = 32,
-                           heads: int | None = None, target: str = "tokens") -> dict:
-    """Sizes of a published model, read off the shapes of its parameters; heads are 64 wide unless given."""
+def published_architecture(state: dict, slip: bool, path: str | Path) -> dict:
+    """Sizes of a published model, read off the shapes of its parameters; heads are 64 wide."""
     try:
-        conv, patches = state["visual.conv1.weight"], len(state["visual.positional_embedding"]) - 1
         stem = [state[f"point_encoder.encoder.{layer}.weight"] for layer in ("first_conv.0", "first_conv.3",
                                                                              "second_conv.0")]
         width, token_width = state["point_encoder.reduce_dim.weight"].shape
         classes = state["classifier"].shape[1] if "classifier" in state else 0
-        return {
-            "embed_dim": state["pc_projection"].shape[1], "up": "y",
-            "class_names": [str(k) for k in range(classes)],
-            "mean": list(IMAGENET_MEAN if slip else OPENAI_DATASET_MEAN),
-            "std": list(IMAGENET_STD if slip else OPENAI_DATASET_STD),
-            "image": dict(image_size=conv.shape[-1] * round(patches ** 0.5), patch_size=conv.shape[-1],
-                          width=len(conv), layers=blocks(state, "visual.transformer.resblocks."),
-                          heads=len(conv) // 64, quick_gelu=not slip, ln_pre=not slip,
-                          eps=1e-6 if slip else 1e-5),
-            "point": dict(width=width, layers=blocks(state, "point_encoder.blocks.blocks."),
-                          heads=heads or width // 64, stem=[len(layer) for layer in stem],
-                          token_width=token_width, channels=stem[0].shape[1], groups=groups,
-                          group_size=group_size, target=target)}
+        image = None
+        if "visual.conv1.weight" in state:
+            conv, patches = state["visual.conv1.weight"], len(state["visual.positional_embedding"]) - 1
+            image = dict(image_size=conv.shape[-1] * round(patches ** 0.5), patch_size=conv.shape[-1],
+                         width=len(conv), layers=blocks(state, "visual.transformer.resblocks."),
+                         heads=len(conv) // 64, quick_gelu=not slip, ln_pre=not slip,
+                         eps=1e-6 if slip else 1e-5)
+        cut = GROUPS["ulip2"] if slip or image is None else OTHER_GROUPS
+        return {"embed_dim": state["pc_projection"].shape[1], "up": "y", "image": image,
+                "class_names": [str(k) for k in range(classes)],
+                "mean": list(IMAGENET_MEAN if slip else OPENAI_DATASET_MEAN),
+                "std": list(IMAGENET_STD if slip else OPENAI_DATASET_STD),
+                "point": dict(width=width, layers=blocks(state, "point_encoder.blocks.blocks."),
+                              heads=width // 64, stem=[len(layer) for layer in stem],
+                              token_width=token_width, channels=stem[0].shape[1], **cut)}
     except KeyError as error:
         raise UserError(f"{path} is of no known family: no {error}, found {list(state)[:4]}") from error
 
@@ -737,6 +714,17 @@ def from_timm(state: dict) -> dict:
 
 # -----------------------------------------------------------------------------------------------------------
 # Files
+
+def save_start(model: CrossMoST, text: TextEncoder | None, options: dict, path: Path):
+    """A start's file, in half precision, with the options that made it."""
+    def halved(module):
+        return {key: value.half() if value.is_floating_point() else value
+                for key, value in module.state_dict().items() if not key.startswith("tower.token_embedding.")}
+    content = {"architecture": {**model.architecture, "class_names": []}, "model": halved(model)}
+    if text:
+        content |= {"text_architecture": text.architecture, "text": halved(text)}
+    save_file({**content, "options": options}, path)
+
 
 @contextmanager
 def whole_file(path: Path):
