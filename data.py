@@ -13,7 +13,6 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
@@ -23,7 +22,7 @@ import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from huggingface_hub import hf_hub_download
 from PIL import Image
 from torch import Tensor
@@ -817,20 +816,10 @@ def fetch(path: Path, urls=(), sha256: str | None = None, hub: tuple | None = No
     return path
 
 
-@contextmanager
-def lock(path: Path, wait: bool = True):
-    """While it is held no other process makes `path`: it waits, or (not `wait`) is refused with UserError."""
+def lock(path: Path, timeout: float = -1) -> FileLock:
+    """To hold (`with`) while `path` is made: another process waits, or raises filelock.Timeout."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    held = FileLock(path.with_name(f".{path.name}.lock"))
-    try:
-        held.acquire(timeout=0)
-    except Timeout as error:
-        if not wait:
-            raise UserError(f"another process writes to {path}; wait for it, or name another") from error
-        print(f"waiting for another process that makes {path}", file=sys.stderr)
-        held.acquire()
-    with held:
-        yield
+    return FileLock(path.with_name(f".{path.name}.lock"), timeout)
 
 
 def fetch_and_unpack(name: str, root: Path, folder: Path, download: bool | None):

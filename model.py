@@ -638,8 +638,9 @@ def read_start(path: str | Path, which: str = "teacher") -> dict:
                     "model": content["model"] if "model" in content else content[which]}
         except (KeyError, TypeError) as error:
             raise UserError(f"{path} is broken: {error!r}; make it again") from error
-    state = content.get("state_dict", content.get("model_ema" if which == "teacher" else "model"))
-    state = {key.removeprefix("module."): value for key, value in (state or content).items()}
+    for name in ("model", "model_ema" if which == "teacher" else "model", "state_dict"):
+        content = content.get(name, content)
+    state = {key.removeprefix("module."): value for key, value in content.items()}
     for family, sign in {"OpenShape": "ppat.", "Uni3D": "trans2embed"}.items():
         if key := next((key for key in state if sign in key), None):
             raise UserError(f"{path} is {family}'s ({key}), another network than Point-BERT; README, Starts")

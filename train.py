@@ -22,6 +22,7 @@ import open_clip
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from filelock import Timeout
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.flop_counter import FlopCounterMode
@@ -386,13 +387,9 @@ def plain_options(args, may_change: tuple = MAY_CHANGE_ON_RESUME) -> dict:
             if key not in may_change}
 
 
-def code_hash() -> str:
-    """Of the five files: a fork's run does not go on from what other code did."""
-    files = [Path(__file__).with_name(f"{name}.py") for name in ("losses", "model", "data", "eval", "train")]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-CODE = code_hash()  # now: the files may change while a run lasts
+# Read now: the files may change while a run lasts. A fork's run does not go on from what other code did.
+CODE = hashlib.sha256(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in (
+    "losses", "model", "data", "eval", "train"))).hexdigest()
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -430,9 +427,18 @@ def main(argv=None) -> dict:
         results["zero_shot"] = accuracy(probs, test) if test.labels is not None else None
         print(f"{table(results)}\nthe start is {start}")
         return results
-    with lock(args.out / "last.pt", wait=False) if leader() else nullcontext():
+    with sole_use(run.path) if leader() else nullcontext():
         train_and_score(run, objects, test, args, results)
     return results
+
+
+def sole_use(path: Path):
+    """A lock to hold (`with`). Raises: UserError where another process has it."""
+    try:
+        return lock(path, timeout=0).acquire()
+    except Timeout as error:
+        raise UserError(f"another process writes to {path.parent}; wait for it, or name another --out"
+                        ) from error
 
 
 def refuse_contradictions(args, objects: Objects):
