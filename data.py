@@ -881,32 +881,30 @@ def alone(kind: str, *shape, **taper) -> list:
 
 
 box, tube, ball, bowl = (partial(alone, kind) for kind in ("box", "tube", "ball", "bowl"))
-SIDES, ENDS, CORNERS = [(1, 1), (-1, 1)], [(1, 1), (1, -1)], [(1, 1), (1, -1), (-1, 1), (-1, -1)]
+LEFT, RIGHT, CORNERS = (-1, 1), (1, 1), ((1, 1), (1, -1), (-1, 1), (-1, -1))
 
 
-def mirrored(piece: list, places=SIDES) -> list:
-    """A piece and its mirror images: right and left, at the back and the front end, or in four corners."""
+def mirrored(piece: list, *places) -> list:
+    """The piece at each place: as it stands (1, 1), mirrored to the left (-1, 1), to the front (1, -1)."""
     return [part(kind, (s * x, t * y, z), size, (t * a, s * b, s * t * c), taper)
             for s, t in places for kind, (x, y, z), size, (a, b, c), taper in piece]
 
 
-def moved(piece: list, x=0.0, y=0.0, z=0.0) -> list:
-    return [part(kind, (cx + x, cy + y, cz + z), *rest) for kind, (cx, cy, cz), *rest in piece]
-
-
 def row(piece: list, n: int, x=0.0, y=0.0, z=0.0) -> list:
     """n copies, each a step (x, y, z) from the last; their middle is where the piece stood."""
-    return [copy for i in np.arange(n) - (n - 1) / 2 for copy in moved(piece, i * x, i * y, i * z)]
+    return [part(kind, (cx + i * x, cy + i * y, cz + i * z), *rest)
+            for i in np.arange(n) - (n - 1) / 2 for kind, (cx, cy, cz), *rest in piece]
 
 
 def frame(w, d, z, high, thick) -> list:
     """Four boards around a w x d rectangle, centred at height z."""
-    side, end = box(((w - thick) / 2, 0, z), (thick, d, high)), box((0, (d - thick) / 2, z), (w, thick, high))
-    return mirrored(side) + mirrored(end, ENDS)
+    side, end = box((0, 0, z), (thick, d, high)), box((0, 0, z), (w, thick, high))
+    return row(side, 2, x=w - thick) + row(end, 2, y=d - thick)
 
 
 class Chance(np.random.Generator):
-    """Random numbers, and the two choices furniture is made of."""
+    """u(low, high) draws a number, u.pick one of several things, u.perhaps a piece or nothing."""
+    __call__ = np.random.Generator.uniform
 
     def pick(self, *options):
         return options[self.integers(len(options))]
@@ -915,238 +913,209 @@ class Chance(np.random.Generator):
         return piece if self.random() < chance else []
 
 
-def four_legs(rng, w, d, h, thick) -> list:
+def four_legs(u, w, d, h, thick) -> list:
     """Legs at the corners of a w x d top at height h: square or round, straight, tapered or splayed."""
-    kind, splay, taper = rng.pick(box, tube), rng.pick(0.0, rng.uniform(0.0, 0.2)), rng.uniform(1, 2)
+    kind, splay, taper = u.pick(box, tube), u.pick(0.0, u(0.0, 0.2)), u(1, 2)
     leg = kind(((w - thick) / 2, (d - thick) / 2, h / 2), (thick, thick, h), (splay, -splay, 0), taper)
-    return mirrored(leg, CORNERS)
+    return mirrored(leg, *CORNERS)
 
 
-def pedestal(rng, h, reach) -> list:
-    """A central column on a disc or on three to five spokes."""
-    thick, n = rng.uniform(0.04, 0.14), rng.integers(3, 6)
-    disc = tube((0, 0, 0.02), (2 * reach, 2 * reach, 0.04), taper=rng.uniform(0.3, 1))
-    star = [part("box", (reach / 2 * math.cos(a), reach / 2 * math.sin(a), 0.04), (reach, 0.05, 0.05), (0, 0, a))
-            for a in 2 * math.pi * np.arange(n) / n]
-    return tube((0, 0, h / 2), (thick, thick, h), taper=rng.uniform(0.6, 1.4)) + rng.pick(disc, star)
+def pedestal(u, h, reach) -> list:
+    """A central column on a disc or on four or six spokes."""
+    n, thick = u.integers(2, 4), u(0.04, 0.14)
+    disc = tube((0, 0, 0.02), (2 * reach, 2 * reach, 0.04), taper=u(0.3, 1))
+    star = [part("box", (0, 0, 0.04), (2 * reach, 0.05, 0.05), (0, 0, math.pi * i / n)) for i in range(n)]
+    return tube((0, 0, h / 2), (thick, thick, h), taper=u(0.6, 1.4)) + u.pick(disc, star)
 
 
-def drawers(rng, w, d, h, rows, columns, z=0.0) -> list:
+def drawers(u, w, d, h, rows, columns, x=0.0, z=0.0) -> list:
     """A cabinet standing on z with rows x columns of drawer fronts, some with knobs or bars."""
-    proud, gap, middle = rng.uniform(0.005, 0.03), rng.uniform(0.01, 0.04), z + h / 2
-    front = box((0, -(d + proud) / 2, middle), (w / columns - gap, proud, h / rows - gap))
-    grip = 0, -d / 2 - proud - 0.02, middle
-    handle = rng.pick([], ball(grip, (0.04, 0.04, 0.03)), box(grip, (0.3 * w / columns, 0.04, 0.03)))
-    return box((0, 0, middle), (w, d, h)) + row(row(front + handle, columns, x=w / columns), rows, z=h / rows)
+    proud, gap, middle = u(0.005, 0.03), u(0.01, 0.04), z + h / 2
+    grip = x, -d / 2 - proud - 0.02, middle
+    front = box((x, -(d + proud) / 2, middle), (w / columns - gap, proud, h / rows - gap))
+    front += u.pick([], ball(grip, (0.04, 0.04, 0.03)), box(grip, (0.3 * w / columns, 0.04, 0.03)))
+    return box((x, 0, middle), (w, d, h)) + row(row(front, columns, x=w / columns), rows, z=h / rows)
 
 
-def back_rest(rng, w, h, y, z, thick) -> list:
-    """A leaning back from height z up: panel, vertical or horizontal slats in a frame, or curved."""
-    n, lean = rng.integers(2, 7), rng.uniform(0, 0.3)
+def back_rest(u, w, h, y, z, thick) -> list:
+    """A leaning back from height z up: a panel, upright or level slats, or curved."""
+    n, lean = u.integers(2, 7), u(0, 0.3)
     centre, tilt, over = (0, y + lean * h / 2, z + h / 2), (-lean, 0, 0), lean * h
-    posts = mirrored(moved(box(centre, (0.04, thick, h), tilt), (w - 0.04) / 2))
+    panel = u.pick(box, box, tube)(centre, (w, thick, h), tilt)
+    posts = row(box(centre, (0.04, thick, h), tilt), 2, x=w - 0.04)
     posts += box((0, y + over, z + h), (w, thick, 0.06), tilt)
     upright = row(box(centre, (0.35 * w / n, 0.7 * thick, h), tilt), n, x=w / n)
     level = row(box(centre, (w, 0.7 * thick, 0.45 * h / n), tilt), n, y=over / n, z=h / n)
     curve = [part("box", (0.6 * w * math.sin(a), y - 0.5 * w * (1 - math.cos(a)), z + h / 2),
                   (0.24 * w, thick, h), (-lean, 0, -a)) for a in np.linspace(-0.7, 0.7, 5)]
-    return rng.pick(rng.pick(box, box, tube)(centre, (w, thick, h), tilt), posts + upright, posts + level, curve)
+    return u.pick(panel, posts + upright, posts + level, curve)
 
 
-def bathtub(rng):
-    u = rng.uniform
-    w, d, h, wall, foot = u(1.3, 2.0), u(0.65, 1.0), u(0.38, 0.7), u(0.03, 0.12), u(0.05, 0.18)
+def bathtub(u):
+    w, d, h, wall, foot = u(1.3, 2.0), u(0.65, 1.0), u(0.4, 0.8), u(0.03, 0.12), u(0.05, 0.18)
+    deep = 2 * (h - foot)
     trough = frame(w, d, h / 2, h, wall) + box((0, 0, h * u(0.08, 0.3)), (w, d, 0.03))
-    let_in = bowl((0, 0, h), (0.88 * w, 0.85 * d, 1.7 * h)) + frame(w, d, h / 2, h, 0.03) + frame(w, d, h, 0.02, wall)
-    shell = bowl((0, 0, h), (w, d, 2 * h)) + bowl((0, 0, h), (w - wall, d - wall, 1.8 * h))
-    shell += rng.perhaps(0.5, bowl((-0.3 * w, 0, 1.25 * h), (0.38 * w, 0.95 * d, h)))  # raised at one end
-    plinth = tube((0, 0, 0.1 * h), (0.6 * w, 0.6 * d, 0.2 * h))
-    claws = moved(four_legs(rng, 0.6 * w, 0.6 * d, foot + 0.2 * h, 0.06), z=-foot)
-    tap = tube((0.42 * w, 0, h + 0.08), (0.04, 0.04, 0.18))
-    tap += tube((0.38 * w, 0, h + 0.16), (0.03, 0.03, 0.14), (0, math.pi / 2, 0))
-    return rng.pick(trough, let_in, shell + plinth, shell + claws) + rng.perhaps(0.4, tap)
+    inlet = frame(w, d, h / 2, h, wall) + frame(w, d, h, 0.02, 0.1) + bowl((0, 0, h), (0.9 * w, 0.9 * d, deep))
+    shell = bowl((0, 0, h), (w, d, deep)) + bowl((0, 0, h), (w - wall, d - wall, 0.9 * deep))
+    shell += u.perhaps(0.5, bowl((-0.3 * w, 0, 1.25 * h), (0.38 * w, 0.95 * d, h)))  # raised at one end
+    plinth = tube((0, 0, 0.15 * h), (0.6 * w, 0.6 * d, 0.3 * h))
+    claws = four_legs(u, 0.6 * w, 0.6 * d, foot + 0.2 * h, 0.06)
+    tap = tube((0.42 * w, 0, h + 0.08), (0.04, 0.04, 0.18)) + box((0.38 * w, 0, h + 0.16), (0.14, 0.03, 0.03))
+    return u.pick(trough, inlet, shell + plinth, shell + claws) + u.perhaps(0.4, tap)
 
 
-def bed(rng):
-    u = rng.uniform
-    w, d, base, soft, n = u(0.85, 2.0), u(1.85, 2.25), u(0.12, 0.4), u(0.12, 0.32), rng.integers(1, 3)
+def bed(u):
+    w, d, base, soft, n = u(0.85, 2.0), u(1.85, 2.25), u(0.12, 0.4), u(0.12, 0.32), u.integers(1, 3)
     top, head, foot, up = base + soft, u(0.25, 0.9), u(0.05, 0.4), u(1.0, 2.0)
-    legs = box((0, 0, 0.75 * base), (w, d, 0.5 * base)) + four_legs(rng, w, d, base, u(0.05, 0.12))
+    legs = box((0, 0, 0.75 * base), (w, d, 0.5 * base)) + four_legs(u, w, d, base, u(0.05, 0.12))
     board = box((0, d / 2, (top + head) / 2), (w * u(0.98, 1.2), u(0.04, 0.14), top + head))
     arch = board + tube((0, d / 2, top + head), (0.9 * w, 0.5 * head, 0.08), (math.pi / 2, 0, 0))
     end = box((0, -d / 2, (top + foot) / 2), (w, u(0.04, 0.1), top + foot))
-    pillow = rng.pick(ball, box)((0, 0.38 * d, top + 0.05), (0.8 * w / n, 0.38, 0.14), (u(-0.4, 0), 0, 0))
+    pillow = u.pick(ball, box)((0, 0.38 * d, top + 0.05), (0.8 * w / n, 0.38, 0.14), (u(-0.4, 0), 0, 0))
     cover = box((0, -0.12 * d, base + 0.6 * soft), (1.04 * w, 0.74 * d, 1.1 * soft))
-    bunk = box((0, 0, base + 1), (w, d, u(0.1, 0.25))) + four_legs(rng, w, d, base + 1.3, 0.07)
-    posts = mirrored(tube((w / 2, d / 2, up / 2), (0.07, 0.07, up)), CORNERS)
-    stands = mirrored(box((w / 2 + 0.3, d / 2 - 0.25, 0.25), (0.45, 0.4, 0.5)))
-    return (box((0, 0, base + soft / 2), (0.97 * w, 0.97 * d, soft)) + rng.perhaps(0.4, cover)
-            + rng.pick(legs, box((0, 0, base / 2), (w, d, base))) + rng.perhaps(0.45, end)
-            + rng.perhaps(0.85, rng.pick(board, board, arch, back_rest(rng, w, head + soft, d / 2, base, 0.08)))
-            + rng.perhaps(0.8, row(pillow, n, x=w / n))
-            + rng.perhaps(0.36, rng.pick(bunk, posts + rng.perhaps(0.7, frame(w, d, up, 0.05, 0.05)), stands)))
+    bunk = box((0, 0, base + 1), (w, d, u(0.1, 0.25))) + four_legs(u, w, d, base + 1.3, 0.07)
+    posts = four_legs(u, w, d, up, 0.07) + u.perhaps(0.7, frame(w, d, up, 0.05, 0.05))
+    stands = row(box((0, d / 2 - 0.25, 0.25), (0.45, 0.4, 0.5)), 2, x=w + 0.6)
+    return (box((0, 0, base + soft / 2), (0.97 * w, 0.97 * d, soft)) + u.perhaps(0.4, cover)
+            + u.pick(legs, box((0, 0, base / 2), (w, d, base))) + u.perhaps(0.45, end)
+            + u.perhaps(0.85, u.pick(board, board, arch, back_rest(u, w, head + soft, d / 2, base, 0.08)))
+            + u.perhaps(0.8, row(pillow, n, x=w / n)) + u.perhaps(0.36, u.pick(bunk, posts, stands)))
 
 
-def chair(rng):
-    u = rng.uniform
+def chair(u):
     w, d, seat, thin, high = u(0.4, 0.65), u(0.4, 0.65), u(0.36, 0.52), u(0.03, 0.14), u(0.15, 0.3)
-    legs = four_legs(rng, w, d, seat, u(0.025, 0.07))
-    legs += rng.perhaps(0.4, mirrored(box((0.42 * w, 0, seat * u(0.2, 0.6)), (0.03, d, 0.03))))
-    sled = mirrored(tube((0.46 * w, 0.45 * d, seat / 2), (0.035, 0.035, seat)), CORNERS)
-    sled += mirrored(box((0.46 * w, 0, 0.02), (0.035, d, 0.035)))
+    legs = four_legs(u, w, d, seat, u(0.025, 0.07))
+    bars = row(box((0, 0, seat * u.pick(0.04, u(0.2, 0.6))), (0.035, d, 0.035)), 2, x=0.85 * w)
     block = box((0, 0, seat / 2), (w * u(0.8, 1), d * u(0.8, 1), seat))
-    block += rng.perhaps(0.7, mirrored(box((w / 2, 0, seat + high / 2), (thin, d, high))))
-    arm = box((w / 2, 0, seat + high), (thin, d * u(0.7, 1), u(0.03, 0.08)))
-    arm += box((w / 2, -d * u(0.1, 0.4), seat + high / 2), (0.8 * thin, 0.05, high))
-    return (rng.pick(box, box, tube)((0, 0, seat), (w, d, u(0.03, 0.14))) + rng.perhaps(0.45, mirrored(arm))
-            + back_rest(rng, w * u(0.8, 1), u(0.3, 0.8), d / 2 - 0.03, seat, u(0.03, 0.1))
-            + rng.pick(legs, legs, pedestal(rng, seat, u(0.22, 0.36)), sled, block))
+    arm = box((0, 0, seat + high), (thin, d * u(0.7, 1), u(0.03, 0.08)))
+    arm += box((0, -0.25 * d, seat + high / 2), (0.8 * thin, d * u.pick(0.1, 0.5), high))
+    return (u.pick(box, box, tube)((0, 0, seat), (w, d, u(0.03, 0.14))) + u.perhaps(0.45, row(arm, 2, x=w))
+            + back_rest(u, w * u(0.8, 1), u(0.3, 0.8), d / 2 - 0.03, seat, u(0.03, 0.1))
+            + u.pick(legs, legs + bars, pedestal(u, seat, u(0.22, 0.36)), block))
 
 
-def desk(rng):
-    u = rng.uniform
-    w, d, h, wide = u(1.0, 2.0), u(0.5, 0.9), u(0.68, 0.82), u(0.25, 0.6)
-    x, long, deep, high = 0.47 * w, u(0.5, 1.1), u(0.2, 0.6), u(0.3, 0.8)
-    legs = mirrored(box((x, 0.42 * d, h / 2), (0.05, 0.05, h)), ENDS)
+def desk(u):
+    w, d, h, wide, long = u(1.0, 2.0), u(0.5, 0.9), u(0.68, 0.82), u(0.25, 0.6), u(0.5, 1.1)
+    x, y, deep, high = 0.47 * w, -(d + long) / 2, u(0.35, 0.6), u(0.3, 0.8)
+    legs = row(box((x, 0, h / 2), (0.05, 0.05, h)), 2, y=0.84 * d)
     panel = box((x, 0, h / 2), (u(0.02, 0.07), d * u(0.8, 1), h))
-    tall = moved(drawers(rng, wide, 0.92 * d, 0.96 * h, rng.integers(2, 5), 1), (w - wide) / 2)
-    hung = moved(drawers(rng, wide, 0.92 * d, 0.43 * h, rng.integers(1, 4), 1, 0.55 * h), (w - wide) / 2)
-    wing = box(((w - deep) / 2, -(d + long) / 2, h), (deep, long, 0.04))
-    wing += box(((w - deep) / 2, 0.05 - d / 2 - long, h / 2), (0.95 * deep, u(0.03, 0.4), h))
+    tall = drawers(u, wide, 0.92 * d, 0.96 * h, u.integers(2, 5), 1, (w - wide) / 2)
+    hung = drawers(u, wide, 0.92 * d, 0.43 * h, u.integers(1, 4), 1, (w - wide) / 2, 0.55 * h) + legs
+    wing = box(((w - deep) / 2, y, h), (deep, long, 0.04))
+    wing += box(((w - deep) / 2, y - 0.4 * long, h / 2), (0.95 * deep, u(0.03, 0.4) * long, h))
     hutch = row(box((0, d / 2 - 0.13, h + high / 2), (0.03, 0.26, high)), 3, x=w / 2 - 0.02)
     hutch += row(box((0, d / 2 - 0.13, h + 0.75 * high), (w, 0.26, 0.03)), 2, z=high / 2)
-    hutch += rng.perhaps(0.6, box((0, d / 2, h + high / 2), (w, 0.02, high)))
-    right = rng.pick(tall, tall, hung + legs) + rng.perhaps(0.3, wing)
-    left = mirrored(rng.pick(tall, tall, hung + legs, panel, legs), [(-1, 1)])
-    apron = box((0, d / 2 - 0.05, h * u(0.5, 0.8)), (0.95 * w, 0.03, 0.4 * h))
-    return mirrored(box((0, 0, h), (w, d, u(0.02, 0.07))) + rng.perhaps(0.65, apron) + right + left
-                    + rng.perhaps(0.35, hutch), [(rng.pick(-1, 1), 1)])
+    right, left = u.pick(tall, tall, hung) + u.perhaps(0.3, wing), u.pick(tall, hung, panel, legs)
+    apron = box((0, d / 2 - 0.05, h * u(0.55, 0.8)), (0.95 * w, 0.03, 0.4 * h))
+    whole = box((0, 0, h), (w, d, u(0.02, 0.07))) + right + mirrored(left, LEFT)
+    return mirrored(whole + u.perhaps(0.65, apron) + u.perhaps(0.35, hutch), u.pick(LEFT, RIGHT))
 
 
-def dresser(rng):
-    u = rng.uniform
-    w, d, foot = u(0.5, 1.7), u(0.38, 0.6), rng.pick(0.0, u(0.04, 0.2))
-    h, columns = rng.pick(u(0.65, 1.3), u(0.9, 1.7) - 0.3 * w), rng.integers(1, 4 if w > 0.9 else 3)
-    high, wide = u(0.5, 0.9), w * u(0.5, 0.95)
-    mirror = rng.pick(box, ball)((0, d / 2 - 0.04, h + high / 2), (wide, 0.05, high))
-    return (drawers(rng, w, d, h - foot, rng.integers(3, 7), columns, foot)
-            + four_legs(rng, w, d, foot + 0.01, u(0.04, 0.1)) + rng.perhaps(0.25, mirror)
-            + rng.perhaps(0.6, box((0, 0, h), (1.05 * w, 1.08 * d, 0.04))))
+def dresser(u):
+    w, d, foot, high = u(0.5, 1.7), u(0.38, 0.6), u.pick(0.01, u(0.04, 0.2)), u(0.5, 0.9)
+    h, columns = u.pick(u(0.65, 1.3), u(1.1, 1.9) - 0.4 * w), u.integers(1, 4 if w > 0.9 else 3)
+    mirror = u.pick(box, ball)((0, d / 2 - 0.04, h + high / 2), (w * u(0.5, 0.95), 0.05, high))
+    top = u.perhaps(0.6, box((0, 0, h), (1.05 * w, 1.08 * d, 0.04)))
+    legs = four_legs(u, w, d, foot, u(0.04, 0.1))
+    return legs + top + drawers(u, w, d, h - foot, u.integers(3, 7), columns, z=foot) + u.perhaps(0.25, mirror)
 
 
-def monitor(rng):
-    u = rng.uniform
-    w, thick, lift, rim = u(0.35, 0.75), u(0.015, 0.08), u(0.06, 0.25), u(0.01, 0.04)
-    h, deep = w / u(1.2, 1.9), u(0.2, 0.4)
+def monitor(u):
+    w, thick, lift, deep = u(0.35, 0.75), u(0.015, 0.08), u(0.06, 0.25), u(0.2, 0.4)
+    h = w / u(1.2, 1.9)
     middle = lift + h / 2
-    bezel = mirrored(box(((w - rim) / 2, -thick / 2, middle), (rim, 0.03, h)))
-    bezel += row(box((0, -thick / 2, middle), (w, 0.03, rim)), 2, z=h - rim)
     cathode = box((0, 0.25 * deep, middle), (0.97 * w, 0.5 * deep, 0.97 * h))
-    cathode += tube((0, 0.7 * deep, middle), (0.9 * w, 0.9 * h, 0.5 * deep), (-math.pi / 2, 0, 0), u(0.5, 0.8))
-    bulge = rng.pick(box, ball)((0, thick, middle - 0.02), (w * u(0.4, 0.8), 2 * thick, h * u(0.4, 0.7)))
-    foot = rng.pick(box, tube)((0, 0.02, 0.01), (w * u(0.35, 0.7), u(0.14, 0.28), u(0.01, 0.05)))
-    toes = mirrored(box((0.12 * w, -0.05, 0.015), (0.25 * w, 0.04, 0.03), (0, 0, -0.6)))
-    neck = rng.pick(box, tube)((0, thick / 2 + 0.02, lift / 2 + 0.15 * h),
-                               (u(0.03, 0.15), u(0.02, 0.06), lift + 0.3 * h), (u(-0.2, 0.1), 0, 0))
-    return (box((0, 0, middle), (w, thick, h), (u(-0.2, 0.05), 0, 0)) + rng.perhaps(0.5, bezel)
-            + rng.pick(cathode, bulge, [], []) + rng.perhaps(0.94, neck + rng.pick(foot, foot, foot, toes)))
+    cathode += tube((0, 0.7 * deep, middle), (0.9 * w, 0.9 * h, 0.5 * deep), (-math.pi / 2, 0, 0), 0.7)
+    bulge = u.pick(box, ball)((0, thick, middle - 0.02), (w * u(0.4, 0.8), 2 * thick, h * u(0.4, 0.7)))
+    neck = u.pick(box, tube)((0, thick / 2 + 0.02, lift / 2 + 0.15 * h),
+                             (u(0.03, 0.15), u(0.02, 0.06), lift + 0.3 * h), (u(-0.2, 0.1), 0, 0))
+    foot = u.pick(box, tube)((0, 0.02, 0.015), (w * u(0.35, 0.7), u(0.14, 0.28), 0.03), taper=u(0.6, 1))
+    return (box((0, 0, middle), (w, thick, h), (u(-0.2, 0.05), 0, 0)) + u.pick(cathode, bulge, [], [])
+            + u.perhaps(0.94, neck + foot))
 
 
-def night_stand(rng):
-    u = rng.uniform
+def night_stand(u):
     w, d, h = u(0.38, 0.68), u(0.34, 0.56), u(0.42, 0.75)
-    foot = rng.pick(0.01, u(0.04, 0.15), u(0.15, 0.5) * h)
-    chest = drawers(rng, w, d, h - foot, rng.integers(1, 4), 1, foot) + four_legs(rng, w, d, foot, u(0.03, 0.08))
-    chest += rng.perhaps(0.4, box((0, 0, 0.3 * foot), (0.95 * w, 0.95 * d, 0.03)))
-    shelf = drawers(rng, w, d, 0.3 * h, 1, 1, 0.7 * h) + box((0, d / 2, 0.35 * h), (w, 0.02, 0.7 * h))
-    shelf += mirrored(box((w / 2 - 0.02, 0, 0.35 * h), (0.03, d, 0.7 * h)))
-    shelf += box((0, 0, h * u(0.08, 0.35)), (w, d, 0.03))
+    foot = u.pick(0.01, u(0.04, 0.15), u(0.15, 0.5) * h)
+    chest = drawers(u, w, d, h - foot, u.integers(1, 4), 1, z=foot) + four_legs(u, w, d, foot, u(0.03, 0.08))
+    shelf = drawers(u, w, d, 0.3 * h, 1, 1, z=0.7 * h) + box((0, d / 2, 0.35 * h), (w, 0.02, 0.7 * h))
+    shelf += row(box((0, 0, 0.35 * h), (0.03, d, 0.7 * h)), 2, x=w)
+    board = box((0, 0, h * u(0.05, 0.35)), (0.97 * w, 0.97 * d, 0.03))
     top = box((0, 0, h), (w * u(1, 1.15), d * u(1, 1.15), u(0.02, 0.05)))
     lamp = tube((0, 0, h + 0.15), (0.04, 0.04, 0.3)) + tube((0, 0, h + 0.35), (0.28, 0.28, 0.2), taper=0.6)
-    return rng.pick(chest, chest, chest, shelf) + rng.perhaps(0.7, top) + rng.perhaps(0.07, lamp)
+    return u.pick(chest, chest, chest + board, shelf + board) + u.perhaps(0.7, top) + u.perhaps(0.07, lamp)
 
 
-def sofa(rng):
-    u = rng.uniform
+def sofa(u):
     w, d, seat, foot, soft = u(1.1, 2.5), u(0.75, 1.05), u(0.32, 0.48), u(0.02, 0.15), u(0.08, 0.2)
-    arm, back, high, long, n = u(0.08, 0.32), u(0.3, 0.55), u(0.1, 0.32), u(0.6, 1.2), rng.integers(1, 5)
-    wide = (w - 2 * arm) / n
-    side = box(((w - arm) / 2, 0, (foot + seat + high) / 2), (arm, d, seat + high - foot))
-    roll = tube(((w - arm) / 2, 0, seat + high), (1.2 * arm, 1.2 * arm, d), (math.pi / 2, 0, 0))
-    cushion = box((0, -0.05, seat + soft / 2), (0.96 * wide, 0.75 * d, soft))
-    pillow = rng.pick(box, ball)((0, d / 2 - 0.25, seat + soft + 0.15), (0.9 * wide, 0.18, 0.35), (-0.2, 0, 0))
-    chaise = box(((w - d) / 2, -(d + long) / 2, (seat + soft) / 2), (d, long, seat + soft))
-    chaise += rng.perhaps(0.5, box((w / 2 - 0.08, -(d + long) / 2, seat + back / 2), (0.18, long, back)))
-    return (box((0, 0, (seat + foot) / 2), (w, d, seat - foot)) + four_legs(rng, w, d, foot, u(0.04, 0.1))
-            + box((0, d / 2 - 0.1, seat + back / 2), (w, u(0.12, 0.3), back), (-u(0, 0.2), 0, 0))
-            + rng.perhaps(0.88, mirrored(side + rng.perhaps(0.3, roll)))
-            + row(rng.perhaps(0.9, cushion) + rng.perhaps(0.6, pillow), n, x=wide)
-            + rng.perhaps(0.22, mirrored(chaise, [(rng.pick(-1, 1), 1)])))
+    arm, back, high, long, n = u(0.08, 0.32), u(0.3, 0.55), u(0.1, 0.32), u(0.6, 1.2), u.integers(1, 5)
+    inner, y = w - 2 * arm, -(d + long) / 2
+    side = box((0, 0, (foot + seat + high) / 2), (arm, d, seat + high - foot))
+    side += u.perhaps(0.3, tube((0, 0, seat + high), (1.2 * arm, 1.2 * arm, d), (math.pi / 2, 0, 0)))
+    cushion = box((0, -0.05, seat + soft / 2), (0.96 * inner / n, 0.75 * d, soft))
+    pillow = u.pick(box, ball)((0, d / 2 - 0.25, seat + soft + 0.15), (0.9 * inner / n, 0.18, 0.35))
+    chaise = box(((w - d) / 2, y, (seat + soft) / 2), (d, long, seat + soft))
+    return (box((0, 0, (seat + foot) / 2), (w, d, seat - foot)) + four_legs(u, w, d, foot, u(0.04, 0.1))
+            + box((0, d / 2 - 0.1, seat + back / 2), (w, u(0.12, 0.3), back), (u(-0.2, 0), 0, 0))
+            + row(u.perhaps(0.9, cushion) + u.perhaps(0.6, pillow), n, x=inner / n)
+            + u.perhaps(0.9, row(side, 2, x=w - arm)) + u.perhaps(0.2, mirrored(chaise, u.pick(LEFT, RIGHT))))
 
 
-def table(rng):
-    u = rng.uniform
-    d, h, thick, lean, inset = u(0.5, 1.1), rng.pick(u(0.35, 0.55), u(0.65, 0.8)), u(0.02, 0.09), u(0.3, 0.6), u(0, 0.12)
-    w, top = rng.pick(u(0.6, 2.2), u(0.6, 2.2), d * u(0.95, 1.8)), box
-    if rng.random() < 0.35:
-        w, top, inset = d * rng.pick(1.0, u(0.95, 1.8)), tube, 0.2 * d
+def table(u):
+    d, h, thick, lean = u(0.5, 1.1), u.pick(u(0.35, 0.55), u(0.65, 0.8)), u(0.02, 0.09), u(0.3, 0.6)
+    top, w, inset = u.pick((box, u(0.6, 2.2), u(0, 0.12)), (box, d, 0), (tube, d * u(1, 1.5), 0.2 * d))
     inner, across = w - 2 * inset, d - 2 * inset
-    four = four_legs(rng, inner, across, h, u(0.03, 0.11))
-    four += rng.perhaps(0.5, box((0, 0, h - thick / 2 - 0.05), (inner - 0.06, across - 0.06, u(0.05, 0.14))))
-    column = row(pedestal(rng, h, u(0.25, 0.45) * d), 2 if w > 1.5 * d else 1, x=w / 2)
-    panels = mirrored(box((0.45 * inner, 0, h / 2), (u(0.03, 0.1), d * u(0.6, 0.98), h)))
-    crossed = box((0.4 * w, 0, h / 2), (0.05, 0.06, h / math.cos(lean)), (lean, 0, 0))
-    trestle = mirrored(crossed, CORNERS) + box((0, 0, h / 2), (0.8 * w, 0.05, 0.06))
+    legs = four_legs(u, inner, across, h, u(0.03, 0.11))
+    legs += u.perhaps(0.5, box((0, 0, h - thick / 2 - 0.05), (inner - 0.06, across - 0.06, u(0.05, 0.14))))
+    column = row(pedestal(u, h, u(0.25, 0.45) * d), 2 if w > 1.5 * d else 1, x=w / 2)
+    panels = row(box((0, 0, h / 2), (u(0.03, 0.1), d * u(0.6, 0.98), h)), 2, x=0.95 * inner)
+    trestle = box((0.4 * w, 0, h / 2), (0.05, 0.06, h / math.cos(lean)), (lean, 0, 0))
+    trestle = mirrored(trestle, *CORNERS) + box((0, 0, h / 2), (0.8 * w, 0.05, 0.06))
     shelf = box((0, 0, h * u(0.15, 0.45)), (0.8 * inner, 0.8 * across, 0.03))
-    return top((0, 0, h), (w, d, thick)) + rng.pick(four, four, four, column, panels, trestle) + rng.perhaps(
-        0.25, shelf)
+    base = u.pick(legs, legs, legs, column, panels, trestle)
+    return top((0, 0, h), (w, d, thick)) + base + u.perhaps(0.25, shelf)
 
 
-def toilet(rng):
-    u = rng.uniform
-    w, d, h, open_by = u(0.34, 0.44), u(0.42, 0.56), u(0.36, 0.46), u(0.0, 0.3)
+def toilet(u):
+    w, d, h, ajar = u(0.34, 0.44), u(0.42, 0.56), u(0.36, 0.46), u(0.0, 0.3)
     wide, deep, high, low = w * u(0.9, 1.4), u(0.14, 0.24), u(0.28, 0.45), h - u(0, 0.12)
-    foot = rng.pick(tube, tube, box)((0, 0.05, 0.35 * h), (w * u(0.5, 0.85), d * u(0.6, 0.95), 0.7 * h),
-                                     taper=u(0.7, 1.2))
-    open_lid = tube((0, d / 2, h + 0.45 * d), (w, 0.95 * d, 0.025), (math.pi / 2 - open_by, 0, 0))
-    lid = rng.pick(open_lid, tube((0, 0, h + 0.045), (w, d, 0.03)))
+    foot = u.pick(tube, tube, box)((0, 0.05, 0.35 * h), (w * u(0.5, 0.85), 0.8 * d, 0.7 * h), taper=1.1)
+    open_lid = tube((0, d / 2, h + 0.45 * d), (w, 0.95 * d, 0.025), (math.pi / 2 - ajar, 0, 0))
+    lid = u.pick(open_lid, tube((0, 0, h + 0.045), (w, d, 0.03)))
     cistern = box((0, (d + deep) / 2, low + high / 2), (wide, deep, high))
     cistern += box((0, (d + deep) / 2, low + high), (1.06 * wide, 1.1 * deep, 0.035))
     cistern += box((0, d / 2, h / 2), (w * u(0.4, 0.8), deep, h))
-    cistern += rng.perhaps(0.3, ball((0.35 * wide, d / 2 - 0.02, low + 0.85 * high), (0.06, 0.04, 0.03)))
     return (bowl((0, 0, h), (w, d, 2 * h * u(0.5, 0.9))) + tube((0, 0, h + 0.015), (1.04 * w, 1.02 * d, 0.03))
-            + rng.perhaps(0.85, foot) + rng.perhaps(0.85, lid) + rng.perhaps(0.85, cistern))
+            + u.perhaps(0.85, foot) + u.perhaps(0.85, lid) + u.perhaps(0.85, cistern))
 
 
-# In MODELNET10's order.
-PROGRAMS = (bathtub, bed, chair, desk, dresser, monitor, night_stand, sofa, table, toilet)
+PROGRAMS = bathtub, bed, chair, desk, dresser, monitor, night_stand, sofa, table, toilet  # MODELNET10's order
 
 
 def sample_parts(parts: list, count: int, rng) -> np.ndarray:
-    """Points spread over the surfaces of all parts by (nearly) equal area. -> (count, 3)"""
+    """Points spread over the surfaces of all parts by nearly equal area. -> (count, 3)"""
     kind, centre, size, tilt, taper = (np.array(values) for values in zip(*parts))
-    a, b, c = size.T / 2 * [(1 + taper) / 2, (1 + taper) / 2, np.ones(len(parts))]
+    a, b, c = size.T / 2
     faces = np.stack([b * c, a * c, a * b], axis=1)
-    sphere = 4 * np.pi * (faces ** 1.6).mean(axis=1) ** (1 / 1.6)
-    area = np.select([kind == "box", kind == "tube", kind == "ball"],
-                     [8 * faces.sum(axis=1), 2 * np.pi * faces.sum(axis=1), sphere], sphere / 2)
+    scale = {"box": 8.0, "tube": 2 * math.pi, "ball": 4 / 3 * math.pi, "bowl": 2 / 3 * math.pi}
+    area = faces.sum(axis=1) * (1 + taper) / 2 * [scale[k] for k in kind]
     which = rng.choice(len(parts), count, p=area / area.sum())
-    kind = kind[which, None]
-    # A box: one coordinate moves to a face. The least of three waiting times falls on a face as its area does.
-    cube, wait = rng.uniform(-1, 1, (count, 3)), rng.exponential(size=(count, 3)) / faces[which]
-    face = wait.argmin(axis=1)[:, None]
-    np.put_along_axis(cube, face, np.sign(np.take_along_axis(cube, face, axis=1)), axis=1)
-    # A tube: the upper and lower face are discs, the others become the mantle.
-    angle, radius = rng.uniform(0, 2 * np.pi, count), np.where(face[:, 0] == 2, np.sqrt(rng.random(count)), 1)
-    round_ = np.stack([radius * np.cos(angle), radius * np.sin(angle), cube[:, 2]], axis=1)
-    local = np.where(kind == "tube", round_, cube)
-    local[:, :2] *= 1 + (taper[which, None] - 1) * (local[:, 2:] + 1) / 2
+    is_tube, is_box, is_bowl = ((kind == k)[which] for k in ("tube", "box", "bowl"))
+    # A box: one coordinate moves to a face. The least of three waiting times chooses it by its area.
+    points = rng.uniform(-1, 1, (count, 3))
+    face = (rng.exponential(size=(count, 3)) / faces[which]).argmin(axis=1)
+    points[np.arange(count), face] = np.sign(points[np.arange(count), face])
+    # A tube: its upper and lower face are discs, the others the mantle.
+    angle, radius = rng.uniform(0, 2 * math.pi, count), np.where(face == 2, np.sqrt(rng.random(count)), 1)
+    disc = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+    points[:, :2] = np.where(is_tube[:, None], disc, points[:, :2])
+    points[:, :2] *= 1 + (taper[which, None] - 1) * (points[:, 2:] + 1) / 2
     # A ball: any direction; a bowl: one below its rim.
-    direction = rng.standard_normal((count, 3))
-    direction /= np.linalg.norm(direction, axis=1, keepdims=True)
-    direction[:, 2:] = np.where(kind == "bowl", -np.abs(direction[:, 2:]), direction[:, 2:])
-    local = np.where((kind == "box") | (kind == "tube"), local, direction) * size[which] / 2
-    turned = rotate_about_xyz(torch.from_numpy(local[:, None]), torch.from_numpy(tilt[which]))
+    sphere = rng.standard_normal((count, 3))
+    sphere /= np.linalg.norm(sphere, axis=1, keepdims=True)
+    sphere[is_bowl, 2] = -np.abs(sphere[is_bowl, 2])
+    points = np.where((is_box | is_tube)[:, None], points, sphere) * size[which] / 2
+    turned = rotate_about_xyz(torch.from_numpy(points[:, None]), torch.from_numpy(tilt[which]))
     return centre[which] + turned[:, 0].numpy()
 
 
