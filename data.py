@@ -955,13 +955,13 @@ def bathtub(u):
     w, d, h, wall, foot = u(1.3, 2.0), u(0.65, 1.0), u(0.4, 0.8), u(0.03, 0.12), u(0.05, 0.18)
     deep = 2 * (h - foot)
     trough = frame(w, d, h / 2, h, wall) + box((0, 0, h * u(0.08, 0.3)), (w, d, 0.03))
-    inlet = frame(w, d, h / 2, h, wall) + frame(w, d, h, 0.02, 0.1) + bowl((0, 0, h), (0.9 * w, 0.9 * d, deep))
+    sunk = frame(w, d, h / 2, h, wall) + frame(w, d, h, 0.02, 0.1) + bowl((0, 0, h), (0.9 * w, 0.9 * d, deep))
     shell = bowl((0, 0, h), (w, d, deep)) + bowl((0, 0, h), (w - wall, d - wall, 0.9 * deep))
     shell += u.perhaps(0.5, bowl((-0.3 * w, 0, 1.25 * h), (0.38 * w, 0.95 * d, h)))  # raised at one end
     plinth = tube((0, 0, 0.15 * h), (0.6 * w, 0.6 * d, 0.3 * h))
     claws = four_legs(u, 0.6 * w, 0.6 * d, foot + 0.2 * h, 0.06)
     tap = tube((0.42 * w, 0, h + 0.08), (0.04, 0.04, 0.18)) + box((0.38 * w, 0, h + 0.16), (0.14, 0.03, 0.03))
-    return u.pick(trough, inlet, shell + plinth, shell + claws) + u.perhaps(0.4, tap)
+    return u.pick(trough, sunk, shell + plinth, shell + claws) + u.perhaps(0.4, tap)
 
 
 def bed(u):
@@ -1014,10 +1014,10 @@ def desk(u):
 def dresser(u):
     w, d, foot, high = u(0.5, 1.7), u(0.38, 0.6), u.pick(0.01, u(0.04, 0.2)), u(0.5, 0.9)
     h, columns = u.pick(u(0.65, 1.3), u(1.1, 1.9) - 0.4 * w), u.integers(1, 4 if w > 0.9 else 3)
-    mirror = u.pick(box, ball)((0, d / 2 - 0.04, h + high / 2), (w * u(0.5, 0.95), 0.05, high))
+    glass = u.pick(box, ball)((0, d / 2 - 0.04, h + high / 2), (w * u(0.5, 0.95), 0.05, high))
     top = u.perhaps(0.6, box((0, 0, h), (1.05 * w, 1.08 * d, 0.04)))
     legs = four_legs(u, w, d, foot, u(0.04, 0.1))
-    return legs + top + drawers(u, w, d, h - foot, u.integers(3, 7), columns, z=foot) + u.perhaps(0.25, mirror)
+    return legs + top + drawers(u, w, d, h - foot, u.integers(3, 7), columns, z=foot) + u.perhaps(0.25, glass)
 
 
 def monitor(u):
@@ -1115,15 +1115,13 @@ def sample_parts(parts: list, count: int, rng) -> np.ndarray:
     sphere /= np.linalg.norm(sphere, axis=1, keepdims=True)
     sphere[is_bowl, 2] = -np.abs(sphere[is_bowl, 2])
     points = np.where((is_box | is_tube)[:, None], points, sphere) * size[which] / 2
-    turned = rotate_about_xyz(torch.from_numpy(points[:, None]), torch.from_numpy(tilt[which]))
-    return centre[which] + turned[:, 0].numpy()
+    axes = rotate_about_xyz(torch.eye(3).expand(len(parts), 3, 3), torch.from_numpy(tilt)).numpy()
+    return centre[which] + np.einsum("ni,nij->nj", points, axes[which])
 
 
 def seen_from(points: Tensor, azimuths: Tensor, elevations: Tensor) -> Tensor:
     """What a depth camera sees of clouds (B, P, 3) from each of V directions (B, V). -> (B, V, P) bool
-
-    Seen is a point at most 0.15 behind the nearest one of its cell of a 20 x 20 depth map.
-    """
+    Seen is a point at most 0.15 behind the nearest one of its cell of a 20 x 20 depth map."""
     u, v, depth = project(points, azimuths, elevations)
     cell = ((v * 0.499 + 0.5) * 20).long() * 20 + ((u * 0.499 + 0.5) * 20).long()
     nearest = depth.new_full((*azimuths.shape, 400), -2.0).scatter_reduce(2, cell, depth, "amax")
@@ -1134,8 +1132,7 @@ def scan(points: Tensor, count: int, seed: int) -> Tensor:
     """A scan: one-sided, stretched, noisy, some floor and clutter. (N, P, 3) -> (N, count, 3).
 
     A hand-held scanner looks from three directions of an arc of 2 radians; what none of them sees, a quarter
-    of the points, is lost: the far side, and what lies inside. Floor reaches beyond the object, which is the
-    smaller for it in the unit sphere. Deterministic in `seed`; P well above `count`.
+    of the points, is lost. Floor makes the object smaller in the unit sphere. P well above `count`.
     """
     random = torch.Generator().manual_seed(seed)
     n = len(points)
@@ -1160,21 +1157,20 @@ def scan(points: Tensor, count: int, seed: int) -> Tensor:
 
 
 def sample_shapes(count: int, seed: int, domain: str = "source", points: int = 1024) -> Objects:
-    """The procedural set: object i is of class i mod 10. Needs no file; the same for a seed everywhere.
+    """The procedural set: object i is of class i mod 10, upright, turned by any yaw. The same for a seed.
 
     domain "source": clean, whole objects. "target": the same programs as a scanner sees them (see scan).
-    Every object stands upright, turned by any yaw. Labels of the target are for evaluation only.
     """
     if domain not in ("source", "target"):
         raise ValueError(f"domain {domain!r}; one of source, target")
     dense = points if domain == "source" else 3 * points
-    clouds, angles = np.empty((count, dense, 3), np.float32), np.zeros((count, 3), np.float32)
+    clouds, angles = torch.empty(count, dense, 3), torch.zeros(count, 3)
     for i in range(count):
         rng = Chance(np.random.PCG64([seed, domain == "target", i]))
-        piece = PROGRAMS[i % len(PROGRAMS)](rng)
-        clouds[i] = sample_parts(piece, dense, rng) * rng.uniform(0.85, 1.15, 3)
-        angles[i, 2] = rng.uniform(0, 2 * np.pi)
-    clouds = rotate_about_xyz(to_unit_sphere(torch.from_numpy(clouds)), torch.from_numpy(angles))
+        cloud = sample_parts(PROGRAMS[i % len(PROGRAMS)](rng), dense, rng) * rng.uniform(0.85, 1.15, 3)
+        clouds[i] = torch.from_numpy(cloud)
+        angles[i, 2] = rng.uniform(0, 2 * math.pi)
+    clouds = rotate_about_xyz(to_unit_sphere(clouds), angles)
     if domain == "target":
         clouds = scan(clouds, points, seed)
     return Objects(clouds, torch.arange(count) % len(PROGRAMS), list(MODELNET10), "shapes", domain)
