@@ -1100,21 +1100,21 @@ def sample_parts(parts: list, count: int, rng) -> np.ndarray:
     scale = {"box": 8.0, "tube": 2 * math.pi, "ball": 4 / 3 * math.pi, "bowl": 2 / 3 * math.pi}
     area = faces.sum(axis=1) * (1 + taper) / 2 * [scale[k] for k in kind]
     which = rng.choice(len(parts), count, p=area / area.sum())
-    is_tube, is_box, is_bowl = ((kind == k)[which] for k in ("tube", "box", "bowl"))
+    is_box, is_tube, is_bowl = ((kind == k)[which] for k in ("box", "tube", "bowl"))
     # A box: one coordinate moves to a face. The least of three waiting times chooses it by its area.
-    points = rng.uniform(-1, 1, (count, 3))
+    cube, every = rng.uniform(-1, 1, (count, 3)), np.arange(count)
     face = (rng.exponential(size=(count, 3)) / faces[which]).argmin(axis=1)
-    points[np.arange(count), face] = np.sign(points[np.arange(count), face])
-    # A tube: its upper and lower face are discs, the others the mantle.
-    angle, radius = rng.uniform(0, 2 * math.pi, count), np.where(face == 2, np.sqrt(rng.random(count)), 1)
-    disc = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
-    points[:, :2] = np.where(is_tube[:, None], disc, points[:, :2])
-    points[:, :2] *= 1 + (taper[which, None] - 1) * (points[:, 2:] + 1) / 2
-    # A ball: any direction; a bowl: one below its rim.
-    sphere = rng.standard_normal((count, 3))
-    sphere /= np.linalg.norm(sphere, axis=1, keepdims=True)
-    sphere[is_bowl, 2] = -np.abs(sphere[is_bowl, 2])
-    points = np.where((is_box | is_tube)[:, None], points, sphere) * size[which] / 2
+    z, angle = cube[:, 2].copy(), rng.uniform(0, 2 * math.pi, count)
+    cube[every, face] = np.sign(cube[every, face])
+    # A tube: its upper and lower face are discs, the others mantle. A ball is rings, a bowl its lower ones.
+    circle = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    disc = circle * np.where(face == 2, np.sqrt(rng.random(count)), 1)[:, None]
+    width = 1 + (taper[which] - 1) * (cube[:, 2] + 1) / 2
+    flat = np.where(is_tube[:, None], disc, cube[:, :2]) * width[:, None]
+    solid = (is_box | is_tube)[:, None]
+    flat = np.where(solid, flat, circle * np.sqrt(1 - z ** 2)[:, None])
+    z = np.where(solid[:, 0], cube[:, 2], np.where(is_bowl, -np.abs(z), z))
+    points = np.column_stack([flat, z]) * size[which] / 2
     axes = rotate_about_xyz(torch.eye(3).expand(len(parts), 3, 3), torch.from_numpy(tilt)).numpy()
     return centre[which] + np.einsum("ni,nij->nj", points, axes[which])
 
