@@ -857,420 +857,260 @@ def unpack(archives: list[Path], folder: Path, choose=None, members: dict | None
 
 # -----------------------------------------------------------------------------------------------------------
 # shapes: ten classes of furniture, each a short program of solids. Lengths are roughly metres, the front
-# faces -y.
+# faces -y. A piece of furniture is a list of parts; + joins pieces.
 
 def part(kind: str, centre, size, tilt=(0.0, 0.0, 0.0), taper=1.0) -> tuple:
-    """One solid: kind box, tube (elliptic, top = taper x bottom), ball or bowl (lower half of a ball); full
-    extents `size`, turned by `tilt` about x, y, z around its centre."""
+    """One solid: kind box, tube (elliptic), ball or bowl (lower half of a ball); full extents `size`, turned
+    by `tilt` about x, y, z around its centre. The top of a box or tube is `taper` times its bottom."""
     return kind, centre, size, tilt, taper
 
 
-box, tube, ball, bowl = (partial(part, kind) for kind in ("box", "tube", "ball", "bowl"))
+def alone(kind: str, *shape, **taper) -> list:
+    return [part(kind, *shape, **taper)]
 
 
-def pick(rng, *options):
-    """One of the options, all equally likely."""
-    return options[rng.integers(len(options))]
+box, tube, ball, bowl = (partial(alone, kind) for kind in ("box", "tube", "ball", "bowl"))
+LEFT, RIGHT, CORNERS = (-1, 1), (1, 1), ((1, 1), (1, -1), (-1, 1), (-1, -1))
 
 
-def four_legs(rng, w, d, h, thick, inset=0.0) -> list:
-    """Legs under the corners of a w x d top at height h: square or round, straight, tapered or splayed."""
-    kind, taper = pick(rng, "box", "tube"), rng.uniform(1.0, 2.0)
-    splay = rng.uniform(0, 0.2) * pick(rng, 0, 1)
-    x, y = w / 2 - thick / 2 - inset, d / 2 - thick / 2 - inset
-    return [part(kind, (sx * x, sy * y, h / 2), (thick, thick, h), (sy * splay, -sx * splay, 0), taper)
-            for sx in (-1, 1) for sy in (-1, 1)]
+def mirrored(piece: list, *places) -> list:
+    """The piece at each place: as it stands (1, 1), mirrored to the left (-1, 1), to the front (1, -1)."""
+    return [part(kind, (s * x, t * y, z), size, (t * a, s * b, s * t * c), taper)
+            for s, t in places for kind, (x, y, z), size, (a, b, c), taper in piece]
 
 
-def pedestal(rng, h, reach) -> list:
-    """A central column on a disc or on three to five spokes."""
-    column = [tube((0, 0, h / 2), (u := rng.uniform(0.04, 0.14), u, h), taper=rng.uniform(0.6, 1.4))]
-    if rng.random() < 0.5:
-        return column + [tube((0, 0, 0.02), (2 * reach, 2 * reach, 0.04), taper=rng.uniform(0.3, 1))]
-    spokes = rng.integers(3, 6)
-    return column + [box((reach / 2 * math.cos(a), reach / 2 * math.sin(a), 0.04), (reach, 0.05, 0.05),
-                         (0, 0, a))
-                     for a in 2 * math.pi * np.arange(spokes) / spokes]
+def row(piece: list, n: int, x=0.0, y=0.0, z=0.0) -> list:
+    """n copies, each a step (x, y, z) from the last; their middle is where the piece stood."""
+    return [part(kind, (cx + i * x, cy + i * y, cz + i * z), *rest)
+            for i in np.arange(n) - (n - 1) / 2 for kind, (cx, cy, cz), *rest in piece]
 
 
-def drawers(rng, w, d, h, rows, columns, z0=0.0, x0=0.0) -> list:
-    """A cabinet standing on z0 with rows x columns of drawer fronts, some with knobs or bars."""
-    out = [box((x0, 0, z0 + h / 2), (w, d, h))]
-    proud, gap, handle = rng.uniform(0.005, 0.03), rng.uniform(0.01, 0.04), pick(rng, "none", "ball", "box")
-    for i in range(rows):
-        for j in range(columns):
-            x, z = x0 + w * ((j + 0.5) / columns - 0.5), z0 + h * (i + 0.5) / rows
-            out.append(box((x, -d / 2 - proud / 2, z), (w / columns - gap, proud, h / rows - gap)))
-            if handle != "none":
-                wide = 0.04 if handle == "ball" else 0.3 * w / columns
-                out.append(part(handle, (x, -d / 2 - proud - 0.02, z), (wide, 0.04, 0.03)))
-    return out
+def frame(w, d, z, high, thick) -> list:
+    """Four boards around a w x d rectangle, centred at height z."""
+    side, end = box((0, 0, z), (thick, d, high)), box((0, 0, z), (w, thick, high))
+    return row(side, 2, x=w - thick) + row(end, 2, y=d - thick)
 
 
-def back_rest(rng, w, h, y, z, thick) -> list:
-    """A leaning back from height z up: panel, vertical or horizontal slats in a frame, or curved."""
-    lean, style = -rng.uniform(0, 0.3), rng.integers(4)
-    c = (0, y - math.sin(lean) * h / 2, z + h / 2)
-    if style == 0:
-        return [part(pick(rng, "box", "box", "tube"), c, (w, thick, h), (lean, 0, 0))]
-    if style == 3:
-        angles = np.linspace(-0.7, 0.7, 5)
-        return [box((w * 0.6 * math.sin(a), y - 0.25 * w * (1 - math.cos(a)) * 2, z + h / 2),
-                     (0.24 * w, thick, h), (lean, 0, -a)) for a in angles]
-    n = rng.integers(2, 7)
-    out = [box((s * (w - 0.04) / 2, *c[1:]), (0.04, thick, h), (lean, 0, 0)) for s in (-1, 1)]
-    for t in (np.arange(n) + 0.5) / n - 0.5:
-        if style == 1:
-            out.append(box((t * w, *c[1:]), (w / n * 0.35, thick * 0.7, h), (lean, 0, 0)))
-        else:
-            out.append(box((0, c[1] - math.sin(lean) * t * h, c[2] + t * h), (w, thick * 0.7, h / n * 0.45),
-                           (lean, 0, 0)))
-    return out + [box((0, c[1] - math.sin(lean) * h / 2, z + h), (w, thick, 0.06), (lean, 0, 0))]
+class Chance(np.random.Generator):
+    """u(low, high) draws a number, u.pick one of several things, u.perhaps a piece or nothing."""
+    __call__ = np.random.Generator.uniform
+
+    def pick(self, *options):
+        return options[self.integers(len(options))]
+
+    def perhaps(self, chance: float, piece: list) -> list:
+        return piece if self.random() < chance else []
 
 
-def chair(rng):
-    u = rng.uniform
-    w, d, seat, thick = u(0.4, 0.65), u(0.4, 0.65), u(0.36, 0.52), u(0.03, 0.14)
-    out = [part(pick(rng, "box", "box", "tube"), (0, 0, seat), (w, d, thick))]
-    out += back_rest(rng, w * u(0.8, 1), u(0.3, 0.8), d / 2 - 0.03, seat, u(0.03, 0.1))
-    base = rng.integers(5)
-    if base <= 1:
-        out += four_legs(rng, w, d, seat, u(0.025, 0.07))
-        if rng.random() < 0.4:
-            out += [box((s * w * 0.42, 0, seat * u(0.2, 0.6)), (0.03, d, 0.03)) for s in (-1, 1)]
-    elif base == 2:
-        out += pedestal(rng, seat, u(0.22, 0.36))
-    elif base == 3:  # sled: a loop on each side
-        for s in (-1, 1):
-            out += [tube((s * w * 0.46, y * d * 0.45, seat / 2), (0.035, 0.035, seat)) for y in (-1, 1)]
-            out.append(box((s * w * 0.46, 0, 0.02), (0.035, d, 0.035)))
-    else:
-        out.append(box((0, 0, seat / 2), (w * u(0.8, 1), d * u(0.8, 1), seat)))
-    if rng.random() < (0.8 if base == 4 else 0.4):
-        high, thin = u(0.15, 0.3), u(0.03, 0.14)
-        for s in (-1, 1):
-            out.append(box((s * w / 2, 0, seat + high), (thin, d * u(0.7, 1), u(0.03, 0.08))))
-            out.append(box((s * w / 2, -d * u(0.1, 0.4), seat + high / 2),
-                           (thin * 0.8, 0.05 if base < 4 else d, high)))
-    return out
+def four_legs(u, w, d, h, thick) -> list:
+    """Legs at the corners of a w x d top at height h: square or round, straight, tapered or splayed."""
+    kind, splay, taper = u.pick(box, tube), u.pick(0.0, u(0.0, 0.2)), u(1, 2)
+    leg = kind(((w - thick) / 2, (d - thick) / 2, h / 2), (thick, thick, h), (splay, -splay, 0), taper)
+    return mirrored(leg, *CORNERS)
 
 
-def sofa(rng):
-    u = rng.uniform
-    w, d, seat, arm, back = u(1.1, 2.5), u(0.75, 1.05), u(0.32, 0.48), u(0.08, 0.32), u(0.3, 0.55)
-    foot, n = u(0.0, 0.15), rng.integers(1, 5)
-    out = [box((0, 0, (seat + foot) / 2), (w, d, seat - foot))]
-    out += [box((0, d / 2 - 0.1, seat + back / 2), (w, u(0.12, 0.3), back), (-u(0, 0.2), 0, 0))]
-    if rng.random() < 0.88:
-        high, round_arm = u(0.1, 0.32), rng.random() < 0.3
-        for s in (-1, 1):
-            out.append(box((s * (w - arm) / 2, 0, foot + (seat + high - foot) / 2),
-                           (arm, d, seat + high - foot)))
-            if round_arm:
-                out.append(tube((s * (w - arm) / 2, 0, seat + high), (arm * 1.2, arm * 1.2, d),
-                                (math.pi / 2, 0, 0)))
-    inner, soft = w - 2 * arm, u(0.08, 0.2)
-    for x in inner * ((np.arange(n) + 0.5) / n - 0.5):
-        if rng.random() < 0.9:
-            out.append(box((x, -0.05, seat + soft / 2), (inner / n * 0.96, d * 0.75, soft)))
-        if rng.random() < 0.6:
-            out.append(part(pick(rng, "box", "ball"), (x, d / 2 - 0.25, seat + soft + 0.15),
-                            (inner / n * 0.9, 0.18, 0.35), (-0.2, 0, 0)))
-    if foot > 0.05:
-        out += four_legs(rng, w, d, foot, u(0.04, 0.1))
-    if rng.random() < 0.22:  # L-shape
-        s, long = pick(rng, -1, 1), u(0.6, 1.2)
-        out.append(box((s * (w / 2 - d / 2), -d / 2 - long / 2, seat / 2 + soft / 2), (d, long, seat + soft)))
-        if rng.random() < 0.5:
-            out.append(box((s * (w / 2 - 0.08), -d / 2 - long / 2, seat + back / 2), (0.18, long, back)))
-    return out
+def pedestal(u, h, reach) -> list:
+    """A central column on a disc or on four or six spokes."""
+    n, thick = u.integers(2, 4), u(0.04, 0.14)
+    disc = tube((0, 0, 0.02), (2 * reach, 2 * reach, 0.04), taper=u(0.3, 1))
+    star = [part("box", (0, 0, 0.04), (2 * reach, 0.05, 0.05), (0, 0, math.pi * i / n)) for i in range(n)]
+    return tube((0, 0, h / 2), (thick, thick, h), taper=u(0.6, 1.4)) + u.pick(disc, star)
 
 
-def table(rng):
-    u = rng.uniform
-    w, d, h, thick = u(0.6, 2.2), u(0.5, 1.1), pick(rng, u(0.35, 0.55), u(0.65, 0.8)), u(0.02, 0.09)
-    round_top = rng.random() < 0.35
-    if round_top or rng.random() < 0.2:
-        w = d * u(0.95, 1.1 if rng.random() < 0.7 else 1.8)
-    out = [part("tube" if round_top else "box", (0, 0, h), (w, d, thick))]
-    inset, base = (0.2 * min(w, d) if round_top else u(0, 0.12)), rng.integers(6)
-    if base <= 2:
-        out += four_legs(rng, w, d, h, u(0.03, 0.11), inset)
-    elif base == 3:
-        out += pedestal(rng, h, u(0.25, 0.45) * d)
-        if w > 1.5 * d:
-            out = out[:1] + [part(k, (c[0] + s * w / 4, *c[1:]), *rest) for k, c, *rest in out[1:]
-                             for s in (-1, 1)]
-    elif base == 4:
-        out += [box((s * (w * 0.45 - inset), 0, h / 2), (u(0.03, 0.1), d * u(0.6, 0.98), h)) for s in (-1, 1)]
-    else:
-        lean = u(0.3, 0.6)
-        out += [box((s * w * 0.4, 0, h / 2), (0.05, 0.06, h / math.cos(lean)), (t * lean, 0, 0))
-                for s in (-1, 1) for t in (-1, 1)]
-        out.append(box((0, 0, h / 2), (w * 0.8, 0.05, 0.06)))
-    if base <= 2 and rng.random() < 0.5:
-        out.append(box((0, 0, h - thick / 2 - 0.05),
-                       (w - 2 * inset - 0.06, d - 2 * inset - 0.06, u(0.05, 0.14))))
-    if rng.random() < 0.25:
-        out.append(box((0, 0, h * u(0.15, 0.45)), (0.8 * (w - 2 * inset), 0.8 * (d - 2 * inset), 0.03)))
-    return out
+def drawers(u, w, d, h, rows, columns, x=0.0, z=0.0) -> list:
+    """A cabinet standing on z with rows x columns of drawer fronts, some with knobs or bars."""
+    proud, gap, middle = u(0.005, 0.03), u(0.01, 0.04), z + h / 2
+    grip = x, -d / 2 - proud - 0.02, middle
+    front = box((x, -(d + proud) / 2, middle), (w / columns - gap, proud, h / rows - gap))
+    front += u.pick([], ball(grip, (0.04, 0.04, 0.03)), box(grip, (0.3 * w / columns, 0.04, 0.03)))
+    return box((x, 0, middle), (w, d, h)) + row(row(front, columns, x=w / columns), rows, z=h / rows)
 
 
-def desk(rng):
-    u = rng.uniform
-    w, d, h = u(1.0, 2.0), u(0.5, 0.9), u(0.68, 0.82)
-    out = [box((0, 0, h), (w, d, u(0.02, 0.07)))]
-    supports = [pick(rng, "drawers", "drawers", "panel", "legs") for _ in range(2)]
-    if supports == ["legs", "legs"]:
-        supports[rng.integers(2)] = "drawers"
-    for s, support in zip((-1, 1), supports):
-        if support == "drawers":
-            wide = u(0.22, 0.38) * w
-            top = h if rng.random() < 0.7 else h * 0.45
-            out += drawers(rng, wide, d * 0.92, top * 0.96, rng.integers(2, 5), 1, h - top,
-                           s * (w - wide) / 2)
-            if top < h:
-                out += [box((s * w * 0.47, y * d * 0.42, h / 2), (0.05, 0.05, h)) for y in (-1, 1)]
-        elif support == "panel":
-            out.append(box((s * (w / 2 - 0.04), 0, h / 2), (u(0.02, 0.07), d * u(0.8, 1), h)))
-        else:
-            out += [box((s * w * 0.47, y * d * 0.42, h / 2), (0.05, 0.05, h)) for y in (-1, 1)]
-    if rng.random() < 0.65:
-        high = h * u(0.4, 0.95)
-        out.append(box((0, d / 2 - 0.05, h - high / 2), (w * 0.95, 0.03, high)))
-    if rng.random() < 0.3:  # L-shape
-        s, long, deep = pick(rng, -1, 1), u(0.5, 1.1), u(0.4, 0.6)
-        out.append(box((s * (w - deep) / 2, -d / 2 - long / 2, h), (deep, long, 0.04)))
-        out.append(box((s * (w - deep) / 2, -d / 2 - long + 0.05, h / 2), (deep * 0.95, u(0.03, 0.4), h)))
-    if rng.random() < 0.35:  # hutch
-        high, deep, n = u(0.3, 0.8), u(0.2, 0.32), rng.integers(2, 5)
-        out += [box((x, d / 2 - deep / 2, h + high / 2), (0.03, deep, high))
-                for x in np.linspace(-w / 2, w / 2, n)]
-        out += [box((0, d / 2 - deep / 2, h + z), (w, deep, 0.03)) for z in (high, high * u(0.4, 0.6))]
-        out += [box((0, d / 2 - 0.02, h + high / 2), (w, 0.02, high))] * int(rng.random() < 0.6)
-    if rng.random() < 0.2:
-        out.append(box((u(-0.2, 0.2) * w, -d * 0.35, h - 0.1), (0.5, 0.3, 0.02)))
-    return out
+def back_rest(u, w, h, y, z, thick) -> list:
+    """A leaning back from height z up: a panel, upright or level slats, or curved."""
+    n, lean = u.integers(2, 7), u(0, 0.3)
+    centre, tilt, over = (0, y + lean * h / 2, z + h / 2), (-lean, 0, 0), lean * h
+    panel = u.pick(box, box, tube)(centre, (w, thick, h), tilt)
+    posts = row(box(centre, (0.04, thick, h), tilt), 2, x=w - 0.04)
+    posts += box((0, y + over, z + h), (w, thick, 0.06), tilt)
+    upright = row(box(centre, (0.35 * w / n, 0.7 * thick, h), tilt), n, x=w / n)
+    level = row(box(centre, (w, 0.7 * thick, 0.45 * h / n), tilt), n, y=over / n, z=h / n)
+    curve = [part("box", (0.6 * w * math.sin(a), y - 0.5 * w * (1 - math.cos(a)), z + h / 2),
+                  (0.24 * w, thick, h), (-lean, 0, -a)) for a in np.linspace(-0.7, 0.7, 5)]
+    return u.pick(panel, posts + upright, posts + level, curve)
 
 
-def dresser(rng):
-    u = rng.uniform
-    w, d = u(0.5, 1.7), u(0.38, 0.6)
-    h, foot = (u(0.9, 1.7) if w < 0.9 else u(0.65, 1.3)), pick(rng, 0.0, u(0.04, 0.2))
-    out = drawers(rng, w, d, h - foot, rng.integers(3, 7), rng.integers(1, 4 if w > 0.9 else 3), foot)
-    if foot:
-        out += four_legs(rng, w, d, foot, u(0.04, 0.1))
-    if rng.random() < 0.6:
-        out.append(box((0, 0, h), (w * 1.05, d * 1.08, 0.04)))
-    if rng.random() < 0.25:  # mirror
-        high, wide = u(0.5, 0.9), w * u(0.5, 0.95)
-        out.append(part(pick(rng, "box", "ball"), (0, d / 2 - 0.04, h + high / 2), (wide, 0.05, high)))
-    return out
+def bathtub(u):
+    w, d, h, wall, foot = u(1.3, 2.0), u(0.65, 1.0), u(0.4, 0.8), u(0.03, 0.12), u(0.05, 0.18)
+    deep = 2 * (h - foot)
+    trough = frame(w, d, h / 2, h, wall) + box((0, 0, h * u(0.08, 0.3)), (w, d, 0.03))
+    sunk = frame(w, d, h / 2, h, wall) + frame(w, d, h, 0.02, 0.1) + bowl((0, 0, h), (0.9 * w, 0.9 * d, deep))
+    shell = bowl((0, 0, h), (w, d, deep)) + bowl((0, 0, h), (w - wall, d - wall, 0.9 * deep))
+    shell += u.perhaps(0.5, bowl((-0.3 * w, 0, 1.25 * h), (0.38 * w, 0.95 * d, h)))  # raised at one end
+    plinth = tube((0, 0, 0.15 * h), (0.6 * w, 0.6 * d, 0.3 * h))
+    claws = four_legs(u, 0.6 * w, 0.6 * d, foot + 0.2 * h, 0.06)
+    tap = tube((0.42 * w, 0, h + 0.08), (0.04, 0.04, 0.18)) + box((0.38 * w, 0, h + 0.16), (0.14, 0.03, 0.03))
+    return u.pick(trough, sunk, shell + plinth, shell + claws) + u.perhaps(0.4, tap)
 
 
-def night_stand(rng):
-    u = rng.uniform
+def bed(u):
+    w, d, base, soft, n = u(0.85, 2.0), u(1.85, 2.25), u(0.12, 0.4), u(0.12, 0.32), u.integers(1, 3)
+    top, head, foot, up = base + soft, u(0.25, 0.9), u(0.05, 0.4), u(1.0, 2.0)
+    legs = box((0, 0, 0.75 * base), (w, d, 0.5 * base)) + four_legs(u, w, d, base, u(0.05, 0.12))
+    board = box((0, d / 2, (top + head) / 2), (w * u(0.98, 1.2), u(0.04, 0.14), top + head))
+    arch = board + tube((0, d / 2, top + head), (0.9 * w, 0.5 * head, 0.08), (math.pi / 2, 0, 0))
+    end = box((0, -d / 2, (top + foot) / 2), (w, u(0.04, 0.1), top + foot))
+    pillow = u.pick(ball, box)((0, 0.38 * d, top + 0.05), (0.8 * w / n, 0.38, 0.14), (u(-0.4, 0), 0, 0))
+    cover = box((0, -0.12 * d, base + 0.6 * soft), (1.04 * w, 0.74 * d, 1.1 * soft))
+    bunk = box((0, 0, base + 1), (w, d, u(0.1, 0.25))) + four_legs(u, w, d, base + 1.3, 0.07)
+    posts = four_legs(u, w, d, up, 0.07) + u.perhaps(0.7, frame(w, d, up, 0.05, 0.05))
+    stands = row(box((0, d / 2 - 0.25, 0.25), (0.45, 0.4, 0.5)), 2, x=w + 0.6)
+    return (box((0, 0, base + soft / 2), (0.97 * w, 0.97 * d, soft)) + u.perhaps(0.4, cover)
+            + u.pick(legs, box((0, 0, base / 2), (w, d, base))) + u.perhaps(0.45, end)
+            + u.perhaps(0.85, u.pick(board, board, arch, back_rest(u, w, head + soft, d / 2, base, 0.08)))
+            + u.perhaps(0.8, row(pillow, n, x=w / n)) + u.perhaps(0.36, u.pick(bunk, posts, stands)))
+
+
+def chair(u):
+    w, d, seat, thin, high = u(0.4, 0.65), u(0.4, 0.65), u(0.36, 0.52), u(0.03, 0.14), u(0.15, 0.3)
+    legs = four_legs(u, w, d, seat, u(0.025, 0.07))
+    bars = row(box((0, 0, seat * u.pick(0.04, u(0.2, 0.6))), (0.035, d, 0.035)), 2, x=0.85 * w)
+    block = box((0, 0, seat / 2), (w * u(0.8, 1), d * u(0.8, 1), seat))
+    arm = box((0, 0, seat + high), (thin, d * u(0.7, 1), u(0.03, 0.08)))
+    arm += box((0, -0.25 * d, seat + high / 2), (0.8 * thin, d * u.pick(0.1, 0.5), high))
+    return (u.pick(box, box, tube)((0, 0, seat), (w, d, u(0.03, 0.14))) + u.perhaps(0.45, row(arm, 2, x=w))
+            + back_rest(u, w * u(0.8, 1), u(0.3, 0.8), d / 2 - 0.03, seat, u(0.03, 0.1))
+            + u.pick(legs, legs + bars, pedestal(u, seat, u(0.22, 0.36)), block))
+
+
+def desk(u):
+    w, d, h, wide, long = u(1.0, 2.0), u(0.5, 0.9), u(0.68, 0.82), u(0.25, 0.6), u(0.5, 1.1)
+    x, y, deep, high = 0.47 * w, -(d + long) / 2, u(0.35, 0.6), u(0.3, 0.8)
+    legs = row(box((x, 0, h / 2), (0.05, 0.05, h)), 2, y=0.84 * d)
+    panel = box((x, 0, h / 2), (u(0.02, 0.07), d * u(0.8, 1), h))
+    tall = drawers(u, wide, 0.92 * d, 0.96 * h, u.integers(2, 5), 1, (w - wide) / 2)
+    hung = drawers(u, wide, 0.92 * d, 0.43 * h, u.integers(1, 4), 1, (w - wide) / 2, 0.55 * h) + legs
+    wing = box(((w - deep) / 2, y, h), (deep, long, 0.04))
+    wing += box(((w - deep) / 2, y - 0.4 * long, h / 2), (0.95 * deep, u(0.03, 0.4) * long, h))
+    hutch = row(box((0, d / 2 - 0.13, h + high / 2), (0.03, 0.26, high)), 3, x=w / 2 - 0.02)
+    hutch += row(box((0, d / 2 - 0.13, h + 0.75 * high), (w, 0.26, 0.03)), 2, z=high / 2)
+    right, left = u.pick(tall, tall, hung) + u.perhaps(0.3, wing), u.pick(tall, hung, panel, legs)
+    apron = box((0, d / 2 - 0.05, h * u(0.55, 0.8)), (0.95 * w, 0.03, 0.4 * h))
+    whole = box((0, 0, h), (w, d, u(0.02, 0.07))) + right + mirrored(left, LEFT)
+    return mirrored(whole + u.perhaps(0.65, apron) + u.perhaps(0.35, hutch), u.pick(LEFT, RIGHT))
+
+
+def dresser(u):
+    w, d, foot, high = u(0.5, 1.7), u(0.38, 0.6), u.pick(0.01, u(0.04, 0.2)), u(0.5, 0.9)
+    h, columns = u.pick(u(0.65, 1.3), u(1.1, 1.9) - 0.4 * w), u.integers(1, 4 if w > 0.9 else 3)
+    glass = u.pick(box, ball)((0, d / 2 - 0.04, h + high / 2), (w * u(0.5, 0.95), 0.05, high))
+    top = u.perhaps(0.6, box((0, 0, h), (1.05 * w, 1.08 * d, 0.04)))
+    legs = four_legs(u, w, d, foot, u(0.04, 0.1))
+    return legs + top + drawers(u, w, d, h - foot, u.integers(3, 7), columns, z=foot) + u.perhaps(0.25, glass)
+
+
+def monitor(u):
+    w, thick, lift, deep = u(0.35, 0.75), u(0.015, 0.08), u(0.06, 0.25), u(0.2, 0.4)
+    h = w / u(1.2, 1.9)
+    middle = lift + h / 2
+    cathode = box((0, 0.25 * deep, middle), (0.97 * w, 0.5 * deep, 0.97 * h))
+    cathode += tube((0, 0.7 * deep, middle), (0.9 * w, 0.9 * h, 0.5 * deep), (-math.pi / 2, 0, 0), 0.7)
+    bulge = u.pick(box, ball)((0, thick, middle - 0.02), (w * u(0.4, 0.8), 2 * thick, h * u(0.4, 0.7)))
+    neck = u.pick(box, tube)((0, thick / 2 + 0.02, lift / 2 + 0.15 * h),
+                             (u(0.03, 0.15), u(0.02, 0.06), lift + 0.3 * h), (u(-0.2, 0.1), 0, 0))
+    foot = u.pick(box, tube)((0, 0.02, 0.015), (w * u(0.35, 0.7), u(0.14, 0.28), 0.03), taper=u(0.6, 1))
+    return (box((0, 0, middle), (w, thick, h), (u(-0.2, 0.05), 0, 0)) + u.pick(cathode, bulge, [], [])
+            + u.perhaps(0.94, neck + foot))
+
+
+def night_stand(u):
     w, d, h = u(0.38, 0.68), u(0.34, 0.56), u(0.42, 0.75)
-    foot = pick(rng, 0.0, u(0.04, 0.15), u(0.15, 0.5) * h)
-    style = rng.integers(4)
-    if style <= 2:
-        out = drawers(rng, w, d, (h - foot), rng.integers(1, 4), 1, foot)
-    else:  # a drawer above an open shelf
-        out = drawers(rng, w, d, h * 0.3, 1, 1, h * 0.7)
-        out += [box((s * (w / 2 - 0.02), 0, h * 0.35), (0.03, d, h * 0.7)) for s in (-1, 1)]
-        out += [box((0, 0, h * u(0.08, 0.35)), (w, d, 0.03)), box((0, d / 2, h * 0.35), (w, 0.02, h * 0.7))]
-    if foot and style <= 2:
-        out += four_legs(rng, w, d, foot, u(0.03, 0.08))
-        if foot > 0.15 and rng.random() < 0.4:
-            out.append(box((0, 0, foot * 0.3), (w * 0.95, d * 0.95, 0.03)))
-    if rng.random() < 0.7:
-        out.append(box((0, 0, h), (w * u(1, 1.15), d * u(1, 1.15), u(0.02, 0.05))))
-    if rng.random() < 0.07:  # a lamp with its shade
-        out += [tube((0, 0, h + 0.15), (0.04, 0.04, 0.3)),
-                tube((0, 0, h + 0.35), (0.28, 0.28, 0.2), taper=0.6)]
-    return out
+    foot = u.pick(0.01, u(0.04, 0.15), u(0.15, 0.5) * h)
+    chest = drawers(u, w, d, h - foot, u.integers(1, 4), 1, z=foot) + four_legs(u, w, d, foot, u(0.03, 0.08))
+    shelf = drawers(u, w, d, 0.3 * h, 1, 1, z=0.7 * h) + box((0, d / 2, 0.35 * h), (w, 0.02, 0.7 * h))
+    shelf += row(box((0, 0, 0.35 * h), (0.03, d, 0.7 * h)), 2, x=w)
+    board = box((0, 0, h * u(0.05, 0.35)), (0.97 * w, 0.97 * d, 0.03))
+    top = box((0, 0, h), (w * u(1, 1.15), d * u(1, 1.15), u(0.02, 0.05)))
+    lamp = tube((0, 0, h + 0.15), (0.04, 0.04, 0.3)) + tube((0, 0, h + 0.35), (0.28, 0.28, 0.2), taper=0.6)
+    return u.pick(chest, chest, chest + board, shelf + board) + u.perhaps(0.7, top) + u.perhaps(0.07, lamp)
 
 
-def monitor(rng):
-    u = rng.uniform
-    w = u(0.35, 0.75)
-    h, thick, lift = w / u(1.2, 1.9), u(0.015, 0.08), u(0.06, 0.25)
-    lean, middle = u(-0.05, 0.2), lift + h / 2
-    out = [box((0, 0, middle), (w, thick, h), (-lean, 0, 0))]
-    if rng.random() < 0.5:
-        rim = u(0.01, 0.04)
-        out += [box((s * (w - rim) / 2, -thick / 2, middle), (rim, 0.03, h)) for s in (-1, 1)]
-        out += [box((0, -thick / 2, middle + s * (h - rim) / 2), (w, 0.03, rim)) for s in (-1, 1)]
-    back = rng.random()
-    if back < 0.25:  # a tube screen
-        deep = u(0.2, 0.4)
-        out.append(box((0, deep * 0.25, middle), (w * 0.97, deep * 0.5, h * 0.97)))
-        out.append(tube((0, deep * 0.7, middle), (w * 0.9, h * 0.9, deep * 0.5), (-math.pi / 2, 0, 0),
-                        u(0.5, 0.8)))
-    elif back < 0.5:
-        out.append(part(pick(rng, "box", "ball"), (0, thick, middle - 0.02),
-                        (w * u(0.4, 0.8), thick * 2, h * u(0.4, 0.7))))
-    if rng.random() < 0.06:
-        return out
-    out.append(part(pick(rng, "box", "tube"), (0, thick / 2 + 0.02, lift / 2 + h * 0.15),
-                    (u(0.03, 0.15), u(0.02, 0.06), lift + h * 0.3), (u(-0.2, 0.1), 0, 0)))
-    wide, deep, high = w * u(0.35, 0.7), u(0.14, 0.28), u(0.01, 0.04)
-    if rng.random() < 0.8:
-        out.append(part(pick(rng, "box", "tube"), (0, 0.02, high / 2), (wide, deep, high), taper=u(0.6, 1)))
-    else:
-        out += [box((s * wide / 4, -deep / 4, 0.015), (wide / 2, 0.04, 0.03), (0, 0, s * 0.6))
-                for s in (-1, 1)]
-    return out
+def sofa(u):
+    w, d, seat, foot, soft = u(1.1, 2.5), u(0.75, 1.05), u(0.32, 0.48), u(0.02, 0.15), u(0.08, 0.2)
+    arm, back, high, long, n = u(0.08, 0.32), u(0.3, 0.55), u(0.1, 0.32), u(0.6, 1.2), u.integers(1, 5)
+    inner, y = w - 2 * arm, -(d + long) / 2
+    side = box((0, 0, (foot + seat + high) / 2), (arm, d, seat + high - foot))
+    side += u.perhaps(0.3, tube((0, 0, seat + high), (1.2 * arm, 1.2 * arm, d), (math.pi / 2, 0, 0)))
+    cushion = box((0, -0.05, seat + soft / 2), (0.96 * inner / n, 0.75 * d, soft))
+    pillow = u.pick(box, ball)((0, d / 2 - 0.25, seat + soft + 0.15), (0.9 * inner / n, 0.18, 0.35))
+    chaise = box(((w - d) / 2, y, (seat + soft) / 2), (d, long, seat + soft))
+    return (box((0, 0, (seat + foot) / 2), (w, d, seat - foot)) + four_legs(u, w, d, foot, u(0.04, 0.1))
+            + box((0, d / 2 - 0.1, seat + back / 2), (w, u(0.12, 0.3), back), (u(-0.2, 0), 0, 0))
+            + row(u.perhaps(0.9, cushion) + u.perhaps(0.6, pillow), n, x=inner / n)
+            + u.perhaps(0.9, row(side, 2, x=w - arm)) + u.perhaps(0.2, mirrored(chaise, u.pick(LEFT, RIGHT))))
 
 
-def bathtub(rng):
-    u = rng.uniform
-    w, d, h, wall = u(1.3, 2.0), u(0.65, 1.0), u(0.38, 0.7), u(0.03, 0.12)
-    style, foot = rng.integers(4), 0.0
-    if style == 0:  # straight walls around a flat floor
-        out = [box((s * (w - wall) / 2, 0, h / 2), (wall, d, h), (0, -s * u(0, 0.2), 0)) for s in (-1, 1)]
-        out += [box((0, s * (d - wall) / 2, h / 2), (w, wall, h)) for s in (-1, 1)]
-        out += [box((0, 0, h * u(0.08, 0.3)), (w, d, 0.03))]
-    elif style == 1:  # an oval basin let into a box
-        out = [bowl((0, 0, h), (w * 0.88, d * 0.85, 1.7 * h))]
-        out += [box((0, s * d / 2, h / 2), (w, 0.03, h)) for s in (-1, 1)]
-        out += [box((s * w / 2, 0, h / 2), (0.03, d, h)) for s in (-1, 1)]
-        out += [box((0, s * d * 0.46, h), (w, d * 0.1, 0.02)) for s in (-1, 1)]
-        out += [box((s * w * 0.465, 0, h), (w * 0.08, d, 0.02)) for s in (-1, 1)]
-    else:  # free-standing: a double shell, on feet or on a plinth
-        foot = u(0.05, 0.18) * pick(rng, 0, 1)
-        out = [bowl((0, 0, h + foot), (w, d, 2 * h)), bowl((0, 0, h + foot), (w - wall, d - wall, 1.8 * h))]
-        plinth = [tube((0, 0, 0.1 * h), (w * 0.6, d * 0.6, 0.2 * h))]
-        out += four_legs(rng, w * 0.6, d * 0.6, foot + 0.2 * h, 0.06) if foot else plinth
-        if style == 3:
-            out.append(bowl((-w * 0.3, 0, h * 1.25 + foot), (w * 0.38, d * 0.95, h)))
-    if rng.random() < 0.4:
-        out.append(tube((w * 0.42, 0, h + foot + 0.08), (0.04, 0.04, 0.18)))
-        out.append(tube((w * 0.38, 0, h + foot + 0.16), (0.03, 0.03, 0.14), (0, math.pi / 2, 0)))
-    return out
+def table(u):
+    d, h, thick, lean = u(0.5, 1.1), u.pick(u(0.35, 0.55), u(0.65, 0.8)), u(0.02, 0.09), u(0.3, 0.6)
+    top, w, inset = u.pick((box, u(0.6, 2.2), u(0, 0.12)), (box, d, 0), (tube, d * u(1, 1.5), 0.2 * d))
+    inner, across = w - 2 * inset, d - 2 * inset
+    legs = four_legs(u, inner, across, h, u(0.03, 0.11))
+    legs += u.perhaps(0.5, box((0, 0, h - thick / 2 - 0.05), (inner - 0.06, across - 0.06, u(0.05, 0.14))))
+    column = row(pedestal(u, h, u(0.25, 0.45) * d), 2 if w > 1.5 * d else 1, x=w / 2)
+    panels = row(box((0, 0, h / 2), (u(0.03, 0.1), d * u(0.6, 0.98), h)), 2, x=0.95 * inner)
+    trestle = box((0.4 * w, 0, h / 2), (0.05, 0.06, h / math.cos(lean)), (lean, 0, 0))
+    trestle = mirrored(trestle, *CORNERS) + box((0, 0, h / 2), (0.8 * w, 0.05, 0.06))
+    shelf = box((0, 0, h * u(0.15, 0.45)), (0.8 * inner, 0.8 * across, 0.03))
+    base = u.pick(legs, legs, legs, column, panels, trestle)
+    return top((0, 0, h), (w, d, thick)) + base + u.perhaps(0.25, shelf)
 
 
-def bed(rng):
-    u = rng.uniform
-    w, d, base, soft = u(0.85, 2.0), u(1.85, 2.25), u(0.12, 0.4), u(0.12, 0.32)
-    out = [box((0, 0, base + soft / 2), (w * 0.97, d * 0.97, soft))]
-    legs = rng.random() < 0.5
-    out += [box((0, 0, base * (0.75 if legs else 0.5)), (w, d, base * (0.5 if legs else 1.0)))]
-    if legs:
-        out += four_legs(rng, w, d, base, u(0.05, 0.12))
-    if rng.random() < 0.85:
-        high, thick = u(0.25, 0.9), u(0.04, 0.14)
-        if rng.random() < 0.7:
-            out.append(box((0, d / 2, (base + soft + high) / 2),
-                           (w * u(0.98, 1.2), thick, base + soft + high)))
-            if rng.random() < 0.25:
-                out.append(tube((0, d / 2, base + soft + high), (w * 0.9, 0.5 * high, thick),
-                                (math.pi / 2, 0, 0)))
-        else:
-            out += back_rest(rng, w, high + soft, d / 2, base, thick)
-    if rng.random() < 0.45:
-        high = u(0.05, 0.4)
-        out.append(box((0, -d / 2, (base + soft + high) / 2), (w, u(0.04, 0.1), base + soft + high)))
-    n = 1 if w < 1.2 else 2
-    for x in w * ((np.arange(n) + 0.5) / n - 0.5):
-        if rng.random() < 0.8:
-            out.append(part(pick(rng, "ball", "box"), (x, d * 0.38, base + soft + 0.05),
-                            (w / n * 0.8, 0.38, 0.14), (u(-0.4, 0), 0, 0)))
-    if rng.random() < 0.4:  # a cover hanging down the sides
-        out.append(box((0, -d * 0.12, base + soft * 0.6), (w * 1.04, d * 0.74, soft * 1.1)))
-    extra = rng.random()
-    if extra < 0.12:  # bunk
-        up = u(0.9, 1.2)
-        out += [box((0, 0, base + up), (w, d, u(0.1, 0.25)))] + four_legs(rng, w, d, base + up + 0.3, 0.07)
-    elif extra < 0.24:  # four posts, with or without a frame
-        up = u(1.2, 2.0)
-        out += [tube((s * w / 2, t * d / 2, up / 2), (0.07, 0.07, up)) for s in (-1, 1) for t in (-1, 1)]
-        if extra < 0.2:
-            out += [box((s * w / 2, 0, up), (0.05, d, 0.05)) for s in (-1, 1)]
-            out += [box((0, s * d / 2, up), (w, 0.05, 0.05)) for s in (-1, 1)]
-    elif extra < 0.36:  # with its night stands
-        out += [box((s * (w / 2 + 0.3), d / 2 - 0.25, 0.25), (0.45, 0.4, 0.5)) for s in (-1, 1)]
-    return out
+def toilet(u):
+    w, d, h, ajar = u(0.34, 0.44), u(0.42, 0.56), u(0.36, 0.46), u(0.0, 0.3)
+    wide, deep, high, low = w * u(0.9, 1.4), u(0.14, 0.24), u(0.28, 0.45), h - u(0, 0.12)
+    foot = u.pick(tube, tube, box)((0, 0.05, 0.35 * h), (w * u(0.5, 0.85), 0.8 * d, 0.7 * h), taper=1.1)
+    open_lid = tube((0, d / 2, h + 0.45 * d), (w, 0.95 * d, 0.025), (math.pi / 2 - ajar, 0, 0))
+    lid = u.pick(open_lid, tube((0, 0, h + 0.045), (w, d, 0.03)))
+    cistern = box((0, (d + deep) / 2, low + high / 2), (wide, deep, high))
+    cistern += box((0, (d + deep) / 2, low + high), (1.06 * wide, 1.1 * deep, 0.035))
+    cistern += box((0, d / 2, h / 2), (w * u(0.4, 0.8), deep, h))
+    return (bowl((0, 0, h), (w, d, 2 * h * u(0.5, 0.9))) + tube((0, 0, h + 0.015), (1.04 * w, 1.02 * d, 0.03))
+            + u.perhaps(0.85, foot) + u.perhaps(0.85, lid) + u.perhaps(0.85, cistern))
 
 
-def toilet(rng):
-    u = rng.uniform
-    w, d, h = u(0.34, 0.44), u(0.42, 0.56), u(0.36, 0.46)
-    out = [bowl((0, 0, h), (w, d, 2 * h * u(0.5, 0.9)))]
-    if rng.random() < 0.85:
-        foot = pick(rng, "tube", "tube", "box")
-        out.append(part(foot, (0, 0.05, h * 0.35), (w * u(0.5, 0.85), d * u(0.6, 0.95), h * 0.7),
-                        taper=u(0.7, 1.2)))
-    out.append(tube((0, 0, h + 0.015), (w * 1.04, d * 1.02, 0.03)))
-    if rng.random() < 0.45:  # the lid stands open
-        out.append(tube((0, d / 2, h + d * 0.45), (w, d * 0.95, 0.025), (math.pi / 2 - u(0.0, 0.3), 0, 0)))
-    elif rng.random() < 0.7:
-        out.append(tube((0, 0, h + 0.045), (w, d, 0.03)))
-    if rng.random() < 0.85:
-        wide, deep, high = w * u(0.9, 1.4), u(0.14, 0.24), u(0.28, 0.45)
-        low = h - u(0, 0.12)
-        out.append(box((0, d / 2 + deep / 2, low + high / 2), (wide, deep, high), taper=1))
-        out.append(box((0, d / 2 + deep / 2, low + high), (wide * 1.06, deep * 1.1, 0.035)))
-        out.append(box((0, d / 2, h * 0.5), (w * u(0.4, 0.8), deep, h)))
-        if rng.random() < 0.3:
-            out.append(ball((wide * 0.35, d / 2 - 0.02, low + high * 0.85), (0.06, 0.04, 0.03)))
-    return out
-
-
-# In MODELNET10's order.
-PROGRAMS = (bathtub, bed, chair, desk, dresser, monitor, night_stand, sofa, table, toilet)
-
-
-def rotation_matrices(x, y, z) -> np.ndarray:
-    """Rotations about x, then y, then z. Angles (...,) -> matrices (..., 3, 3)."""
-    x, y, z = np.broadcast_arrays(x, y, z)
-    zero, one = np.zeros_like(x, float), np.ones_like(x, float)
-    rx = np.stack([one, zero, zero, zero, np.cos(x), -np.sin(x), zero, np.sin(x), np.cos(x)], -1)
-    ry = np.stack([np.cos(y), zero, np.sin(y), zero, one, zero, -np.sin(y), zero, np.cos(y)], -1)
-    rz = np.stack([np.cos(z), -np.sin(z), zero, np.sin(z), np.cos(z), zero, zero, zero, one], -1)
-    rx, ry, rz = (r.reshape(*x.shape, 3, 3) for r in (rx, ry, rz))
-    return rz @ ry @ rx
+PROGRAMS = bathtub, bed, chair, desk, dresser, monitor, night_stand, sofa, table, toilet  # MODELNET10's order
 
 
 def sample_parts(parts: list, count: int, rng) -> np.ndarray:
-    """Points spread over the surfaces of all parts by (nearly) equal area. -> (count, 3)"""
-    kinds = np.array([p[0] for p in parts])
-    centre, half = np.array([p[1] for p in parts], float), np.array([p[2] for p in parts], float) / 2
-    rotation = rotation_matrices(*np.array([p[3] for p in parts], float).T)
-    taper = np.array([p[4] for p in parts], float)
-    a, b, c = half.T
-    side = 2 * np.pi * np.sqrt((a * a + b * b) / 2) * (1 + taper) * c
-    ball = 4 * np.pi * (((a * b) ** 1.6 + (a * c) ** 1.6 + (b * c) ** 1.6) / 3) ** (1 / 1.6)
-    area = np.select([kinds == "box", kinds == "tube", kinds == "ball"],
-                     [8 * (a * b + b * c + a * c), side + np.pi * a * b * (1 + taper ** 2), ball], ball / 2)
+    """Points spread over the surfaces of all parts by nearly equal area. -> (count, 3)"""
+    kind, centre, size, tilt, taper = (np.array(values) for values in zip(*parts))
+    a, b, c = size.T / 2
+    faces = np.stack([b * c, a * c, a * b], axis=1)
+    scale = {"box": 8.0, "tube": 2 * math.pi, "ball": 4 / 3 * math.pi, "bowl": 2 / 3 * math.pi}
+    area = faces.sum(axis=1) * (1 + taper) / 2 * [scale[k] for k in kind]
     which = rng.choice(len(parts), count, p=area / area.sum())
-    uniform, choice = rng.uniform(-1, 1, (count, 3)), rng.random(count)
-    # box: push one coordinate to a face, chosen by the area of the three pairs
-    faces = np.stack([b * c, a * c, a * b], -1)[which]
-    face = (choice[:, None] > np.cumsum(faces, -1) / faces.sum(-1, keepdims=True)).sum(-1).clip(0, 2)
-    cube = uniform.copy()
-    cube[np.arange(count), face] = np.where(uniform[np.arange(count), face] < 0, -1, 1)
-    # tube: on the mantle, or on one of the two discs
-    angle, t = np.pi * uniform[:, 0], taper[which]
-    mantle = choice < (side / np.maximum(side + np.pi * a * b * (1 + taper ** 2), 1e-12))[which]
-    top = np.where(uniform[:, 1] < 2 * t ** 2 / (1 + t ** 2) - 1, 1.0, -1.0)
-    z = np.where(mantle, uniform[:, 2], top)
-    radius = np.where(mantle, 1, np.sqrt((uniform[:, 2] + 1) / 2)) * (1 + (t - 1) * (z + 1) / 2)
-    shell = np.stack([radius * np.cos(angle), radius * np.sin(angle), z], -1)
-    # ball: a direction, scaled; bowl: folded below its rim
-    ring = np.sqrt(np.maximum(0, 1 - uniform[:, 2] ** 2))
-    sphere = np.stack([ring * np.cos(angle), ring * np.sin(angle), uniform[:, 2]], -1)
-    sphere[:, 2] = np.where(kinds[which] == "bowl", -np.abs(sphere[:, 2]), sphere[:, 2])
-    kind = kinds[which, None]
-    local = np.select([kind == "box", kind == "tube"], [cube, shell], sphere) * half[which]
-    return centre[which] + np.einsum("nij,nj->ni", rotation[which], local)
+    is_box, is_tube, is_bowl = ((kind == k)[which] for k in ("box", "tube", "bowl"))
+    # A box: one coordinate moves to a face. The least of three waiting times chooses it by its area.
+    cube, every = rng.uniform(-1, 1, (count, 3)), np.arange(count)
+    face = (rng.exponential(size=(count, 3)) / faces[which]).argmin(axis=1)
+    z, angle = cube[:, 2].copy(), rng.uniform(0, 2 * math.pi, count)
+    cube[every, face] = np.sign(cube[every, face])
+    # A tube: its upper and lower face are discs, the others mantle. A ball is rings, a bowl its lower ones.
+    circle = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    disc = circle * np.where(face == 2, np.sqrt(rng.random(count)), 1)[:, None]
+    width = 1 + (taper[which] - 1) * (cube[:, 2] + 1) / 2
+    flat = np.where(is_tube[:, None], disc, cube[:, :2]) * width[:, None]
+    solid = (is_box | is_tube)[:, None]
+    flat = np.where(solid, flat, circle * np.sqrt(1 - z ** 2)[:, None])
+    z = np.where(solid[:, 0], cube[:, 2], np.where(is_bowl, -np.abs(z), z))
+    points = np.column_stack([flat, z]) * size[which] / 2
+    axes = rotate_about_xyz(torch.eye(3).expand(len(parts), 3, 3), torch.from_numpy(tilt)).numpy()
+    return centre[which] + np.einsum("ni,nij->nj", points, axes[which])
 
 
 def seen_from(points: Tensor, azimuths: Tensor, elevations: Tensor) -> Tensor:
     """What a depth camera sees of clouds (B, P, 3) from each of V directions (B, V). -> (B, V, P) bool
-
-    Seen is a point at most 0.15 behind the nearest one of its cell of a 20 x 20 depth map.
-    """
+    Seen is a point at most 0.15 behind the nearest one of its cell of a 20 x 20 depth map."""
     u, v, depth = project(points, azimuths, elevations)
     cell = ((v * 0.499 + 0.5) * 20).long() * 20 + ((u * 0.499 + 0.5) * 20).long()
     nearest = depth.new_full((*azimuths.shape, 400), -2.0).scatter_reduce(2, cell, depth, "amax")
@@ -1281,8 +1121,7 @@ def scan(points: Tensor, count: int, seed: int) -> Tensor:
     """A scan: one-sided, stretched, noisy, some floor and clutter. (N, P, 3) -> (N, count, 3).
 
     A hand-held scanner looks from three directions of an arc of 2 radians; what none of them sees, a quarter
-    of the points, is lost: the far side, and what lies inside. Floor reaches beyond the object, which is the
-    smaller for it in the unit sphere. Deterministic in `seed`; P well above `count`.
+    of the points, is lost. Floor makes the object smaller in the unit sphere. P well above `count`.
     """
     random = torch.Generator().manual_seed(seed)
     n = len(points)
@@ -1307,20 +1146,20 @@ def scan(points: Tensor, count: int, seed: int) -> Tensor:
 
 
 def sample_shapes(count: int, seed: int, domain: str = "source", points: int = 1024) -> Objects:
-    """The procedural set: object i is of class i mod 10. Needs no file; the same for a seed everywhere.
+    """The procedural set: object i is of class i mod 10, upright, turned by any yaw. The same for a seed.
 
     domain "source": clean, whole objects. "target": the same programs as a scanner sees them (see scan).
-    Every object stands upright, turned by any yaw. Labels of the target are for evaluation only.
     """
     if domain not in ("source", "target"):
         raise ValueError(f"domain {domain!r}; one of source, target")
     dense = points if domain == "source" else 3 * points
-    clouds = np.empty((count, dense, 3), np.float32)
+    clouds, angles = torch.empty(count, dense, 3), torch.zeros(count, 3)
     for i in range(count):
-        rng = np.random.default_rng([seed, domain == "target", i])
+        rng = Chance(np.random.PCG64([seed, domain == "target", i]))
         cloud = sample_parts(PROGRAMS[i % len(PROGRAMS)](rng), dense, rng) * rng.uniform(0.85, 1.15, 3)
-        clouds[i] = cloud @ rotation_matrices(0, 0, rng.uniform(0, 2 * np.pi)).T
-    clouds = to_unit_sphere(torch.from_numpy(clouds))
+        clouds[i] = torch.from_numpy(cloud)
+        angles[i, 2] = rng.uniform(0, 2 * math.pi)
+    clouds = rotate_about_xyz(to_unit_sphere(clouds), angles)
     if domain == "target":
         clouds = scan(clouds, points, seed)
     return Objects(clouds, torch.arange(count) % len(PROGRAMS), list(MODELNET10), "shapes", domain)
