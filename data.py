@@ -1002,7 +1002,8 @@ def desk(u):
 
 def dresser(u):
     w, d, foot, high = u(0.5, 1.7), u(0.38, 0.6), u.pick(0.01, u(0.04, 0.2)), u(0.5, 0.9)
-    h, columns = u.pick(u(0.65, 1.3), u(1.1, 1.9) - 0.4 * w), u.integers(1, 4 if w > 0.9 else 3)
+    wide = w > 0.9
+    h, columns = u(0.65, 1.3) if wide else u(0.9, 1.7), u.integers(1, 4 if wide else 3)
     glass = u.pick(box, ball)((0, d / 2 - 0.04, h + high / 2), (w * u(0.5, 0.95), 0.05, high))
     top = u.perhaps(0.6, box((0, 0, h), (1.05 * w, 1.08 * d, 0.04)))
     legs = four_legs(u, w, d, foot, u(0.04, 0.1))
@@ -1052,7 +1053,9 @@ def sofa(u):
 
 def table(u):
     d, h, thick, lean = u(0.5, 1.1), u.pick(u(0.35, 0.55), u(0.65, 0.8)), u(0.02, 0.09), u(0.3, 0.6)
-    top, w, inset = u.pick((box, u(0.6, 2.2), u(0, 0.12)), (box, d, 0), (tube, d * u(1, 1.5), 0.2 * d))
+    oblong, inset = u(0.6, 2.2), u(0, 0.12)
+    top, w, inset = u.pick((box, oblong, inset), (box, oblong, 0), (box, d * u(0.95, 1.6), inset),
+                           (tube, d, 0.2 * d), (tube, d * u(1, 1.5), 0.2 * d))
     inner, across = w - 2 * inset, d - 2 * inset
     legs = four_legs(u, inner, across, h, u(0.03, 0.11))
     legs += u.perhaps(0.5, box((0, 0, h - thick / 2 - 0.05), (inner - 0.06, across - 0.06, u(0.05, 0.14))))
@@ -1068,7 +1071,8 @@ def table(u):
 def toilet(u):
     w, d, h, ajar = u(0.34, 0.44), u(0.42, 0.56), u(0.36, 0.46), u(0.0, 0.3)
     wide, deep, high, low = w * u(0.9, 1.4), u(0.14, 0.24), u(0.28, 0.45), h - u(0, 0.12)
-    foot = u.pick(tube, tube, box)((0, 0.05, 0.35 * h), (w * u(0.5, 0.85), 0.8 * d, 0.7 * h), taper=1.1)
+    foot = u.pick(tube, tube, box)((0, 0.05, 0.35 * h), (w * u(0.5, 0.85), d * u(0.6, 0.95), 0.7 * h),
+                                   taper=u(0.7, 1.2))
     open_lid = tube((0, d / 2, h + 0.45 * d), (w, 0.95 * d, 0.025), (math.pi / 2 - ajar, 0, 0))
     lid = u.pick(open_lid, tube((0, 0, h + 0.045), (w, d, 0.03)))
     cistern = box((0, (d + deep) / 2, low + high / 2), (wide, deep, high))

@@ -534,7 +534,7 @@ def provenance(device: str) -> dict:
 PRETRAIN_VERSION = 2  # raised when what follows, the procedural objects or the small networks change
 # Objects, passes, batch, peak learning rate, weight decay; of `tiny`, and of a point encoder beside a CLIP
 # (ULIP's).
-PRETRAIN = {"tiny": (12000, 8, 32, 1e-3, 0.05), "clip": (4000, 12, 64, 5e-4, 0.1)}
+PRETRAIN = {"tiny": (12000, 10, 32, 1e-3, 0.05), "clip": (4000, 12, 64, 5e-4, 0.1)}
 
 
 def find_start(args, target: Objects) -> Path:
