@@ -126,22 +126,10 @@ class MiniPointNet(nn.Module):
             nn.Conv1d(2 * b, c, 1), nn.BatchNorm1d(c), nn.ReLU(), nn.Conv1d(c, token_width, 1))
 
     def forward(self, neighbourhoods: Tensor) -> Tensor:
-        # A 1 x 1 convolution is a linear map of each point: one large product beats many small ones,
-        # and the global half of [global, local] needs multiplying only once per group.
-        batch, groups, size, channels = neighbourhoods.shape
-        conv1, norm1, relu, conv2, conv3, norm2, _, conv4 = *self.first_conv, *self.second_conv
-        local = per_point(conv2, relu(norm1(per_point(conv1, neighbourhoods.reshape(-1, channels)))))
-        whole = local.view(batch * groups, size, -1).amax(dim=1)  # (B G, b)
-        on_whole, on_local = conv3.weight[..., 0].split(whole.shape[-1], dim=1)
-        local = F.linear(local, on_local, conv3.bias).view(batch * groups, size, -1)
-        mixed = (local + F.linear(whole, on_whole).unsqueeze(1)).flatten(0, 1)
-        tokens = per_point(conv4, relu(norm2(mixed)))
-        return tokens.view(batch, groups, size, -1).amax(dim=2)
-
-
-def per_point(conv: nn.Conv1d, points: Tensor) -> Tensor:
-    """Apply a kernel-1 convolution to points (n, channels)."""
-    return F.linear(points, conv.weight[..., 0], conv.bias)
+        local = self.first_conv(neighbourhoods.flatten(0, 1).transpose(1, 2))  # (B G, b, S)
+        whole = local.amax(dim=2, keepdim=True).expand_as(local)
+        tokens = self.second_conv(torch.cat([whole, local], dim=1)).amax(dim=2)
+        return tokens.unflatten(0, neighbourhoods.shape[:2])
 
 
 class PointEncoder(nn.Module):
