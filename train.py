@@ -544,7 +544,7 @@ def find_start(args, target: Objects) -> Path:
     if args.start_checkpoint or args.model in STARTS and not (args.model == "tiny" and own):
         return args.start_checkpoint or start_file(args.model, args.cache, args.download is not False)
     made_by = {key: getattr(args, key) for key in ("model", "pretrained", "pretrain_epochs", "groups",
-                                                   "group_size", "seed", "points", "point_target")}
+                                                   "group_size", "seed", "points")}
     if args.model != "tiny" or args.dataset == "shapenet55":
         clouds = hashlib.sha256(target.points.numpy().tobytes()).hexdigest()
         made_by |= {"templates": args.templates, "up": args.up, "data_root": str(args.data_root.resolve()),
@@ -569,7 +569,7 @@ def pretrain(args, target: Objects, device, path: Path):
     count, passes, batch, lr, weight_decay = PRETRAIN["tiny" if tiny else "clip"]
     source = target if shapenet else sample_shapes(count, seed=1000 + args.seed, points=args.points)
     clouds, labels = source.points, source.labels
-    point = {"groups": args.groups, "group_size": args.group_size, "target": args.point_target}
+    point = {"groups": args.groups, "group_size": args.group_size}
     if tiny:
         model, text = (part.to(device).train() for part in random_tiny(args.seed, **point))
         parameters = [p for part in (model, text) for p in part.parameters() if p.requires_grad]
