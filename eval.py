@@ -38,7 +38,8 @@ def embed(model: CrossMoST, objects: Objects, views: int | None = None, batch_si
     Inputs are fixed: an image's are the mean over `views` (6) depth views, or over all photographs, at most
     `views`; the cloud is taken as it is. Raises: UserError where the model's classes are not the objects'.
     """
-    if list(objects.class_names) != list(model.class_names):
+    numbers = [str(k) for k in range(len(objects.class_names))]  # a published file has no names of classes
+    if list(model.class_names) not in (list(objects.class_names), numbers):
         raise UserError(f"{objects.name} has {objects.class_names[:4]}, the model {model.class_names[:4]}"
                         "; evaluate it on the data set it was trained for (a start: --start-checkpoint)")
     device, was_training, parts, at = model.logit_scale.device, model.training, [], 0
@@ -414,13 +415,13 @@ def main(argv=None) -> dict | None:
     args = parse_args(argv)
     if args.runs:
         return print(collect(args.runs, Path("assets")))
-    if args.checkpoint and (args.start_checkpoint or args.model or args.classes):
-        raise UserError(f"{args.checkpoint} can only name the classes it was trained for, --model, "
-                        "--start-checkpoint and --classes are of a start; drop one or the other")
+    if args.checkpoint and (args.start_checkpoint or args.model or args.classes or args.rival):
+        raise UserError("--model, --start-checkpoint, --classes and --rival are of a start; drop these, or "
+                        "--checkpoint: it only knows the classes it was trained for")
     if not (args.preview or args.checkpoint or args.start_checkpoint or args.model):
         raise UserError("nothing to evaluate; name a --checkpoint, a --model, or --runs to gather")
-    if args.files and (args.dataset or args.rival or args.confusion):
-        raise UserError("single files have no labels; drop --dataset, --rival and --confusion, or the files")
+    if args.files and args.dataset:
+        raise UserError("name single files or a --dataset, not both")
     start = args.start_checkpoint
     if args.model in STARTS and not start:
         start = start_file(args.model, args.cache, args.download is not False)
@@ -433,23 +434,27 @@ def main(argv=None) -> dict | None:
         return print(f"some of {objects.name} {objects.split}'s {len(objects)} objects: {args.preview}")
     results = {"dataset": objects.name, "split": objects.split, "objects": len(objects)}
     if args.checkpoint:
-        models = load_trained(args.checkpoint, objects)
+        models = {which: load_checkpoint(args.checkpoint, which=which) for which in ("student", "teacher")}
     else:
         templates = TEMPLATES[args.templates or dataset_row(args.dataset)["templates"]]
         sizes = {key: known[key] for key in ("groups", "group_size")}
         models = {"zero_shot": build_model(args.model or known.get("model", ""), objects.class_names,
                                            templates, args.pretrained, start, **sizes)}
         results |= {"start": Path(start or args.model).stem, "seed": known.get("options", {}).get("seed", 0)}
+    if objects.labels is None and (args.confusion or args.rival):
+        raise UserError("--confusion and --rival need labels, of classes that are all among the names")
     for which, model in models.items():
         embedded = embed(model.to(args.device), objects, args.views)
         probs = to_probs(embedded)
         if objects.labels is not None:
             results[which] = accuracy(probs, objects)
     if args.rival:
-        results["cache"] = score_rival(args, model, objects, known)
+        unlabelled, _ = load_objects(args, known, "train")
+        results["cache"] = accuracy(predict_by_cache(model, unlabelled, objects, args.views), objects)
     if args.files:
         for name, said in said_of_each(objects, probs):
-            print(f"{name}: " + ", ".join(f"{m} {said[m][0]} {said[m][1]:.2f}" for m in reversed(MODALITIES)))
+            print(f"{name}: {said['joint'][0]} {said['joint'][1]:.2f} (image: {said['image'][0]} "
+                  f"{said['image'][1]:.2f}, point: {said['point'][0]} {said['point'][1]:.2f})")
     else:
         print(table(results, which if objects.labels is not None else None))
     write_files(args, results, probs, embedded, model, objects)
@@ -481,7 +486,7 @@ def load_objects(args, known: dict, split: str | None = None) -> tuple[Objects, 
     if args.classes:
         is_file = Path(args.classes).is_file()
         rename(objects, read_lines(Path(args.classes)) if is_file else args.classes.split(","))
-    if not objects.class_names:
+    if not (objects.class_names or args.preview):
         raise UserError("a start names files by --classes \"mug,bowl,...\"; add it")
     return objects, unreadable
 
@@ -496,28 +501,8 @@ def rename(objects: Objects, names: list[str]):
     objects.class_names = names
 
 
-def load_trained(path: Path, objects: Objects) -> dict[str, CrossMoST]:
-    """{"student", "teacher"} of a checkpoint."""
-    models = {which: load_checkpoint(path, which=which) for which in ("student", "teacher")}
-    for model in models.values():
-        if model.class_names == [str(k) for k in range(len(objects.class_names))]:
-            model.architecture["class_names"] = list(objects.class_names)  # a published file has numbers only
-    return models
-
-
-def score_rival(args, start: CrossMoST, objects: Objects, known: dict) -> dict:
-    """Accuracy of predict_by_cache, from the training objects, without their labels."""
-    if args.checkpoint or objects.labels is None:
-        raise UserError("--rival scores a start, --start-checkpoint or --model, on objects with labels")
-    unlabelled, _ = load_objects(args, known, "train")
-    probs = predict_by_cache(start, unlabelled, objects, args.views)
-    return {m: accuracy(probs, objects)[m] for m in MODALITIES}
-
-
 def write_files(args, results: dict, probs: dict, embedded: dict, model: CrossMoST, objects: Objects):
     """Every file asked for."""
-    if args.confusion and objects.labels is None:
-        raise UserError("--confusion needs labels, of classes that are all among the names")
     write = {"predictions": lambda path: write_predictions(path, objects, probs),
              "embeddings": lambda path: write_embeddings(path, embedded, model, objects),
              "confusion": lambda path: plot_confusion(probs["joint"], objects, path),
