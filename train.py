@@ -126,7 +126,8 @@ def parser_of(argv=None) -> argparse.ArgumentParser:
     group("--seed", type=number(0, 2 ** 32, int), default=0, help="of start, views, order and masks")
     group("--resume", action=argparse.BooleanOptionalAction, default=True, help="continue OUT/last.pt")
     group("--device", type=usable_device, default=DEVICE, help="where to compute")
-    group("--precision", choices=("auto", "bf16", "fp32"), help="of the networks; auto: the faster here, kept by a run")
+    group("--precision", choices=("auto", "bf16", "fp32"),
+          help="of the networks; auto: the faster one here, kept by the whole run")
     group("--compile", action="store_true", help="compile the encoders (minutes at first, then faster)")
     group("--grad-checkpointing", action="store_true", help="less memory: compute image blocks twice")
     group("--benchmark", action="store_true", help="time a step, and leave")
