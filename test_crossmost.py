@@ -1594,6 +1594,37 @@ def test_bfloat16_is_for_the_networks_only():
         assert student.logits(torch.ones(1, 128)).dtype == groups.centres.dtype == torch.float32
 
 
+def test_the_gain_of_bfloat16_is_a_quotient_of_two_times(monkeypatch):
+    clock = [0.0]
+
+    def linear(tokens, weight):
+        assert tokens.dtype == weight.dtype
+        clock[0] += 3 if tokens.dtype == torch.float32 else 2
+    monkeypatch.setattr(train.F, "linear", linear)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    assert train.bfloat16_gain() == 1.5
+
+
+def test_auto_is_settled_by_the_gain_once_for_a_run_and_its_continuation(tmp_path, monkeypatch, capsys):
+    auto, used, real = ("--precision", "auto", "--device", "cpu"), set(), train.networks_precision
+
+    def noted(args):
+        used.add(args.precision)
+        return real(args)
+    monkeypatch.setattr(train, "networks_precision", noted)
+    for gain, precision in ((1.29, "fp32"), (1.31, "bf16")):
+        monkeypatch.setattr(train, "bfloat16_gain", lambda: gain)
+        assert train.settled_precision(options(*auto, "--out", str(tmp_path / "none"))) == precision
+    small_run(tmp_path, monkeypatch, *auto)
+    assert used == {"bf16"} and "--precision auto: bf16, a product" in capsys.readouterr().out
+    monkeypatch.setattr(train, "bfloat16_gain", lambda: 0.5)
+    small_run(tmp_path, monkeypatch, *auto)  # another choice would be refused
+    assert train.settled_precision(options(*auto, "--out", str(tmp_path / "out"))) == "bf16"
+    assert train.settled_precision(options(*auto, "--out", str(tmp_path / "out"), "--no-resume")) == "fp32"
+    with pytest.raises(UserError, match="other options.*precision.*bf16 -> fp32"):
+        small_run(tmp_path, monkeypatch, "--precision", "fp32")
+
+
 def test_gradient_checkpointing_changes_memory_only():
     def gradients(checkpointing):
         torch.manual_seed(0)

@@ -52,9 +52,9 @@ TINY = dict(epochs=3, batch_size=32, lr=2e-3, layer_decay=1.0, momentum=0.999, p
 # weighs more against the many wrong names of the first epochs (measured on `shapes`).
 TINY_ON_SCANS = dict(epochs=10, momentum=0.99, w_fair=4.0)
 MAY_CHANGE_ON_RESUME = ("out", "cache", "data_root", "download", "resume", "device", "log_every", "compile",
-                        "precision", "grad_checkpointing", "benchmark", "stage")
+                        "grad_checkpointing", "benchmark", "stage")
 NOT_THE_METHOD = (*MAY_CHANGE_ON_RESUME, "dataset", "model", "seed", "domain", "pretrain_epochs",
-                  "start_checkpoint")
+                  "start_checkpoint", "precision")
 
 
 def defaults_of(chosen: argparse.Namespace) -> dict:
@@ -123,7 +123,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     group("--seed", type=number(0, 2 ** 32, int), default=0, help="of a new start, views, order and masks")
     group("--resume", action=argparse.BooleanOptionalAction, default=True, help="continue OUT/last.pt")
     group("--device", type=usable_device, default=DEVICE, help="where to compute")
-    group("--precision", choices=("auto", "bf16", "fp32"), help="of the networks; auto: the faster")
+    group("--precision", choices=("auto", "bf16", "fp32"),
+          help="of the networks; auto: the faster one here, kept by the whole run")
     group("--compile", action="store_true", help="compile the encoders (minutes at first, then faster)")
     group("--grad-checkpointing", action="store_true", help="less memory: compute image blocks twice")
     group("--benchmark", action="store_true", help="time a step, and leave")
@@ -223,15 +224,9 @@ def learning_rate(step: int, total: int, warmup: int, peak: float, floor: float)
 
 
 def networks_precision(args) -> torch.autocast:
-    """Both networks in bfloat16 where --precision says so; features, logits and losses stay in float32.
-
-    auto: on a GPU that computes in it, or a CPU with AMX; AVX512-BF16 alone was measured slower than float32.
-    """
-    device = torch.device(args.device).type
-    fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda"
-            else torch.cpu._is_amx_tile_supported())
-    chosen = args.precision == "bf16" or args.precision == "auto" and fast
-    return torch.autocast(device, torch.bfloat16, enabled=chosen)
+    """Both networks in bfloat16 with --precision bf16; features, logits and losses stay in float32. `auto` is
+    settled before the first step (settled_precision)."""
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -399,6 +394,7 @@ def main(argv=None) -> dict:
     """Run all of it. Returns what it writes to OUT/results.json."""
     join_processes()  # before anything opens a context on a GPU
     args = parse_args(argv)
+    args.precision = settled_precision(args)
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32; bfloat16 is the fast way
     objects, test = (load_dataset(args.dataset, args.data_root, split, args.points, args.domain,
                                   args.download, args.up) for split in ("train", "test"))
@@ -430,6 +426,39 @@ def main(argv=None) -> dict:
     with sole_use(run.path) if leader() else nullcontext():
         train_and_score(run, objects, test, args, results)
     return results
+
+
+def settled_precision(args) -> str:
+    """--precision, where `auto` becomes bf16 or fp32 once for the whole run: what OUT/last.pt was begun with,
+    else bfloat16 on a GPU that computes in it, and on a CPU that multiplies 1.3 times as fast in it."""
+    if args.precision != "auto":
+        return args.precision
+    last = args.out / "last.pt"
+    if args.resume and not args.benchmark and last.exists():
+        return read_file(last, "options")["options"].get("precision")  # None by other code: load() refuses it
+    if torch.device(args.device).type == "cuda":
+        fast, why = torch.cuda.is_bf16_supported(including_emulation=False), "what this GPU computes in"
+    else:
+        gain = bfloat16_gain()
+        fast, why = gain >= 1.3, f"a product in bfloat16 is {gain:.1f} x as fast as in float32 on this CPU"
+    chosen = "bf16" if fast else "fp32"
+    print(f"--precision auto: {chosen}, {why}")
+    return chosen
+
+
+def bfloat16_gain(repeats: int = 5) -> float:
+    """How many times as fast as in float32 this CPU multiplies matrices of ViT-B's shape in bfloat16, the best
+    of `repeats`; measured by torchrun's first process for all."""
+    seconds = {torch.float32: [], torch.bfloat16: []}
+    for kind in [*seconds] * repeats:
+        tokens, weight = torch.ones(512, 768, dtype=kind), torch.ones(3072, 768, dtype=kind)
+        began = time.perf_counter()
+        F.linear(tokens, weight)
+        seconds[kind].append(time.perf_counter() - began)
+    gain = torch.tensor(min(seconds[torch.float32]) / min(seconds[torch.bfloat16]))
+    if dist.is_initialized():
+        dist.broadcast(gain, 0)
+    return gain.item()
 
 
 def sole_use(path: Path):
