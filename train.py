@@ -553,7 +553,7 @@ def provenance(device: str) -> dict:
     name = torch.cuda.get_device_name(device) if "cuda" in device else f"{os.cpu_count()} CPU cores"
     git = f"git --no-optional-locks -C '{Path(__file__).parent}'"  # writes nothing there
     commit = subprocess.getoutput(f"{git} describe --always --dirty")
-    return {"python": sys.version.split()[0], "torch": torch.__version__, "open_clip": open_clip.__version__,
+    return {"python": sys.version.split()[0], "torch": str(torch.__version__), "open_clip": open_clip.__version__,
             "commit": commit, "device": name}
 
 
