@@ -183,9 +183,8 @@ def test_global_local_alignment_is_a_mean_over_hidden_tokens_only():
     hidden = torch.zeros(2, 5, dtype=torch.bool)
     hidden[0, 1] = hidden[1, 2] = True
     tokens[0, 1], tokens[1, 2] = cls[0], -cls[1]  # squared distances 0 and 4
-    assert global_local_alignment_loss(cls, tokens, hidden).item() == pytest.approx(2.0, abs=1e-5)
-    tokens[0, 0] = -cls[0]
-    assert global_local_alignment_loss(cls, tokens, hidden).item() == pytest.approx(2.0, abs=1e-5)
+    for tokens[0, 0] in (tokens[0, 0].clone(), -cls[0]):  # which is visible
+        assert global_local_alignment_loss(cls, tokens, hidden).item() == pytest.approx(2.0, abs=1e-5)
     assert global_local_alignment_loss(cls, tokens, hidden & False).item() == 0
 
 
@@ -201,21 +200,18 @@ def test_an_error_of_one_everywhere_costs_one(batch, ratio):
 
 
 def test_masked_losses_see_hidden_content_only_and_the_target_carries_no_gradient():
-    images = torch.randn(2, 3, 64, 64)
-    hidden = torch.zeros(2, 16, dtype=torch.bool)
+    images, hidden = torch.randn(2, 3, 64, 64), torch.zeros(2, 16, dtype=torch.bool)
     hidden[:, 5] = True  # row 1, column 1: pixels 16..31
-    worse = images.clone()
-    worse[:, :, :16] += 9
-    worse[:, :, 32:] += 9
-    assert masked_image_loss(worse, images, hidden).item() == 0
+    worse = images + 9
+    worse[:, :, 16:32, 16:32] -= 9
+    assert masked_image_loss(worse, images, hidden).item() == pytest.approx(0, abs=1e-5)
     worse[:, :, 20, 20] += 1
-    assert masked_image_loss(worse, images, hidden).item() > 0
+    assert masked_image_loss(worse, images, hidden).item() > 1e-3
     with pytest.raises(ValueError, match="do not tile"):
         masked_image_loss(images, images, hidden[:, :15])
-    prediction, target = torch.randn(2, 2, 16, 6, requires_grad=True).unbind(0)
-    target.retain_grad()
+    prediction, target = (torch.randn(2, 16, 6, requires_grad=True) for _ in range(2))
     masked_point_loss(prediction, target, hidden).backward()
-    assert target.grad is None
+    assert target.grad is None and prediction.grad.abs().sum() > 0
 
 
 def test_a_name_many_objects_bear_is_no_negative_of_itself():
@@ -297,7 +293,7 @@ def test_hidden_patches_and_groups_do_not_reach_the_features():
     assert torch.allclose(a.image_tokens.norm(dim=-1), torch.ones(4, 16), atol=1e-5)
 
 
-def test_points_have_no_order_and_views_of_an_object_average_their_logits():
+def test_points_have_no_order_views_average_their_logits_and_classifier_columns_are_unit():
     model = tiny()
     images, points = inputs()
     order = torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.randperm(127)])  # 0 starts the sampling
@@ -306,17 +302,10 @@ def test_points_have_no_order_and_views_of_an_object_average_their_logits():
     stacked = torch.stack([images, images.flip(-1)], dim=1)
     expected = (model(images, None).image_logits + model(images.flip(-1), None).image_logits) / 2
     assert torch.allclose(model(stacked, None).image_logits, expected, atol=1e-4)
-
-
-def test_the_classifier_holds_unit_columns_in_class_order_and_is_missed_by_name():
-    model = tiny()
     assert torch.allclose(model.classifier.norm(dim=0), torch.ones(10), atol=1e-5)
-    model.set_classifier(torch.randn(3, 128), ["a", "b", "c"])
-    assert model.class_names == ["a", "b", "c"] and model(*inputs()).point_logits.shape == (4, 3)
-    out = CrossMoST(models.TINY["embed_dim"], models.TINY["image"], models.TINY["point"])(*inputs())
-    assert out.image_features.shape == (4, 128)
+    model.classifier = None
     with pytest.raises(AttributeError, match="set_classifier"):
-        out.image_logits
+        model(None, points).point_logits
 
 
 @pytest.mark.parametrize("target", ["tokens", "points"])
@@ -473,12 +462,14 @@ def test_a_checkpoint_of_a_stranger_runs_no_code_and_broken_ones_are_named(tmp_p
     (tmp_path / "cut.pt").write_bytes((tmp_path / "evil.pt").read_bytes()[:200])
     torch.save({"weights": 1}, tmp_path / "other.pt")
     np.save(tmp_path / "evil.npy", np.array([Evil()]), allow_pickle=True)
-    for name in ("evil.pt", "cut.pt", "other.pt", "evil.npy"):
+    for name in ("evil.pt", "cut.pt", "other.pt"):
         with pytest.raises(UserError, match=name):
-            data.read_object(tmp_path / name, 1) if "npy" in name else load_checkpoint(tmp_path / name)
-    assert not (tmp_path / "ran").exists()
+            load_checkpoint(tmp_path / name)
+    with pytest.raises(UserError, match="evil.npy"):
+        data.read_object(tmp_path / "evil.npy", 1)
     with pytest.raises(FileNotFoundError, match="nowhere.pt"):
         load_checkpoint(tmp_path / "nowhere.pt")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_the_cross_most_start_and_its_trained_checkpoint_load(tmp_path):
@@ -486,17 +477,16 @@ def test_the_cross_most_start_and_its_trained_checkpoint_load(tmp_path):
     model = randomise(CrossMoST(32, image, dict(width=64, layers=3, heads=1, token_width=32)))
     state = {**model.state_dict()}
     state["image_projection"] = state.pop("visual.proj")
-    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "start.pt")
-    start = load_checkpoint(tmp_path / "start.pt", 16, 8)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "random.pt")
+    start = load_checkpoint(tmp_path / "random.pt", 16, 8)
     assert same(start.state_dict(), model.state_dict()) and start.classifier is None
     for classes in (7, 10):
         state["classifier"] = torch.randn(32, classes)
         student = {**state, "logit_scale": torch.tensor(9.0)}
         torch.save({"model": student, "model_ema": state}, tmp_path / f"{classes}.pth")
-    trained = load_checkpoint(tmp_path / "7.pth", 16, 8)
-    assert len(trained.class_names) == 7 and trained.logit_scale == state["logit_scale"] != 9
-    assert load_checkpoint(tmp_path / "7.pth", 16, 8, which="student").logit_scale == 9
-    assert trained(inputs()[0][..., :32, :32], None).image_logits.shape == (4, 7)
+    both = "teacher", "student"
+    teacher, student = (load_checkpoint(tmp_path / "7.pth", 16, 8, which=which) for which in both)
+    assert student.logit_scale == 9 != teacher.logit_scale and len(teacher.class_names) == 7
     argv = [*small_flags(tmp_path)[:8], "--checkpoint"]  # its data, 128 points, two views
     with pytest.raises(UserError, match="evaluate it on the data set"):
         evaluation.main([*argv, str(tmp_path / "7.pth")])
@@ -543,39 +533,32 @@ def test_a_file_that_does_not_fit_is_named_with_its_keys(tmp_path, change, says)
         load_checkpoint(tmp_path / "odd.pt", 16, 8)
 
 
-def test_full_size_models_have_the_published_sizes():
-    with torch.device("meta"):
-        encoders = [models.PointEncoder(512), models.PointEncoder(1280, layers=18, channels=6)]
+def test_learning_rates_of_the_full_size_model_decay_by_image_layer_and_the_mini_pointnet_is_frozen():
     added = tuple(key.removeprefix("point_encoder.") for key in models.MAY_BE_MISSING)
-    sizes = [sum(p.numel() for n, p in e.named_parameters() if not n.startswith(added)) for e in encoders]
-    assert sizes == [21_858_816, 32_499_072]
-    assert sum(p.numel() for p in encoders[0].parameters()) == 22_203_648
-    assert len(encoders[0].state_dict()) == 164
-
-
-def test_learning_rates_decay_by_image_layer_and_the_mini_pointnet_is_frozen():
     with torch.device("meta"):
         model = CrossMoST(512, dict(image_size=224, patch_size=16, width=768, layers=12, heads=12), {},
                           class_names=list(map(str, range(40))))
+        for encoder, size in ((model.point_encoder, 21_858_816),
+                              (models.PointEncoder(1280, layers=18, channels=6), 32_499_072)):
+            published = [p.numel() for n, p in encoder.named_parameters() if not n.startswith(added)]
+            assert sum(published) == size
     groups = models.parameter_groups(model, 0.05, 0.65, ["point_encoder.encoder"])
     of = {id(p): (g["scale"], g["weight_decay"]) for g in groups for p in g["params"]}
     for name, parameter in model.named_parameters():
-        if name.startswith("point_encoder.encoder."):
-            assert id(parameter) not in of and not parameter.requires_grad
-            continue
-        layer = 13
-        if block := re.match(r"visual\.transformer\.resblocks\.(\d+)\.", name):
+        layer, block = 13, re.match(r"visual\.transformer\.resblocks\.(\d+)\.", name)
+        if block:
             layer = int(block[1]) + 1
         elif re.match(r"visual\.(conv1|class_emb|positional_emb|mask_token_emb|ln_pre)", name):
             layer = 0
+        trained = not name.startswith("point_encoder.encoder.")
         decay = 0 if parameter.ndim == 1 else 0.05  # logit_scale is 0-D: the original decays it
-        assert of[id(parameter)] == (pytest.approx(0.65 ** (13 - layer)), decay), name
+        assert parameter.requires_grad == trained == (id(parameter) in of), name
+        assert not trained or of[id(parameter)] == (pytest.approx(0.65 ** (13 - layer)), decay), name
     student = tiny()
     models.train_mode(student, ["point_encoder.encoder"])
-    statistics = student.point_encoder.encoder.first_conv[1].running_mean
-    before = statistics.clone()
+    before = {name: value.clone() for name, value in student.named_buffers()}
     student(*inputs())
-    assert student.training and torch.equal(statistics, before)
+    assert student.training and same(before, dict(student.named_buffers()))
 
 
 @pytest.mark.parametrize("name, threshold, apart, point_weight", [
@@ -596,7 +579,7 @@ def test_the_defaults_are_the_original_s(name, threshold, apart, point_weight):
 
 # -------------------------------------------------------------------------------------------------- fetching
 
-def test_a_file_comes_from_the_hub_first_then_from_an_address_and_is_right_or_not_there(tmp_path, monkeypatch):
+def test_a_file_comes_from_the_hub_or_else_an_address_and_is_right_or_not_there(tmp_path, monkeypatch):
     asked, content, path = [], [b"right", b"other", None], tmp_path / "to/toy.bin"
 
     def hf_hub_download(data_set, file, repo_type, revision, local_dir):
@@ -871,24 +854,23 @@ def write_folder(root, classes=("mug", "night_stand"), labelled=True, count=4, t
 
 @pytest.mark.parametrize("extension", data.CLOUDS + data.MESHES)
 def test_objects_of_every_format_are_read_the_same_every_time(tmp_path, extension):
-    path = tmp_path / f"object{extension}"
-    if extension == ".glb":  # a scene: a unit box and how it is stretched
-        scene = trimesh.Scene()
+    path, half = tmp_path / f"object{extension}", np.array([2, 1, 0.5])
+    if extension == ".glb":  # a scene: a unit box and how it is stretched; its y is up
+        scene, half = trimesh.Scene(), half[[2, 0, 1]]
         scene.add_geometry(trimesh.creation.box((1, 1, 1)), transform=np.diag([4, 2, 1, 1]))
         scene.export(path)
     elif extension in data.MESHES:
         trimesh.creation.box((4, 2, 1)).export(path)
-        if extension == ".off":  # ModelNet's one-line header
-            path.write_text(path.read_text().replace("OFF\n", "OFF", 1))
     elif extension == ".npy":
         np.save(path, LEANING)
     else:
         between, header = (",", "x,y,z,r") if extension == ".csv" else (" ", "")
         np.savetxt(path, LEANING[:, [0, 1, 2, 0]], delimiter=between, header=header, comments="")
+    if extension == ".off":  # ModelNet's one-line header
+        path.write_text(path.read_text().replace("OFF\n", "OFF", 1))
     points = data.read_object(path, 200)
     assert points.shape == (200, 3) and np.array_equal(points, data.read_object(path, 200))
     if extension in data.MESHES:  # on the surface of the box: six faces by their area
-        half = np.array([0.5, 2, 1] if extension == ".glb" else [2, 1, 0.5])
         assert np.allclose((np.abs(points) / half).max(axis=1), 1, atol=1e-5)
         assert 80 < (np.abs(np.abs(points) / half - 1) < 1e-5)[:, half.argmin()].sum() < 148  # 8 of 14
     else:
@@ -897,52 +879,52 @@ def test_objects_of_every_format_are_read_the_same_every_time(tmp_path, extensio
 
 
 def test_a_folder_of_ones_own_is_read_with_and_without_labels(tmp_path, monkeypatch):
-    named = write_folder(tmp_path / "named")
-    objects = data.load_dataset(str(named), tmp_path, "test", points=64)
+    named, bare = tmp_path / "named", write_folder(tmp_path / "bare", labelled=False, test=False)
+    write_folder(named)
+    write_pictures(bare / "views/train00", "1.png", "2.jpg")
+
+    def load(folder, points=64, **more):
+        return data.load_dataset(str(folder), tmp_path, "test", points, **more)
+    objects, lying = load(named), load(named, up="y")
     assert objects.labels.tolist() == [0] * 4 + [1] * 4 and objects.class_names == ["mug", "night stand"]
     assert objects.names[0] == "test00" and objects.name == "named" and objects.split == "test"
     assert torch.allclose(objects.points.norm(dim=-1).amax(dim=1), torch.ones(8), atol=1e-5)
-    assert options("--up=-y").up == "-y"
-    lying = data.load_dataset(str(named), tmp_path, "test", points=64, up="y")
     assert torch.allclose(lying.points, objects.points[..., [2, 0, 1]], atol=1e-6)
-    bare = write_folder(tmp_path / "bare", labelled=False, test=False)
-    write_pictures(bare / "views/train00", "1.png", "2.jpg")
-    objects = data.load_dataset(str(bare), tmp_path, "test", points=64)
+    objects = load(bare)
     assert objects.labels is None and len(objects) == 8 and objects.split == "train"
     assert [len(paths) for paths in objects.images] == [2] + [0] * 7
     assert [data.dataset_row(str(root))["templates"] for root in (bare, named)] == ["photo", "depth"]
     scanned, scan = [], data.scan  # a scan loses points: it takes more of a file than are asked for
-    monkeypatch.setattr(data, "scan", lambda cloud, *more, **named: (
-        scanned.append(cloud.shape[1]) or scan(cloud, *more, **named)))
-    assert data.load_dataset(str(named), tmp_path, "test", 64, "target").points.shape == (8, 64, 3)
-    assert data.load_dataset(str(named), tmp_path, "test", 300, "target").points.shape == (8, 300, 3)
+    monkeypatch.setattr(data, "scan", lambda points, *more, **named: (
+        scanned.append(points.shape[1]) or scan(points, *more, **named)))
+    for points in (64, 300):
+        assert load(named, points, domain="target").points.shape == (8, points, 3)
     assert scanned == [3 * 64, 500]
 
 
 def test_photographs_and_depth_views_take_one_path(tmp_path):
     root = write_folder(tmp_path / "own", labelled=False)
     write_pictures(root / "views/train00", *[f"{k}.png" for k in range(5)])
-    objects = data.load_dataset(str(root), tmp_path, "train", points=64)
-    batches = torch.arange(8).split(4)
-    weak, strong = next(iter(data.training_photographs(objects, batches, 32, seed=1)))
-    again, other = (next(iter(data.training_photographs(objects, batches[:1], 32, seed=k))) for k in (1, 2))
+    objects, batches = data.load_dataset(str(root), tmp_path, "train", points=64), torch.arange(8).split(4)
+    (weak, strong), again, other = (next(iter(data.training_photographs(objects, batches, 32, seed)))
+                                    for seed in (1, 1, 2))
     assert torch.equal(strong, again[1]) and not torch.equal(strong, other[1])
     views = data.draw_views(objects.points[:4], 32, (weak, strong))
     for name in ("weak_image", "strong_image"):
         assert views[name].shape == (4, 3, 32, 32) and 0 <= views[name].min() <= views[name].max() <= 1
     assert torch.equal(views["weak_image"], weak) and weak[0, 2].mean() == pytest.approx(200 / 255, abs=0.01)
     assert torch.equal(weak[1, 0], weak[1, 1])  # a depth view is grey
-    stills = list(data.fixed_images(objects, None, 32, 4, "cpu"))
-    assert [len(images[0]) for images in stills] == [5] + [6] * 7  # all its photographs, or six depth views
-    assert stills[0][0, :, 0, 0, 0].mul(255).round().tolist() == [0, 20, 40, 60, 80]
-    few = next(iter(data.fixed_images(objects, 2, 32, 4, "cpu")))
-    assert few[0, :, 0, 0, 0].mul(255).round().tolist() == [0, 80]
+    for count, reds in ((None, [0, 20, 40, 60, 80]), (2, [0, 80])):
+        stills = list(data.fixed_images(objects, count, 32, 4, "cpu"))
+        assert stills[0][0, :, 0, 0, 0].mul(255).round().tolist() == reds  # all its photographs, or some
+        assert [len(images[0]) for images in stills[1:]] == [count or 6] * 7  # and depth views
 
 
 def test_redwood_and_co3d_are_fetched_piece_by_piece(tmp_path, monkeypatch):
     parts, fetched = ["bench_000_singlesequence", "bench_001_singlesequence"], []
     lists = {"categories": {name: ["1"] if name == "sign" else [] for name in data.REDWOOD},
-             "co3d_sha256": {"singlesequence": {"bench_000.zip": 0, "bench_001.zip": 1}}, "meshes": ["1", "2"]}
+             "meshes": ["1", "2"],
+             "co3d_sha256": {"singlesequence": {f"bench_00{k}.zip": k for k in (0, 1)}}}
     members = {"1": [f"rgb/{i:03d}.jpg" for i in range(50)] + ["depth/1.png"]}
     members |= {part: [f"bench/{part}/pointcloud.ply", "LICENSE"] for part in parts}
 
@@ -1158,8 +1140,8 @@ def test_a_run_that_stops_and_goes_on_equals_one_that_does_not(tmp_path, monkeyp
 
 def test_a_run_does_not_continue_on_other_data(tmp_path):
     small_run(tmp_path, "--epochs", 1)
-    (tmp_path / "own/train/bathtub").rename(tmp_path / "own/train/pouffe")
-    (tmp_path / "own/test/bathtub").rename(tmp_path / "own/test/pouffe")
+    for split in ("train", "test"):
+        (tmp_path / f"own/{split}/bathtub").rename(tmp_path / f"own/{split}/pouffe")
     (tmp_path / "own/classes.txt").write_text("\n".join(["pouffe", *NAMES[1:]]))
     with pytest.raises(UserError, match="cannot continue .*last.pt: .*classes .*'bathtub'.*'pouffe'"):
         small_run(tmp_path, "--epochs", 1)
@@ -1236,6 +1218,7 @@ REFUSED = {  # options -> what the one line says
     "--cross-temperature 0": "argument --cross-temperature: 0 is not in",
     "--epochs two": "argument --epochs: invalid int value: 'two'",
     "--device abacus": "argument --device: cannot compute on 'abacus': Expected one of cpu",
+    "--up=+y": r"argument --up: invalid choice: '\+y' \(choose from '?-y",
     "--device mps": "argument --device: 'mps' is not supported; use cpu or cuda",
     "--templates poem": "argument --templates: invalid choice: 'poem'",
 }
@@ -1247,39 +1230,34 @@ def test_options_that_cannot_be_or_contradict_each_other_are_one_line(tmp_path, 
     assert re.search(f"error: .*{REFUSED[asked]}", said) and not (tmp_path / "out").exists()
 
 
-ENDS = [UserError("no such data"), OSError(28, "No space left on device"), MemoryError("too much"),
-        torch.OutOfMemoryError("CUDA out of memory."),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory")]
-BUGS = [ValueError("a fork's own"), RuntimeError("CUDA error: an illegal memory access was encountered"),
-        RuntimeError("elements of the written-to tensor refer to a single memory location. Please clone()")]
-
-
-@pytest.mark.parametrize("error", ENDS + BUGS)
-def test_what_a_user_can_put_right_is_one_line_and_a_bug_keeps_its_traceback(capsys, error):
+@pytest.mark.parametrize("error, ends", [
+    (UserError("no such data"), True), (OSError(28, "No space left on device"), True),
+    (MemoryError("too much"), True), (torch.OutOfMemoryError("CUDA out of memory."), True),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True), (ValueError("a fork's own"), False),
+    (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    (RuntimeError("elements of the written-to tensor refer to a single memory location"), False)])
+def test_what_a_user_can_put_right_is_one_line_and_a_bug_keeps_its_traceback(capsys, error, ends):
     def fail():
         raise error
-    if error in ENDS:
+    if ends:
         assert error.args[-1] in one_line(capsys, fail)
     else:
-        with pytest.raises(type(error), match=error.args[0][:20]), evaluation.one_line_errors():
+        with pytest.raises(type(error), match=error.args[0]), evaluation.one_line_errors():
             fail()
 
 
 def test_out_of_memory_names_the_batch_size_and_what_to_lower(tmp_path, monkeypatch, finished):
-    def fill_up(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-    monkeypatch.setattr(train, "train_step", fill_up)
+    monkeypatch.setattr(train, "train_step", lambda *_: torch.empty(2 ** 60))
     with pytest.raises(UserError, match="out of memory at --batch-size 16; lower it, --groups or"):
         small_run(finished[0], "--out", tmp_path)
 
 
-def test_both_scripts_end_in_one_line_and_exit_code_2(tmp_path):
+@pytest.mark.parametrize("script, flag", [("train.py", "--start-checkpoint"), ("eval.py", "--checkpoint")])
+def test_both_scripts_end_in_one_line_and_exit_code_2(tmp_path, script, flag):
     (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
-    for script, names, *argv in (("train.py", "shape_names.txt", "--dataset", "modelnet10", "--no-download",
-                                  "--data-root", tmp_path, "--out", tmp_path / "out"),
-                                 ("eval.py", "bad.pt", "--checkpoint", tmp_path / "bad.pt")):
-        done = subprocess.run([sys.executable, HERE / script, *argv], capture_output=True, text=True)
-        assert done.returncode == 2 and re.fullmatch(f"error: .*{names}.*\n", done.stderr)
+    command = [sys.executable, HERE / script, flag, tmp_path / "bad.pt"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and re.fullmatch("error: .*bad.pt.*\n", done.stderr)
 
 
 def one_step(*argv):
@@ -1364,11 +1342,11 @@ def test_the_log_tells_names_given_and_how_many_rightly_class_by_class(tmp_path)
     run = train.Run(tiny(), None, None, options("--out", str(tmp_path)), "cpu")
     truth = torch.tensor([0, 0, 1, 9])
     image = torch.tensor([0, 1, 1, 9]), torch.tensor([True, True, True, False])
-    point = torch.tensor([0, 0, 1, 9]), torch.tensor([True, False, False, False])
-    run.count_step({"loss": torch.tensor(2.0)}, {"image": image, "point": point}, truth)
-    run.flush(1)
-    run.count_step({"loss": torch.tensor(1.0)}, {"image": (truth, truth < 0)}, None)
-    run.flush(1)
+    point = truth, torch.tensor([True, False, False, False])
+    for loss, labels, known in ((2.0, {"image": image, "point": point}, truth),
+                                (1.0, {"image": (truth, truth < 0)}, None)):
+        run.count_step({"loss": torch.tensor(loss)}, labels, known)
+        run.flush(1)
     row, empty = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
     assert row["coverage"] == 0.5 and row["label_accuracy"] == 0.75 and row["loss"] == 2  # 4 of 8, 3 of 4
     assert row["named"] == [0.25, 0.25, *[0] * 8] and row["entropy"] == pytest.approx(math.log(2))
@@ -1404,21 +1382,22 @@ def test_a_start_made_here_is_kept_by_what_made_it(tmp_path, monkeypatch):
 
 
 def test_a_point_encoder_is_aligned_to_a_frozen_clip_with_the_targets_clouds(tmp_path, monkeypatch):
-    name, sample, point = "ViT-S-32-alt", data.sample_shapes, dict(groups=8, group_size=8)
-    monkeypatch.setattr(train, "sample_shapes", lambda count, seed, points: sample(count, seed, points=64))
+    name, point, seen = "ViT-S-32-alt", dict(groups=8, group_size=8), {"labels": [], "objects": []}
+    clouds, loss = data.sample_shapes(20, 3, points=64), train.pretrain_loss
+
+    def watched(model, text, points, labels, class_names):
+        seen["labels"] += labels.tolist()
+        seen["objects"] += points[:, 0, 0].tolist()
+        return loss(model, text, points, labels, class_names)
+    monkeypatch.setattr(train, "pretrain_loss", watched)
+    monkeypatch.setattr(train, "sample_shapes", lambda *_, **__: data.sample_shapes(8, 0, points=64))
     monkeypatch.setattr(train, "PRETRAIN", {"clip": (8, 4, 1e-3, 0.1)})
-    args = options("--model", name, "--cache", str(tmp_path), "--pretrain-epochs", "1", "--points", "64",
-                   "--groups", "8", "--group-size", "8")
-    named, paired = [], []
-    monkeypatch.setattr(train, "name_alignment_loss",
-                        lambda *given: named.extend(given[2].tolist()) or name_alignment_loss(*given))
-    monkeypatch.setattr(train, "cross_modal_alignment_loss",
-                        lambda *given: paired.append(len(given[0])) or cross_modal_alignment_loss(*given))
-    path = train.find_start(args, sample(12, 3, points=64))
-    # Eight procedural objects with their names, and with the target's twelve clouds without.
-    assert sorted(named) == list(range(8)) and sum(paired) == 20
-    before = models.open_clip_start(name, None, args.seed, **point)[0]
-    after = build_model(name, NAMES, models.TEMPLATES["depth"], None, path, args.seed, **point)
+    sizes = ["--pretrain-epochs", "1", "--points", "64", "--groups", "8", "--group-size", "8"]
+    path = train.find_start(options("--model", name, "--cache", str(tmp_path), *sizes), clouds)
+    # Eight procedural objects with their names, and with them the target's twenty clouds, without.
+    assert sorted(seen["labels"]) == [-1] * 20 + list(range(8)) and len(set(seen["objects"])) == 28
+    before = models.open_clip_start(name, None, 0, **point)[0]
+    after = build_model(name, NAMES, models.TEMPLATES["depth"], None, path, **point)
     assert same(before.visual.state_dict(), after.visual.state_dict())
     assert not torch.equal(before.pc_projection, after.pc_projection)
     assert not torch.equal(before.point_encoder.lm_head.weight, after.point_encoder.lm_head.weight)
@@ -1509,7 +1488,8 @@ def test_the_cache_rival_borrows_names_from_confident_neighbours(monkeypatch):
 
 def test_eval_names_a_start_by_any_words_and_writes_all_it_knows(tmp_path, capsys, finished):
     folder = finished[0]
-    files = {name: tmp_path / f"{name}.png" for name in ("predictions", "embeddings", "json", "confusion", "gallery")}
+    kinds = "predictions", "embeddings", "json", "confusion", "gallery"
+    files = {name: tmp_path / f"{name}.png" for name in kinds}
     flags = {name: [f"--{name}", str(path)] for name, path in files.items()}
     trained = ["--checkpoint", str(folder / "out/last.pt"), "--data-root", str(folder)]
     start = ["--start-checkpoint", str(folder / "start.pt"), *small_flags(folder)[:8]]  # the same data
@@ -1586,15 +1566,16 @@ def test_a_summary_averages_seeds_and_measures_the_way_to_the_ceiling(tmp_path):
 # ------------------------------------------------------------------------------------------ files, documents
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
-    models.save_file({"a": 0}, tmp_path / "x.pt")
-    before = (tmp_path / "x.pt").read_bytes()
-    with open(tmp_path / "x.pt", "rb") as old:
-        models.save_file({"a": 1}, tmp_path / "x.pt")
+    path = tmp_path / "x.pt"
+    models.save_file({"a": 0}, path)
+    before = path.read_bytes()
+    with open(path, "rb") as old:
+        models.save_file({"a": 1}, path)
         assert old.read() == before  # the new one took its name, and did not overwrite it
-    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError):
-        models.save_file({"a": 2}, tmp_path / "x.pt")
-    assert models.read_file(tmp_path / "x.pt") == {"a": 1} and len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(os, "fsync", None)  # raises, as a full disk
+    with pytest.raises(TypeError):
+        models.save_file({"a": 2}, path)
+    assert models.read_file(path) == {"a": 1} and list(tmp_path.iterdir()) == [path]
 
 
 def test_the_readme_agrees_with_the_code():
@@ -1614,25 +1595,21 @@ def test_the_readme_agrees_with_the_code():
 
 
 def test_the_readme_s_diff_applies_and_compiles():
-    diff = (HERE / "README.md").read_text().split("```diff\n")[1].split("```")[0].splitlines()
     files = {name: (HERE / f"{name}.py").read_text().splitlines() for name in ("train", "losses")}
     lines, at = [], 0
-    for line in diff:
+    for line in (HERE / "README.md").read_text().split("```diff\n")[1].split("```")[0].splitlines():
         sign, text = line[:1], line[1:]
-        if line.startswith(("---", "+++", "@@")):
-            lines = []
-        elif sign == "+":
+        if sign == "+":
             lines.insert(at, text)
-            at += 1
+        elif lines[at:at + 1] != [text]:  # not below the line before: in one place of one file
+            lines, = [file for file in files.values() if file.count(text) == 1]
+            at = lines.index(text)
+        if sign == "-":
+            del lines[at]
         else:
-            if lines[at:at + 1] != [text]:  # not where the line before was: in one place of one file
-                lines, = [file for file in files.values() if file.count(text) == 1]
-                at = lines.index(text)
-            lines[at:at + 1] = [text] * (sign == " ")
-            at += sign == " "
+            at += 1
     for name, lines in files.items():
         compile("\n".join(lines), name, "exec")
-    assert diff and files["train"] != (HERE / "train.py").read_text().splitlines()
 
 
 @pytest.mark.skipif(not (HERE / "assets/tables.md").exists(), reason="no tables yet")
