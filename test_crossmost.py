@@ -1,6 +1,5 @@
 """Properties of the method and of the run. CPU, no network, no weights; a few minutes on two cores."""
 import argparse
-import hashlib
 import json
 import math
 import os
