@@ -183,27 +183,28 @@ def tables(runs: list[dict]) -> tuple[str, str]:
     for run in runs:
         run = {**run, "end": run.get("teacher") or run["cache"]}
         sets.setdefault(run["dataset"], {}).setdefault(setting(run), {})[run["seed"]] = run
-    commits = sorted({run.get("commit", "unknown") for run in runs})
-    full = [f"# Results\n\nMade by `python eval.py --runs FOLDER` from runs of commit {', '.join(commits)}: top-1 "
-            "accuracy in percent after the last epoch, of the teacher where it is not said,\nmean ± standard "
-            "deviation over the seeds. gap: the share of the way from the start to `--labels truth`."]
+    commits = ", ".join(sorted({run.get("commit", "unknown") for run in runs}))
+    full = [f"# Results\n\nMade by `python eval.py --runs FOLDER` from runs of commit {commits}: top-1 accuracy in "
+            "percent\nafter the last epoch, of the teacher where it is not said, mean ± standard deviation over "
+            "seeds.\ngap: the share of the way from the start to `--labels truth`."]
     cells = {label: [] for label in labels}
     for name, settings in sets.items():
-        size = next(iter(settings.values()))
-        full += ["", f"| {name}, {next(iter(size.values()))['objects']} objects | image | point | joint | gap | "
-                 "start, joint | student, joint | joint by seed |", "|---" * 8 + "|"]
+        objects = next(run["objects"] for run in runs if run["dataset"] == name)
+        heads = f"{name}, {objects} objects", *MODALITIES, "gap", "start, joint", "student, joint", "joint by seed"
+        full += ["", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for label in labels:
-            seeds = settings.get("Cross-MoST" if label == "zero-shot start" else label, {})
+            of_start = label == "zero-shot start"
+            seeds = settings.get("Cross-MoST" if of_start else label, {})
             starts = [run["zero_shot"] for run in seeds.values()]
-            ends = starts if label == "zero-shot start" else [run["end"] for run in seeds.values()]
-            share = "" if ends is starts else gap(seeds, settings.get("`--labels truth`", {}))
+            ends = starts if of_start else [run["end"] for run in seeds.values()]
+            students = [] if of_start else [run["student"] for run in seeds.values() if "student" in run]
+            share = "" if of_start else gap(seeds, settings.get("`--labels truth`", {}))
             joint = mean_and_std(ends)
             cells[label].append(f"{joint} ({share})" if share else joint)
             if seeds:
-                students = [run["student"] for run in seeds.values() if "student" in run and ends is not starts]
                 by_seed = ", ".join(f"{seed}: {end['joint']:.1f}" for seed, end in zip(seeds, ends))
-                row = [label, mean_and_std(ends, "image"), mean_and_std(ends, "point"), joint, share,
-                       mean_and_std(starts), mean_and_std(students), by_seed]
+                row = (label, mean_and_std(ends, "image"), mean_and_std(ends, "point"), joint, share,
+                       mean_and_std(starts), mean_and_std(students), by_seed)
                 full.append(f"| {' | '.join(row)} |")
     short = [["joint top-1, % (gap)", *sets], ["---"] * (1 + len(sets))]
     short += [[label, *row] for label, row in cells.items()]

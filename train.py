@@ -37,7 +37,8 @@ from losses import (cross_modal_alignment_loss, fairness_loss, masked_terms, nam
                     pseudo_labels, self_training_loss)
 from model import (GROUPS, OTHER_GROUPS, STARTS, TEMPLATES, CrossMoST, Groups, Output, build_model,
                    describe_start, hide_groups, hide_patches, parameter_groups, random_tiny, read_file,
-                   save_file, save_start, start_file, teacher_momentum, train_mode, update_teacher, whole_file)
+                   save_file, save_start, start_file, teacher_momentum, train_mode, update_teacher,
+                   whole_file)
 
 # The original code's values. What a data set has of its own, DATASETS, comes before them.
 PAPER = dict(epochs=200, batch_size=128, lr=2e-5, layer_decay=0.65, momentum=0.9998,
@@ -78,8 +79,8 @@ def defaults_of(chosen: argparse.Namespace) -> dict:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    """All options, with the defaults of defaults_of for the data set and the start that `argv` names; those of
-    the method that are others than these defaults are in `changed`."""
+    """All options, with the defaults of defaults_of for the data set and the start that `argv` names; in
+    `changed` those of the method that are others than these defaults."""
     parser = option_parser(__doc__.splitlines()[0])
     group = parser.add_argument_group("data").add_argument
     group("--dataset", default="shapes", help=f"{', '.join(DATASETS)}, or a folder of your own")
@@ -340,8 +341,9 @@ class Run:
         self.check()
         if not leader():
             return
+        counters = ("options", "step", "sums", "count", "before", "seconds")
         save_file({**{name: getattr(self, name).state_dict() for name in ("student", "teacher", "optimizer")},
-                   **{key: getattr(self, key) for key in ("options", "step", "sums", "count", "before", "seconds")},
+                   **{key: getattr(self, key) for key in counters},
                    "architecture": self.student.architecture, "log_bytes": self.log_path.stat().st_size,
                    "code": CODE, "random": torch.get_rng_state(),
                    "cuda_random": torch.cuda.get_rng_state(self.device) if "cuda" in self.device else None},
@@ -447,8 +449,8 @@ def settled_precision(args) -> str:
 
 
 def bfloat16_gain(repeats: int = 5) -> float:
-    """How many times as fast as in float32 this CPU multiplies matrices of ViT-B's shape in bfloat16, the best
-    of `repeats`; measured by torchrun's first process for all."""
+    """How many times as fast as in float32 this CPU multiplies matrices of ViT-B's shape in bfloat16, the
+    best of `repeats`; measured by torchrun's first process for all."""
     seconds = {torch.float32: [], torch.bfloat16: []}
     for kind in [*seconds] * repeats:
         tokens, weight = torch.ones(512, 768, dtype=kind), torch.ones(3072, 768, dtype=kind)
@@ -553,8 +555,8 @@ def provenance(device: str) -> dict:
     name = torch.cuda.get_device_name(device) if "cuda" in device else f"{os.cpu_count()} CPU cores"
     git = f"git --no-optional-locks -C '{Path(__file__).parent}'"  # writes nothing there
     commit = subprocess.getoutput(f"{git} describe --always --dirty")
-    return {"python": sys.version.split()[0], "torch": str(torch.__version__), "open_clip": open_clip.__version__,
-            "commit": commit, "device": name}
+    return {"python": sys.version.split()[0], "torch": str(torch.__version__),
+            "open_clip": open_clip.__version__, "commit": commit, "device": name}
 
 
 # -----------------------------------------------------------------------------------------------------------
