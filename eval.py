@@ -184,13 +184,14 @@ def tables(runs: list[dict]) -> tuple[str, str]:
         run = {**run, "end": run.get("teacher") or run["cache"]}
         sets.setdefault(run["dataset"], {}).setdefault(setting(run), {})[run["seed"]] = run
     commits = ", ".join(sorted({run.get("commit", "unknown") for run in runs}))
-    full = [f"# Results\n\nMade by `python eval.py --runs FOLDER` from runs of commit {commits}: top-1 accuracy in "
-            "percent\nafter the last epoch, of the teacher where it is not said, mean ± standard deviation over "
-            "seeds.\ngap: the share of the way from the start to `--labels truth`."]
+    full = [f"# Results\n\nMade by `python eval.py --runs FOLDER` from runs of commit {commits}.",
+            "Top-1 accuracy in percent after the last epoch, mean ± standard deviation over seeds; of the teacher,",
+            "where it is not said. gap: the share of the way from the start to `--labels truth`."]
     cells = {label: [] for label in labels}
     for name, settings in sets.items():
         objects = next(run["objects"] for run in runs if run["dataset"] == name)
-        heads = f"{name}, {objects} objects", *MODALITIES, "gap", "start, joint", "student, joint", "joint by seed"
+        heads = [f"{name}, {objects} objects", *MODALITIES, "gap", "start, joint", "student, joint",
+                 "joint by seed"]
         full += ["", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for label in labels:
             of_start = label == "zero-shot start"

@@ -545,8 +545,9 @@ def score_and_write(model: CrossMoST, test: Objects, args) -> dict:
 
 def print_opinions(before: dict, after: dict):
     """Say without labels what training changed, and warn where it looks like harm."""
-    print(f"image and point agree on {before['agreement']} % of the objects before, {after['agreement']} % after")
-    shares = [f"{name} {before['shares'][name]:.0f} -> {share:.0f}" for name, share in after["shares"].items()]
+    print(f"image and point agree on {before['agreement']} % of the objects before training, "
+          f"{after['agreement']} % after")
+    shares = [f"{name} {before['shares'][name]:.0f} -> {after['shares'][name]:.0f}" for name in after["shares"]]
     print("share of each name before -> after, %:", ", ".join(shares))
 
 
