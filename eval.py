@@ -185,8 +185,8 @@ def tables(runs: list[dict]) -> tuple[str, str]:
         sets.setdefault(run["dataset"], {}).setdefault(setting(run), {})[run["seed"]] = run
     commits = ", ".join(sorted({run.get("commit", "unknown") for run in runs}))
     full = [f"# Results\n\nMade by `python eval.py --runs FOLDER` from runs of commit {commits}.",
-            "Top-1 accuracy in percent after the last epoch, mean ± standard deviation over seeds; of the teacher,",
-            "where it is not said. gap: the share of the way from the start to `--labels truth`."]
+            "Top-1 accuracy in percent after the last epoch, mean ± standard deviation over seeds; of the "
+            "teacher,\nwhere it is not said. gap: the share of the way from the start to `--labels truth`."]
     cells = {label: [] for label in labels}
     for name, settings in sets.items():
         objects = next(run["objects"] for run in runs if run["dataset"] == name)

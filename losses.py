@@ -83,15 +83,19 @@ def self_training_loss(logits: Tensor, labels: Tensor, keep: Tensor) -> Tensor:
     return (per_object * keep).sum() / keep.sum().clamp(min=1)
 
 
-def fairness_loss(logits: Tensor) -> Tensor:
-    """Cross-entropy of the batch's mean prediction against the uniform one, in nats [fairness].
+def fairness_loss(logits: Tensor, shares: list[float] | None = None) -> Tensor:
+    """Cross-entropy of the batch's mean prediction against the names' expected shares, in nats [fairness].
 
-    -(1/C) sum_k log( mean_batch softmax(l) )_k.  Least, log C, where the mean prediction is uniform; it keeps
-    the student from naming everything alike. logits (B, C) -> scalar.
+    -sum_k q_k log( mean_batch softmax(l) )_k.  Least, the entropy of q, where the mean prediction is q; it
+    keeps the student from naming everything alike. logits (B, C) -> scalar.
+    shares: q times any number; without them q is uniform, 1/C, as in the method.
     """
     # Through log-sum-exp, so that a class nobody predicts costs much but not infinity.
     log_mean = logits.float().log_softmax(dim=-1).logsumexp(dim=0) - torch.tensor(float(len(logits))).log()
-    return -log_mean.mean()
+    if shares is None:
+        return -log_mean.mean()
+    expected = torch.tensor(shares, device=log_mean.device)
+    return -(expected / expected.sum() * log_mean).sum()
 
 
 def cross_modal_alignment_loss(image_features: Tensor, point_features: Tensor,

@@ -52,6 +52,7 @@ TINY = dict(epochs=3, batch_size=32, lr=2e-3, layer_decay=1.0, momentum=0.999, p
 # `tiny` on what a scanner sees is far from its start: the teacher follows sooner and longer, and `fairness`
 # weighs more against the many wrong names of the first epochs (measured on `shapes`).
 TINY_ON_SCANS = dict(epochs=10, momentum=0.99, w_fair=4.0)
+TINY_ON_FOLDER = dict(epochs=10)  # mostly a few hundred objects: more passes make enough steps
 MAY_CHANGE_ON_RESUME = ("out", "cache", "data_root", "download", "resume", "device", "log_every", "compile",
                         "grad_checkpointing", "benchmark", "stage")
 NOT_THE_METHOD = (*MAY_CHANGE_ON_RESUME, "dataset", "model", "seed", "domain", "pretrain_epochs",
@@ -71,8 +72,12 @@ def defaults_of(chosen: argparse.Namespace) -> dict:
     values = {**PAPER, **row, **GROUPS.get(model, OTHER_GROUPS)}
     if model == "tiny":
         values |= TINY
-        if (chosen.domain or chosen.dataset) in ("target", "shapes"):
+        if chosen.dataset not in DATASETS:
+            values |= TINY_ON_FOLDER
+        elif (chosen.domain or chosen.dataset) in ("target", "shapes"):
             values |= TINY_ON_SCANS
+    if chosen.dataset not in DATASETS and not chosen.shares:
+        values["w_fair"] = 0.0  # a pull towards equal shares is wrong where most objects are chairs
     values |= {key: start[key] for key in ("points", "groups", "group_size") if key in start}
     return {"model": model, "out": Path("runs", f"{Path(chosen.dataset).name}-{model.replace('/', '-')}"),
             **values}
@@ -102,6 +107,8 @@ def parse_args(argv=None) -> argparse.Namespace:
           help="joint-label: confidence to exceed; with --labels separate one of images and one of points")
     group("--point-weight", type=WEIGHT, help="joint-label: factor on the point confidence")
     group("--w-fair", type=WEIGHT, help="fairness: weight; 0 removes it, as for all weights")
+    group("--shares", type=WEIGHT, nargs="+",
+          help="fairness: how many objects of each class you expect, roughly, in the classes' order")
     group("--w-mim", type=WEIGHT, help="mim: weight")
     group("--w-mpm", type=WEIGHT, help="mpm: weight")
     group("--w-gl", type=WEIGHT, help="gl-align: weight, of both modalities")
@@ -209,7 +216,7 @@ def student_terms(student: CrossMoST, views: dict, labels: dict, args) -> dict[s
     for modality in ("image", "point") if args.modalities == "both" else (args.modalities,):
         logits = getattr(out, f"{modality}_logits")
         terms[f"self_{modality}"] = self_training_loss(logits, *labels[modality])
-        terms[f"fair_{modality}"] = fairness_loss(logits)
+        terms[f"fair_{modality}"] = fairness_loss(logits, args.shares)
     if args.modalities == "both":
         features = out.image_features, out.point_features
         terms["cross"] = cross_modal_alignment_loss(*features, args.cross_temperature)
@@ -484,6 +491,9 @@ def refuse_contradictions(args, objects: Objects):
             args.labels != "separate" and args.modalities == "both"):
         raise UserError("--threshold takes one value; two, of images and of points, go with --labels "
                         "separate")
+    if args.shares and (len(args.shares) != len(objects.class_names) or not sum(args.shares)):
+        raise UserError(f"--shares has {args.shares}; expected {len(objects.class_names)} numbers, not all "
+                        f"0, for {', '.join(objects.class_names)}")
     batch = min(args.batch_size, len(objects))
     if dist.is_initialized() and batch % dist.get_world_size():
         raise UserError(f"{dist.get_world_size()} processes cannot share a batch of {batch} objects; choose "
@@ -501,7 +511,8 @@ def train_and_score(run: Run, objects: Objects, test: Objects, args, results: di
         trainable = sum(p.numel() for group in run.optimizer.param_groups for p in group["params"])
         run.log(options=plain_options(args, ()), start=results["start"], train=len(objects), test=len(test),
                 trainable=trainable, **provenance(args.device))
-        run.before = score_and_write(run.student, test, args)
+        probs, run.before = score(run.student, test, args)
+        write_names(probs, test, args)
     results["zero_shot"] = run.before and run.before["accuracy"]
     print(table(results))
     shown = (*TINY, "groups", "group_size", "point_weight", "templates")
@@ -515,40 +526,60 @@ def train_and_score(run: Run, objects: Objects, test: Objects, args, results: di
                         "or add --grad-checkpointing") from error
     if not leader():
         return
-    results["student"] = score_and_write(run.student, test, args)["accuracy"]
-    after = score_and_write(run.teacher, test, args)
-    results |= {"teacher": after["accuracy"], "teacher_per_class": after["per_class"],
+    _, student = score(run.student, test, args)
+    probs, after = score(run.teacher, test, args)
+    results |= {"student": student["accuracy"], "teacher": after["accuracy"],
+                "teacher_per_class": after["per_class"],
                 "agreement": {"start": run.before["agreement"], "teacher": after["agreement"]},
                 "shares": {"start": run.before["shares"], "teacher": after["shares"]},
                 "pseudo_label": pseudo_label_quality(run.log_path, args.epochs),
                 "seconds": round(run.seconds, 1)}
+    print(f"\n{table(results)}\npseudo-labels of the last epoch, %: {results['pseudo_label']}")
+    results["harm"] = harm(run.before, after) if args.w_fair == 0 else None
+    if results["harm"]:
+        print(f"warning: {results['harm']}; predictions.csv keeps the start's names. If you know roughly how "
+              "many objects of each class there are, give --shares; list only names that occur",
+              file=sys.stderr)
+    else:
+        write_names(probs, test, args)
     zero_shot = results["zero_shot"]
     for name, write in {"curves.png": lambda path: plot_curves(run.log_path, path, zero_shot),
                         "results.json": lambda path: path.write_text(json.dumps(results, indent=1))}.items():
         with whole_file(args.out / name) as path:
             write(path)
-    print(f"\n{table(results)}\npseudo-labels of the last epoch, %: {results['pseudo_label']}")
-    print_opinions(run.before, after)
-    print(f"each object's name: {args.out / 'predictions.csv'}")
+    print(f"a name for each object: {args.out / 'predictions.csv'}")
 
 
-def score_and_write(model: CrossMoST, test: Objects, args) -> dict:
-    """Accuracy (None without labels), agreement of the modalities and shares of the names; each object's
-    name goes to OUT/predictions.csv."""
+def score(model: CrossMoST, test: Objects, args) -> tuple[dict, dict]:
+    """Probabilities, and what they tell: accuracy (None without labels), agreement, shares."""
     probs = predict(model, test, args.views)
+    found = accuracy(probs, test) if test.labels is not None else {}
+    return probs, {"per_class": found.pop("per_class", None), "accuracy": found or None,
+                   **opinions(probs, test.class_names)}
+
+
+def write_names(probs: dict, test: Objects, args):
     with whole_file(args.out / "predictions.csv") as path:
         write_predictions(path, test, probs)
-    found = accuracy(probs, test) if test.labels is not None else {}
-    return {"per_class": found.pop("per_class", None), "accuracy": found or None,
-            **opinions(probs, test.class_names)}
 
 
-def print_opinions(before: dict, after: dict):
-    """Say without labels what training changed, and warn where it looks like harm."""
+def harm(before: dict, after: dict) -> str | None:
+    """Print what training without a pull towards shares changed, and return a sign of harm, if there is one.
+
+    The signs were counted on folders of 60 to 300 objects with known labels (assets/tables.md).
+    """
     print(f"image and point agree on {before['agreement']} % of the objects before training, "
           f"{after['agreement']} % after")
-    shares = [f"{name} {before['shares'][name]:.0f} -> {after['shares'][name]:.0f}" for name in after["shares"]]
+    shares = [f"{name} {share:.0f} -> {after['shares'][name]:.0f}"
+              for name, share in before["shares"].items()]
     print("share of each name before -> after, %:", ", ".join(shares))
+    entropy = [torch.special.entr(torch.tensor([*row["shares"].values()]) / 100).sum().item()
+               for row in (before, after)]
+    if before["agreement"] < 65:
+        return f"image and point agreed on {before['agreement']} % of the objects before training, under 65 %"
+    if entropy[1] < entropy[0] - 0.05:
+        return "a few names have taken the place of the others"
+    return None
 
 
 def provenance(device: str) -> dict:
