@@ -577,7 +577,7 @@ def harm(before: dict, after: dict) -> str | None:
                for row in (before, after)]
     if before["agreement"] < 65:
         return f"image and point agreed on {before['agreement']} % of the objects before training, under 65 %"
-    if entropy[1] < entropy[0] - 0.05:
+    if entropy[1] < entropy[0] - 0.1:
         return "a few names have taken the place of the others"
     return None
 
