@@ -560,9 +560,9 @@ def write_names(probs: dict, test: Objects, args):
 
 def print_opinions(before: dict, after: dict):
     """Say without labels what training changed, and warn where that was seen to do harm."""
-    agreement = f"image and point agree on {before['agreement']} % of the objects before, {after['agreement']} %"
-    print(f"{agreement} after training\nshare of each name before -> after, %:", ", ".join(
-        f"{name} {share:.0f} -> {after['shares'][name]:.0f}" for name, share in before["shares"].items()))
+    print(f"image and point agree on {before['agreement']} % of the objects before training, "
+          f"{after['agreement']} % after\nshare of each name before -> after, %:", ", ".join(
+              f"{name} {share:.0f} -> {after['shares'][name]:.0f}" for name, share in before["shares"].items()))
     entropy = [torch.special.entr(torch.tensor([*row["shares"].values()]) / 100).sum().item()
                for row in (before, after)]
     signs = {"image and point agreed on few objects before training": before["agreement"] < 65,
