@@ -13,6 +13,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
@@ -83,9 +84,7 @@ def to_unit_sphere(points: Tensor) -> Tensor:
 
 def project(points: Tensor, azimuths: Tensor, elevations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Orthographic camera coordinates: right, up, towards the camera, each (B, V, P), from points (B, P, 3).
-
-    azimuths, elevations (B, V): where the camera stands; azimuth 0 looks along +y, from -y.
-    """
+    azimuths, elevations (B, V): where the camera stands; azimuth 0 looks along +y, from -y."""
     x, y, z = (c.unsqueeze(1) for c in points.unbind(-1))  # (B, 1, P)
     sin_a, cos_a = azimuths.sin().unsqueeze(-1), azimuths.cos().unsqueeze(-1)
     sin_e, cos_e = elevations.sin().unsqueeze(-1), elevations.cos().unsqueeze(-1)
@@ -104,12 +103,9 @@ def max_pool(images: Tensor, size: int) -> Tensor:
 def render_depth_views(points: Tensor, azimuths: Tensor, elevations: Tensor, size: int) -> Tensor:
     """Depth maps in PointCLIP V2's recipe: quantise, densify, smooth, squeeze (arXiv 2211.11682).
 
-    The nearest point of each grid cell wins, holes of up to four cells are closed by a max- and a min-pool,
-    edges smoothed by a Gaussian; grey, near = bright (1), far = 0.2, background 0. The grid is as fine as the
-    cloud allows, about 1.6 sqrt(P) cells.
-
-    Args: points (B, P, 3) in the unit sphere, z up; azimuths, elevations (B, V) radians; size: pixels.
-    Returns: (B, V, 3, size, size) in [0, 1], without gradient.
+    The nearest point of each cell of a grid of 1.6 sqrt(P) cells a side wins, holes of up to four cells are
+    closed, edges smoothed. Points (B, P, 3) in the unit sphere, z up; azimuths, elevations (B, V). Returns
+    (B, V, 3, size, size) without gradient: near = 1, far = 0.2, background 0.
     """
     batch, views, total = len(points), azimuths.shape[1], points.shape[1]
     grid = min(size, int(1.6 * total ** 0.5))
@@ -149,7 +145,7 @@ def random_view(points: Tensor, size: int) -> Tensor:
 
 def random_crop(images: Tensor, smallest: float, aspect: float, flip: float) -> Tensor:
     """Random resized crop: an area share U(smallest, 1), an aspect ratio 1/aspect to aspect, and a mirror
-    image with probability `flip`. (B, channels, H, W) -> the same"""
+    image with probability `flip`. (B, channels, H, W) in [0, 1] -> the same"""
     n, device = len(images), images.device
     area = smallest + (1 - smallest) * torch.rand(n, device=device)
     ratio = torch.exp((2 * torch.rand(n, device=device) - 1) * math.log(aspect))
@@ -160,20 +156,6 @@ def random_crop(images: Tensor, smallest: float, aspect: float, flip: float) -> 
     matrix = torch.stack([w * mirror, zero, x, zero, h, y], dim=-1).view(n, 2, 3)
     grid = F.affine_grid(matrix, images.shape, align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
-
-
-def weak_image(images: Tensor) -> Tensor:
-    """A slight random crop [joint-label] (Deviation D22). (B, channels, H, W) in [0, 1] -> the same"""
-    return random_crop(images, 0.85, aspect=1, flip=0)
-
-
-def strong_image(images: Tensor) -> Tensor:
-    """Random resized crop (0.6 to 1) and flip of a depth view from anywhere [self-training] (Deviation D22).
-
-    RandAugment's colour operations have no meaning in a depth map, and a smaller crop loses the object.
-    (B, channels, H, W) in [0, 1] -> the same
-    """
-    return random_crop(images, 0.6, aspect=4 / 3, flip=0.5)
 
 
 def rotate_about_xyz(points: Tensor, angles: Tensor) -> Tensor:
@@ -217,15 +199,17 @@ def strong_points(points: Tensor) -> Tensor:
 
 
 def draw_views(points: Tensor, size: int, photographs: tuple | None = None) -> dict[str, Tensor]:
-    """Weak and strong views of clouds (B, P, 3) for one training step.
+    """Weak [joint-label] and strong views [self-training] of clouds (B, P, 3) for one training step.
 
-    Both images come from one random depth view of an object, or are `photographs`: the weak and the strong
-    image of one photograph of each object (see training_photographs).
+    Both images are crops of one random depth view (Deviation D22: RandAugment's colours have no meaning in it,
+    a smaller crop loses the object), or `photographs`, the pair that training_photographs gives.
     """
     if photographs is None:
         images = random_view(points, size)
         grey = images[:, :1]  # its three channels are one
-        photographs = weak_image(grey).expand_as(images), strong_image(grey).expand_as(images)
+        weak = random_crop(grey, 0.85, aspect=1, flip=0)
+        strong = random_crop(grey, 0.6, aspect=4 / 3, flip=0.5)
+        photographs = weak.expand_as(images), strong.expand_as(images)
     weak, strong = (images.to(points.device, non_blocking=True) for images in photographs)
     return {"weak_image": weak, "strong_image": strong,
             "weak_points": weak_points(points), "strong_points": strong_points(points)}
@@ -239,40 +223,41 @@ class Photographs(Dataset):
 
     Item i, with a `seed`: the weak (random crop [joint-label]) and the strong image (crop of 0.3 to 1, flip,
     RandAugment of magnitude 9 [self-training]; Deviation D22) of one photograph of object i, each (3, size,
-    size). Without: its centre crops (V, 3, size, size), all or at most `views` of them, evenly spaced. An
-    object without a photograph gets a depth view. Raises: UserError naming a file that is no picture.
+    size). Without: centre crops (V, 3, size, size) of all, or of at most `views` evenly spaced ones. An object
+    without a photograph gets depth views.
     """
     def __init__(self, objects: Objects, size: int, seed: int | None = None, views: int | None = None):
         from torchvision.transforms import v2  # here: 160 MB and a second that depth views do not need
-        bicubic = v2.InterpolationMode.BICUBIC
-        self.to_tensor = v2.PILToTensor()
+        bicubic, to_float = v2.InterpolationMode.BICUBIC, v2.ToDtype(torch.float32, scale=True)
+        resize = v2.Resize(size, bicubic)
         self.objects, self.size, self.seed, self.views = objects, size, seed, views
-        self.resize, self.to_float = v2.Resize(size, bicubic), v2.ToDtype(torch.float32, scale=True)
-        self.weak, self.still = v2.RandomCrop(size), v2.CenterCrop(size)
+        self.to_tensor = v2.PILToTensor()
+        self.weak = v2.Compose([resize, v2.RandomCrop(size), to_float])
+        self.still = v2.Compose([resize, v2.CenterCrop(size), to_float])
         self.strong = v2.Compose([v2.RandomResizedCrop(size, (0.3, 1.0), interpolation=bicubic),
-                                  v2.RandomHorizontalFlip(), v2.RandAugment(2, 9)])
+                                  v2.RandomHorizontalFlip(), v2.RandAugment(2, 9), to_float])
 
     def __len__(self):
         return len(self.objects)
 
     def decode(self, path: Path) -> Tensor:
-        try:
+        with reading(path, "replace or remove it"):
             return self.to_tensor(Image.open(path).convert("RGB"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: PNG
-            raise UserError(f"cannot read {path}: {error}; replace or remove it") from error
 
     def __getitem__(self, i):
         paths, points = self.objects.images[i], self.objects.points[i:i + 1]
+        if self.seed is None:
+            if not paths:
+                return fixed_views(points, self.views or 6, self.size)[0]
+            chosen = evenly_spaced(paths, self.views or len(paths))
+            return torch.stack([self.still(self.decode(path)) for path in chosen])
         with torch.random.fork_rng(devices=[]):
-            if self.seed is not None:  # the same views whoever draws them, and after a resume
-                torch.manual_seed(self.seed * 1_000_003 + i)
-                image = (self.decode(paths[torch.randint(len(paths), ())]) if paths
-                         else (255 * random_view(points, self.size)[0]).byte())
-                return self.to_float(self.weak(self.resize(image))), self.to_float(self.strong(image))
-        if not paths:
-            return fixed_views(points, self.views or 6, self.size)[0]
-        return torch.stack([self.to_float(self.still(self.resize(self.decode(path))))
-                            for path in evenly_spaced(paths, self.views or len(paths))])
+            torch.manual_seed(self.seed * 1_000_003 + i)  # the same views after a resume, too
+            if paths:
+                image = self.decode(paths[torch.randint(len(paths), ())])
+            else:
+                image = (255 * random_view(points, self.size)[0]).byte()
+            return self.weak(image), self.strong(image)
 
 
 def evenly_spaced(items: list, count: int) -> list:
@@ -317,7 +302,28 @@ def fixed_images(objects: Objects, views: int | None, size: int, batch_size: int
 # of at least `points` and at most `most` points. download: True fetches all that may be fetched, None only
 # what is missing, small and free of forms, False nothing.
 
+# Classes in label order
 MODELNET10 = tuple("bathtub,bed,chair,desk,dresser,monitor,night stand,sofa,table,toilet".split(","))
+SCANOBJECTNN = "bag bin box cabinet chair desk display door shelf table bed pillow sink sofa toilet".split()
+REDWOOD = "chair,table,trash container,bench,plant,sign,bicycle,motorcycle,sofa".split(",")
+# Folder -> name.
+CO3D = {name.removesuffix(" control").replace(" ", ""): name for name in (
+    "bench,skateboard,backpack,laptop,cup,umbrella,teddy bear,bowl,cake,toy plane,remote control,orange,"
+    "toaster,couch,apple,bottle,donut,hair dryer,hydrant,toy train,pizza,motorcycle,suitcase,banana,toilet,"
+    "sandwich,keyboard,mouse,toy truck,handbag,broccoli,wine glass,microwave,baseball glove,book,carrot,"
+    "ball,bicycle,chair,stop sign,vase,plant").split(",")}
+# WordNet number -> name.
+SHAPENET55 = dict(entry.split(" ", 1) for entry in (
+    "02691156 airplane,02747177 trash bin,02773838 bag,02801938 basket,02808440 bathtub,02818832 bed,"
+    "02828884 bench,02843684 birdhouse,02871439 bookshelf,02876657 bottle,02880940 bowl,02924116 bus,"
+    "02933112 cabinet,02942699 camera,02946921 can,02954340 cap,02958343 car,02992529 cell phone,"
+    "03001627 chair,03046257 clock,03085013 keyboard,03207941 dishwasher,03211117 display,03261776 earphone,"
+    "03325088 faucet,03337140 file cabinet,03467517 guitar,03513137 helmet,03593526 jar,03624134 knife,"
+    "03636649 lamp,03642806 laptop,03691459 loudspeaker,03710193 mailbox,03759954 microphone,"
+    "03761084 microwave,03790512 motorbike,03797390 mug,03928116 piano,03938244 pillow,03948459 pistol,"
+    "03991062 flowerpot,04004475 printer,04074963 remote control,04090263 rifle,04099429 rocket,"
+    "04225987 skateboard,04256520 sofa,04330267 stove,04379243 table,04401088 telephone,04460130 tower,"
+    "04468005 train,04530566 watercraft,04554684 washer").split(","))
 
 
 def load_shapes(split: str, points: int, domain: str) -> Objects:
@@ -335,11 +341,11 @@ def load_modelnet(root: Path, split: str, points: int, most: int, download: bool
     # The lists hold paths of the machine they were made on.
     files = [folder / Path(line).name for line in read_lines(folder / f"{split}_files.txt")]
     clouds, labels, names = zip(*(read_h5(file, points, most, len(class_names)) for file in files))
-    if views and None in names and (folder / "views").is_dir():
+    names = None if None in names else sum(names, [])
+    if views and names is None and (folder / "views").is_dir():
         raise UserError(f"{folder} has views, but no names of objects to find them by; expected `name` in "
                         "the h5 files, or ply_data_SPLIT_N_id2file.json")
-    objects = Objects(torch.cat(clouds), torch.cat(labels), class_names, split=split,
-                      names=None if None in names else sum(names, []))
+    objects = Objects(torch.cat(clouds), torch.cat(labels), class_names, split=split, names=names)
     if classes is not None:
         index = torch.tensor([list(classes).index(name) if name in classes else -1 for name in class_names])
         objects.labels, objects.class_names = index[objects.labels], list(classes)
@@ -347,9 +353,6 @@ def load_modelnet(root: Path, split: str, points: int, most: int, download: bool
     if views:
         objects.images = find_photographs(folder / "views", objects.names)
     return objects
-
-
-SCANOBJECTNN = "bag bin box cabinet chair desk display door shelf table bed pillow sink sofa toilet".split()
 
 
 def load_scanobjectnn(root: Path, split: str, points: int, most: int, download: bool | None = None,
@@ -365,34 +368,24 @@ def load_scanobjectnn(root: Path, split: str, points: int, most: int, download: 
 def read_h5(path: Path, points: int, most: int, classes: int) -> tuple[Tensor, Tensor, list | None]:
     """The first `most` points of clouds (N, P, 3), labels (N,) and, if there are any, names of an h5 file.
 
-    PointNet's own files are y up, told by their normals, and turned.
-    Raises: UserError naming the file that is unreadable or not as documented; FileNotFoundError.
+    PointNet's own files are y up, told by their normals, and turned. Raises: UserError naming the file.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path}; README, Data, says what goes there")
-    try:
-        with h5py.File(path) as file:
-            clouds = torch.from_numpy(file["data"][:, :most].astype(np.float32))
-            labels = torch.from_numpy(file["label"][:].reshape(-1).astype(np.int64))
-            names = [name.decode() for name in file["name"]] if "name" in file else None
-            listed = path.with_name(f"{path.stem[:-1]}_{path.stem[-1]}_id2file.json")  # PointNet's names
-            if names is None and listed.is_file():
-                names = [Path(name).stem for name in json.loads(listed.read_text())]
-            clouds = to_z_up(clouds, "y") if "normal" in file else clouds
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:  # h5py has one for each fault
-        raise UserError(f"cannot read {path}: {error}; expected data (N, P, 3) and label; "
-                        "fetch it again") from error
-    if clouds.dim() != 3 or clouds.shape[2] != 3 or not len(labels) == len(clouds) == len(names or clouds):
-        raise UserError(f"{path} has data {tuple(clouds.shape)}, {len(labels)} labels, "
-                        f"{len(names or labels)} names; expected (N, P, 3), N and N")
+    with reading(path, "expected data (N, P, 3) and label; fetch it again"), h5py.File(path) as file:
+        clouds = torch.from_numpy(file["data"][:, :most].astype(np.float32))
+        labels = torch.from_numpy(file["label"][:].reshape(-1).astype(np.int64))
+        names = [name.decode() for name in file["name"]] if "name" in file else None
+        listed = path.with_name(f"{path.stem[:-1]}_{path.stem[-1]}_id2file.json")  # PointNet's names
+        if names is None and listed.is_file():
+            names = [Path(name).stem for name in json.loads(listed.read_text())]
+        clouds = to_z_up(clouds, "y") if "normal" in file else clouds
+        if clouds.shape[2:] != (3,) or not len(labels) == len(clouds) == len(names or clouds):
+            found = f"{len(labels)} labels, {len(names or labels)} names"
+            raise ValueError(f"data {tuple(clouds.shape)}, {found}")
     if clouds.shape[1] < points:
         raise UserError(f"{path} has {clouds.shape[1]} points, --points is {points}; lower it")
     if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
         raise UserError(f"label {labels.max()} in {path}, but there are {classes} classes; fetch it again")
     return clouds, labels, names
-
-
-REDWOOD = "chair,table,trash container,bench,plant,sign,bicycle,motorcycle,sofa".split(",")
 
 
 def load_redwood(root: Path, split: str, points: int, most: int, download: bool | None = None) -> Objects:
@@ -404,14 +397,10 @@ def load_redwood(root: Path, split: str, points: int, most: int, download: bool 
     listed = folder / "categories.json"
     if download:
         fetch_redwood(folder)
-    if not listed.is_file():
-        raise FileNotFoundError(f"no {listed}; --download fetches it with the meshes and 24 frames of each "
-                                "object (of some 100 GB); README, Data, has the layout")
-    try:
+    with reading(listed, "expected class -> ids", missing="--download fetches it, meshes and 24 frames of each "
+                 "object (of some 100 GB); README, Data, has the layout"):
         ids = json.loads(listed.read_text())
         ids = [(name, k) for k, key in enumerate(REDWOOD) for name in ids[key] if in_split(name, split)]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {listed}: {error!r}; expected class -> ids") from error
     files = {name: file for name, _ in ids for file in (folder / f"points/{name}.npy",
                                                         folder / f"meshes/{name}.ply") if file.is_file()}
     if not files:
@@ -422,7 +411,7 @@ def load_redwood(root: Path, split: str, points: int, most: int, download: bool 
 
 
 def fetch_redwood(folder: Path):
-    """Meshes of the nine classes, and 24 evenly spaced frames of each scan; its archive is removed."""
+    """Meshes of the nine classes, and 24 evenly spaced frames of each scan."""
     print("fetching Redwood's object scans (public domain; cite arXiv 1602.02481): some 400 archives, 100 GB")
     lists = [fetch(folder / name, [REDWOOD_LISTS + name]) for name in ("categories.json", "meshes.json")]
     ids, meshes = (json.loads(path.read_text()) for path in lists)
@@ -431,20 +420,7 @@ def fetch_redwood(folder: Path):
         return evenly_spaced(sorted(member for member in members if member.endswith(".jpg")), 24)
     for name in sorted(set(meshes) & {name for key in REDWOOD for name in ids[key]}):
         fetch(folder / f"meshes/{name}.ply", [f"{REDWOOD_FILES}mesh/{name}.ply"])
-        if not (folder / "images" / name).exists():
-            archive = fetch(folder / f"{name}.zip", [f"{REDWOOD_FILES}rgbd/{name}.zip"])
-            unpack([archive], folder / "images" / name, some_frames)
-            archive.unlink(missing_ok=True)
-
-
-# In label order, as folders are named; names for people where they differ.
-CO3D = ("bench skateboard backpack laptop cup umbrella teddybear bowl cake toyplane remote orange toaster "
-        "couch apple bottle donut hairdryer hydrant toytrain pizza motorcycle suitcase banana toilet "
-        "sandwich keyboard mouse toytruck handbag broccoli wineglass microwave baseballglove book carrot "
-        "ball bicycle chair stopsign vase plant").split()
-CO3D_NAMES = {"teddybear": "teddy bear", "toyplane": "toy plane", "hairdryer": "hair dryer",
-              "toytrain": "toy train", "toytruck": "toy truck", "wineglass": "wine glass",
-              "baseballglove": "baseball glove", "stopsign": "stop sign", "remote": "remote control"}
+        fetch_pieces(folder / "images" / name, {f"{REDWOOD_FILES}rgbd/{name}.zip": None}, some_frames)
 
 
 def load_co3d(root: Path, split: str, points: int, most: int, download: bool | None = None) -> Objects:
@@ -460,7 +436,7 @@ def load_co3d(root: Path, split: str, points: int, most: int, download: bool | N
                                 "sequences (8.9 GB, CC BY-NC 4.0); all: github.com/facebookresearch/co3d")
     images = [sorted((file.parent / "images").glob("*.jpg")) for file in files]
     return Objects(read_objects(list(files), points, most, root), torch.tensor(list(files.values())),
-                   [CO3D_NAMES.get(name, name) for name in CO3D], split=split,
+                   list(CO3D.values()), split=split,
                    names=[file.parent.name for file in files], images=images if any(images) else None)
 
 
@@ -470,36 +446,16 @@ def fetch_co3d(folder: Path, category: str):
         return
     print(f"fetching CO3D's single sequences of {category} (CC BY-NC 4.0; 8.9 GB for all categories)")
     listed = json.loads(fetch(folder / "co3d_sha256.json", [CO3D_SHA256]).read_text())["singlesequence"]
-    archives = []
-    for name in (f"{category}_000", f"{category}_001"):
-        file = f"{name}_singlesequence.zip"
-        archives.append(fetch(folder / file, [CO3D_FILES + file], listed[f"{name}.zip"]))
-    unpack(archives, folder / category)
-    for archive in archives:
-        archive.unlink(missing_ok=True)
-
-
-# WordNet numbers and names of ShapeNetCore's 55 classes, in label order.
-SHAPENET55 = dict(entry.split(" ", 1) for entry in (
-    "02691156 airplane,02747177 trash bin,02773838 bag,02801938 basket,02808440 bathtub,02818832 bed,"
-    "02828884 bench,02843684 birdhouse,02871439 bookshelf,02876657 bottle,02880940 bowl,02924116 bus,"
-    "02933112 cabinet,02942699 camera,02946921 can,02954340 cap,02958343 car,02992529 cell phone,"
-    "03001627 chair,03046257 clock,03085013 keyboard,03207941 dishwasher,03211117 display,03261776 earphone,"
-    "03325088 faucet,03337140 file cabinet,03467517 guitar,03513137 helmet,03593526 jar,03624134 knife,"
-    "03636649 lamp,03642806 laptop,03691459 loudspeaker,03710193 mailbox,03759954 microphone,"
-    "03761084 microwave,03790512 motorbike,03797390 mug,03928116 piano,03938244 pillow,03948459 pistol,"
-    "03991062 flowerpot,04004475 printer,04074963 remote control,04090263 rifle,04099429 rocket,"
-    "04225987 skateboard,04256520 sofa,04330267 stove,04379243 table,04401088 telephone,04460130 tower,"
-    "04468005 train,04530566 watercraft,04554684 washer").split(","))
+    fetch_pieces(folder / category, {f"{CO3D_FILES}{category}_{part}_singlesequence.zip":
+                                     listed[f"{category}_{part}.zip"] for part in ("000", "001")})
 
 
 def load_shapenet55(root: Path, split: str, points: int, most: int, download: bool | None = None) -> Objects:
     """Point-BERT's ShapeNet-55, for pre-training: ShapeNet-55/{train,test}.txt, shapenet_pc/*.npy."""
     listed = root / "ShapeNet-55" / f"{split}.txt"
-    if not listed.is_file():
-        raise FileNotFoundError(f"no {listed}; it needs ShapeNet's form: https://huggingface.co/datasets/"
-                                "ShapeNet/ShapeNetCore, files in Point-BERT's layout")
-    names, synsets = read_lines(listed), list(SHAPENET55)
+    names = read_lines(listed, missing="it needs ShapeNet's form: https://huggingface.co/datasets/ShapeNet/"
+                       "ShapeNetCore, files in Point-BERT's layout")
+    synsets = list(SHAPENET55)
     strange = [name for name in names if name.split("-")[0] not in synsets]
     if strange:
         raise UserError(f"{strange[0]} in {listed} is of none of the 55 classes")
@@ -622,7 +578,7 @@ def read_object(path: Path, points: int, most: int | None = None) -> np.ndarray:
     by the file's name. Raises: UserError naming the file and what is wrong with it.
     """
     random, most = np.random.default_rng(zlib.crc32(path.stem.encode())), most or points
-    try:
+    with reading(path, "repair or remove it"):
         if path.suffix.lower() in MESHES:
             cloud = read_mesh(path, most, random)
         elif path.suffix.lower() == ".npy":
@@ -632,9 +588,6 @@ def read_object(path: Path, points: int, most: int | None = None) -> np.ndarray:
         cloud = np.asarray(cloud, np.float32)[:, :3]
         if cloud.shape[1] != 3:
             raise ValueError(f"{cloud.shape[1]} columns, expected x y z")
-    except Exception as error:  # parsers of many formats, each with errors of its own
-        raise UserError(f"cannot read {path}: {type(error).__name__}: {error}; "
-                        "repair or remove it") from error
     if len(cloud) < points:
         raise UserError(f"{path} has {len(cloud)} points, --points is {points}; lower it")
     if not np.isfinite(cloud).all():
@@ -694,7 +647,7 @@ def load_files(files: list[Path], points: int, up: str) -> tuple[Objects, int]:
         try:
             clouds.append(read_object(file, points))
             names.append(str(file))
-        except UserError as error:
+        except (UserError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
     if not clouds:
         raise UserError(f"none of {len(files)} files could be read")
@@ -724,17 +677,25 @@ def find_photographs(folder: Path, names: list[str]) -> list | None:
     return [found[name] for name in names]
 
 
-def read_lines(path: Path) -> list[str]:
+def read_lines(path: Path, **advice) -> list[str]:
     """Lines of a text file that has to be there and say something, without empty ones."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path}; README, Data, says what goes there")
-    try:
+    with reading(path, "expected lines of text", **advice):
         lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    except ValueError as error:
-        raise UserError(f"cannot read {path}: {error}; expected lines of text") from error
     if not lines:
         raise UserError(f"{path} is empty; README, Data, says what is in it")
     return lines
+
+
+@contextmanager
+def reading(path: Path, repair: str, missing: str = "README, Data, says what goes there"):
+    """To read a file under (`with`): whatever its parser raises becomes a UserError that names it.
+    Raises: FileNotFoundError if it is not there."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}; {missing}")
+    try:
+        yield
+    except Exception as error:  # parsers of many formats, each with errors of its own
+        raise UserError(f"cannot read {path}: {str(error) or repr(error)}; {repair}") from error
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -745,33 +706,28 @@ REDWOOD_FILES = "https://redwood-3dscan.b-cdn.net/"
 CO3D_SHA256 = "https://raw.githubusercontent.com/facebookresearch/co3d/main/co3d/co3d_sha256.json"
 CO3D_FILES = "https://dl.fbaipublicfiles.com/co3dv2_231130/"
 ULIP2 = "ULIP-2-PointBERT-8k-xyz-pc-slip_vit_b-objaverse-pretrained.pt"
+ULIP1 = "checkpoint_pointbert.pt"
 # file: its place below the data root (starts: the cache). hub: data set, file in it, revision. sha256 and
-# members (sha256 of files inside): where they are published.
+# members (sha256 of files inside, its first digits): where they are published.
 DOWNLOADS = {
     "ulip2": dict(file=ULIP2, terms="BSD-3-Clause, 8k-point Objaverse model of ULIP-2",
                   hub=("SFXX/ulip", f"ULIP-2/pretrained_models/{ULIP2}", None)),
-    "ulip1": dict(file="checkpoint_pointbert.pt", terms="BSD-3-Clause, ULIP-1 on ShapeNet-55",
-                  hub=("SFXX/ulip", "ULIP-1/pretrained_models/ckpt_zero-sho_classification/"
-                       "checkpoint_pointbert.pt", None)),
-    "modelnet40": dict(file="modelnet40_ply_hdf5_2048.zip", terms="435 MB, for academic research only",
-                       hub=("Msun/modelnet40", "modelnet40_ply_hdf5_2048.zip",
-                            "d5dc795541800feeb7a4b3bd3142729a0d2adf7a"),
-                       urls=["https://shapenet.cs.stanford.edu/media/modelnet40_ply_hdf5_2048.zip"],
-                       sha256="07670e237db72ece0f723b9abb571534c9ad655a6456b389646587dc72bb8bae"),
+    "ulip1": dict(file=ULIP1, terms="BSD-3-Clause, ULIP-1 on ShapeNet-55",
+                  hub=("SFXX/ulip", f"ULIP-1/pretrained_models/ckpt_zero-sho_classification/{ULIP1}", None)),
+    "modelnet40": dict(
+        file="modelnet40_ply_hdf5_2048.zip", terms="435 MB, for academic research only",
+        hub=("Msun/modelnet40", "modelnet40_ply_hdf5_2048.zip", "d5dc795541800feeb7a4b3bd3142729a0d2adf7a"),
+        urls=["https://shapenet.cs.stanford.edu/media/modelnet40_ply_hdf5_2048.zip"],
+        sha256="07670e237db72ece0f723b9abb571534c9ad655a6456b389646587dc72bb8bae"),
     "scanobjectnn": dict(
-        file="scanobjectnn/h5_files.zip",
-        terms="for research, terms at https://hkust-vgd.github.io/scanobjectnn/",
+        file="scanobjectnn/h5_files.zip", terms="for research, terms at https://hkust-vgd.github.io/scanobjectnn/",
         urls=["http://hkust-vgd.ust.hk/scanobjectnn/h5_files.zip",
               "https://github.com/ma-xu/pointMLP-pytorch/releases/download/dataset/h5_files.zip"],
         members={
-            "h5_files/main_split/training_objectdataset.h5":
-                "d334dd3e44556606b0c38560a6a2ed6b191c2e2fe6588f22e3f154d5cbdf3cb1",
-            "h5_files/main_split/test_objectdataset.h5":
-                "4465e207202fe9375e3c58d2e13bf44bddc1baa1fcb6b123b82f99e55353e22e",
-            "h5_files/main_split/test_objectdataset_augmentedrot_scale75.h5":
-                "f23822ee2f1e1d18331e91334d74adb10c8718d72d503bfa76ebe0a9348a7ea1",
-            "h5_files/main_split_nobg/test_objectdataset.h5":
-                "b7176ebd4b8f2218c8cca84b59617d96f5145d864924cc930b36eaf55931c9e1"}),
+            "h5_files/main_split/training_objectdataset.h5": "d334dd3e44556606b0c38560",
+            "h5_files/main_split/test_objectdataset.h5": "4465e207202fe9375e3c58d2",
+            "h5_files/main_split/test_objectdataset_augmentedrot_scale75.h5": "f23822ee2f1e1d18331e9133",
+            "h5_files/main_split_nobg/test_objectdataset.h5": "b7176ebd4b8f2218c8cca84b"}),
 }
 
 
@@ -787,21 +743,20 @@ def fetch_published(name: str, root: Path, allowed: bool = True) -> Path:
 
 
 def fetch(path: Path, urls=(), sha256: str | None = None, hub: tuple | None = None) -> Path:
-    """`path` if it is there; else the file in the Hugging Face hub's own cache, fetched from a data set of the
-    hub, or else fetched from plain addresses to `path`.
+    """`path` if it is there; else a file of the Hugging Face hub (data set, file, revision) in the hub's own
+    cache, or else `path`, fetched from a plain address. Bytes of another sha256 are refused and not kept.
 
-    hub: data set, file in it, revision. Bytes of another sha256 are refused and not kept.
     Raises: UserError that names the file, where to put it, and what went wrong at each address.
     """
     reasons = []
     with lock(path):
-        for source in (hub, *urls):
-            if path.exists() or source is None:
-                continue
+        if path.exists():
+            return path
+        for source in (hub, *urls) if hub else urls:
             try:
                 if source is not hub:
                     torch.hub.download_url_to_file(source, str(path), hash_prefix=sha256)
-                    continue
+                    return path
                 data_set, file, revision = hub
                 found = Path(hf_hub_download(data_set, file, repo_type="dataset", revision=revision))
                 if sha256 in (None, hashlib.sha256(found.read_bytes()).hexdigest()):
@@ -809,11 +764,8 @@ def fetch(path: Path, urls=(), sha256: str | None = None, hub: tuple | None = No
                 found.resolve().unlink()
                 raise ValueError("wrong sha256")
             except Exception as error:  # the hub, the network and the file system have many types of errors
-                reasons.append(f"{source}: {str(error).strip().splitlines()[0] if str(error) else error!r}")
-    if not path.exists():
-        raise UserError(f"cannot fetch {path.name} ({'; '.join(reasons)}); fetch it by hand and put it at "
-                        f"{path}")
-    return path
+                reasons.append(f"{source}: {error!r:.300}")
+    raise UserError(f"cannot fetch {path.name} ({'; '.join(reasons)}); fetch it by hand and put it at {path}")
 
 
 def lock(path: Path, timeout: float = -1) -> FileLock:
@@ -828,10 +780,19 @@ def fetch_and_unpack(name: str, root: Path, folder: Path, download: bool | None)
         unpack([fetch_published(name, root)], folder, members=DOWNLOADS[name].get("members"))
 
 
+def fetch_pieces(folder: Path, urls: dict, choose=None):
+    """Where `folder` is missing, the archives {address: sha256 or None}, unpacked there (see unpack)."""
+    if not folder.exists():
+        archives = [fetch(folder.parent / url.split("/")[-1], [url], sha256) for url, sha256 in urls.items()]
+        unpack(archives, folder, choose)
+        for archive in archives:
+            archive.unlink(missing_ok=True)
+
+
 def unpack(archives: list[Path], folder: Path, choose=None, members: dict | None = None):
     """Unpack zips, or the names `choose` takes from theirs. `folder` appears whole, or not at all.
 
-    An archive may hold the folder itself or what goes into it. members: sha256 of files in it.
+    An archive may hold the folder itself or what goes into it. members: sha256 of files in it, or its first digits.
     Raises: UserError naming the archive that is broken or not its authors'.
     """
     part = folder.with_name(f".{folder.name}.part")
@@ -842,10 +803,10 @@ def unpack(archives: list[Path], folder: Path, choose=None, members: dict | None
         try:
             for archive in archives:
                 with zipfile.ZipFile(archive) as file:
-                    for name, expected in (members or {}).items():
-                        if hashlib.sha256(file.read(name)).hexdigest() != expected:
-                            raise ValueError(f"{name} is not its authors' (sha256)")
                     file.extractall(part, choose(file.namelist()) if choose else None)  # leaves `..` out
+            for name, sha256 in (members or {}).items():
+                if not hashlib.sha256((part / name).read_bytes()).hexdigest().startswith(sha256):
+                    raise ValueError(f"{name} is not its authors' (sha256)")
             inner = part / folder.name
             os.replace(inner if inner.is_dir() else part, folder)
         except Exception as error:  # zip files break in many ways, each with a type of its own
