@@ -66,9 +66,7 @@ class Objects:
 
 def to_unit_sphere(points: Tensor) -> Tensor:
     """Centre each cloud on its mean, scale its farthest point to norm 1. (N, P, 3) -> (N, P, 3).
-
-    Raises: UserError where coordinates are not finite or all points of a cloud coincide, naming the object.
-    """
+    Raises: UserError naming an object whose coordinates are not finite, or whose points all coincide."""
     bad = ~points.sum(dim=(1, 2)).isfinite()  # a sum keeps NaN and infinity, and needs no second copy
     if bad.any():
         raise UserError(f"object {int(bad.nonzero()[0])} has NaN or infinite coordinates; repair it")
@@ -184,10 +182,8 @@ def weak_points(points: Tensor) -> Tensor:
 
 
 def strong_points(points: Tensor) -> Tensor:
-    """Scale U(0.5, 2), any yaw, shift U(-0.5, 0.5) x extent, jitter, dropout up to 0.875 [self-training].
-
-    Jitter: sigma 0.01, at most 0.05. A dropped point becomes the cloud's first, so that P stays. (B, P, 3)
-    """
+    """Scale U(0.5, 2), any yaw, shift U(-0.5, 0.5) x extent, jitter of sigma 0.01 (at most 0.05), dropout up
+    to 0.875 [self-training]. A dropped point becomes the cloud's first, so that P stays. (B, P, 3)"""
     n, total, _ = points.shape
     device = points.device
     points = random_yaw(points) * (0.5 + 1.5 * torch.rand(n, 1, 1, device=device))
@@ -201,8 +197,8 @@ def strong_points(points: Tensor) -> Tensor:
 def draw_views(points: Tensor, size: int, photographs: tuple | None = None) -> dict[str, Tensor]:
     """Weak [joint-label] and strong views [self-training] of clouds (B, P, 3) for one training step.
 
-    Both images are crops of one random depth view (Deviation D22: RandAugment's colours have no meaning in it,
-    a smaller crop loses the object), or `photographs`, the pair that training_photographs gives.
+    Both images are crops of one random depth view (Deviation D22: a depth map has no colours for RandAugment,
+    a smaller crop loses the object), or `photographs`, a pair that training_photographs gives.
     """
     if photographs is None:
         images = random_view(points, size)
@@ -223,8 +219,8 @@ class Photographs(Dataset):
 
     Item i, with a `seed`: the weak (random crop [joint-label]) and the strong image (crop of 0.3 to 1, flip,
     RandAugment of magnitude 9 [self-training]; Deviation D22) of one photograph of object i, each (3, size,
-    size). Without: centre crops (V, 3, size, size) of all, or of at most `views` evenly spaced ones. An object
-    without a photograph gets depth views.
+    size). Without: centre crops (V, 3, size, size) of all, or of `views` evenly spaced ones. An object that
+    has no photograph gets depth views.
     """
     def __init__(self, objects: Objects, size: int, seed: int | None = None, views: int | None = None):
         from torchvision.transforms import v2  # here: 160 MB and a second that depth views do not need
@@ -251,13 +247,12 @@ class Photographs(Dataset):
                 return fixed_views(points, self.views or 6, self.size)[0]
             chosen = evenly_spaced(paths, self.views or len(paths))
             return torch.stack([self.still(self.decode(path)) for path in chosen])
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed * 1_000_003 + i)  # the same views after a resume, too
-            if paths:
-                image = self.decode(paths[torch.randint(len(paths), ())])
-            else:
-                image = (255 * random_view(points, self.size)[0]).byte()
-            return self.weak(image), self.strong(image)
+        torch.manual_seed(self.seed * 1_000_003 + i)  # the same views after a resume; a worker's own numbers
+        if paths:
+            image = self.decode(paths[torch.randint(len(paths), ())])
+        else:
+            image = (255 * random_view(points, self.size)[0]).byte()
+        return self.weak(image), self.strong(image)
 
 
 def evenly_spaced(items: list, count: int) -> list:
@@ -285,10 +280,8 @@ def training_photographs(objects: Objects, batches: tuple, size: int, seed: int)
 
 
 def fixed_images(objects: Objects, views: int | None, size: int, batch_size: int, device):
-    """Evaluation's images of all objects in order, in parts (b, V, 3, size, size) [D15].
-
-    Of photographs all, or at most `views` of each object; else `views` (6) depth views.
-    """
+    """Evaluation's images of all objects in order, in parts (b, V, 3, size, size) [D15]: all photographs of
+    an object, or at most `views`; else `views` (6) depth views."""
     if objects.images is None:
         for points in objects.points.split(batch_size):
             yield fixed_views(points.to(device), views or 6, size)
@@ -356,20 +349,18 @@ def load_modelnet(root: Path, split: str, points: int, most: int, download: bool
 
 
 def load_scanobjectnn(root: Path, split: str, points: int, most: int, download: bool | None = None,
-                      file: str = "main_split/{}_objectdataset.h5") -> Objects:
+                      folder: str = "main_split", suffix: str = "") -> Objects:
     """ScanObjectNN, one of its variants: real indoor scans in its authors' h5 files."""
-    folder = root / "scanobjectnn" / "h5_files"
-    fetch_and_unpack("scanobjectnn", root, folder, download)
-    path = folder / file.format({"train": "training", "test": "test"}[split])
+    top, part = root / "scanobjectnn/h5_files", {"train": "training", "test": "test"}[split]
+    fetch_and_unpack("scanobjectnn", root, top, download)
+    path = top / folder / f"{part}_objectdataset{suffix}.h5"
     clouds, labels, _ = read_h5(path, points, most, len(SCANOBJECTNN))
     return Objects(clouds, labels, SCANOBJECTNN, split=split)
 
 
 def read_h5(path: Path, points: int, most: int, classes: int) -> tuple[Tensor, Tensor, list | None]:
     """The first `most` points of clouds (N, P, 3), labels (N,) and, if there are any, names of an h5 file.
-
-    PointNet's own files are y up, told by their normals, and turned. Raises: UserError naming the file.
-    """
+    PointNet's own files are y up, told by their normals, and turned. Raises: UserError naming the file."""
     with reading(path, "expected data (N, P, 3) and label; fetch it again"), h5py.File(path) as file:
         clouds = torch.from_numpy(file["data"][:, :most].astype(np.float32))
         labels = torch.from_numpy(file["label"][:].reshape(-1).astype(np.int64))
@@ -389,16 +380,14 @@ def read_h5(path: Path, points: int, most: int, classes: int) -> tuple[Tensor, T
 
 
 def load_redwood(root: Path, split: str, points: int, most: int, download: bool | None = None) -> Objects:
-    """Redwood's scans of nine classes: redwood/{meshes/ID.ply | points/ID.npy}, redwood/images/ID/*.jpg.
-
-    redwood/categories.json maps a class to its ids; those without a mesh or cloud are left out.
-    """
+    """Redwood's scans of nine classes: redwood/{meshes/ID.ply | points/ID.npy}, redwood/images/ID/*.jpg;
+    redwood/categories.json maps a class to its ids. Those without a mesh or cloud are left out."""
     folder = root / "redwood"
     listed = folder / "categories.json"
     if download:
         fetch_redwood(folder)
-    with reading(listed, "expected class -> ids", missing="--download fetches it, meshes and 24 frames of each "
-                 "object (of some 100 GB); README, Data, has the layout"):
+    with reading(listed, "expected class -> ids", missing="--download fetches it, the meshes and 24 frames "
+                 "of each object (of some 100 GB); README, Data, has the layout"):
         ids = json.loads(listed.read_text())
         ids = [(name, k) for k, key in enumerate(REDWOOD) for name in ids[key] if in_split(name, split)]
     files = {name: file for name, _ in ids for file in (folder / f"points/{name}.npy",
@@ -413,14 +402,16 @@ def load_redwood(root: Path, split: str, points: int, most: int, download: bool 
 def fetch_redwood(folder: Path):
     """Meshes of the nine classes, and 24 evenly spaced frames of each scan."""
     print("fetching Redwood's object scans (public domain; cite arXiv 1602.02481): some 400 archives, 100 GB")
-    lists = [fetch(folder / name, [REDWOOD_LISTS + name]) for name in ("categories.json", "meshes.json")]
-    ids, meshes = (json.loads(path.read_text()) for path in lists)
+    lists = "https://raw.githubusercontent.com/isl-org/redwood-3dscan/master"
+    files = "https://redwood-3dscan.b-cdn.net"
+    ids, meshes = (json.loads(fetch(folder / name, [f"{lists}/{name}"]).read_text())
+                   for name in ("categories.json", "meshes.json"))
 
     def some_frames(members):
         return evenly_spaced(sorted(member for member in members if member.endswith(".jpg")), 24)
     for name in sorted(set(meshes) & {name for key in REDWOOD for name in ids[key]}):
-        fetch(folder / f"meshes/{name}.ply", [f"{REDWOOD_FILES}mesh/{name}.ply"])
-        fetch_pieces(folder / "images" / name, {f"{REDWOOD_FILES}rgbd/{name}.zip": None}, some_frames)
+        fetch(folder / f"meshes/{name}.ply", [f"{files}/mesh/{name}.ply"])
+        fetch_pieces(folder / "images" / name, {f"{files}/rgbd/{name}.zip": None}, some_frames)
 
 
 def load_co3d(root: Path, split: str, points: int, most: int, download: bool | None = None) -> Objects:
@@ -445,9 +436,11 @@ def fetch_co3d(folder: Path, category: str):
     if (folder / category).exists():
         return
     print(f"fetching CO3D's single sequences of {category} (CC BY-NC 4.0; 8.9 GB for all categories)")
-    listed = json.loads(fetch(folder / "co3d_sha256.json", [CO3D_SHA256]).read_text())["singlesequence"]
-    fetch_pieces(folder / category, {f"{CO3D_FILES}{category}_{part}_singlesequence.zip":
-                                     listed[f"{category}_{part}.zip"] for part in ("000", "001")})
+    lists = "https://raw.githubusercontent.com/facebookresearch/co3d/main/co3d/co3d_sha256.json"
+    files = "https://dl.fbaipublicfiles.com/co3dv2_231130"
+    listed = json.loads(fetch(folder / "co3d_sha256.json", [lists]).read_text())["singlesequence"]
+    fetch_pieces(folder / category, {f"{files}/{name}_singlesequence.zip": listed[f"{name}.zip"]
+                                     for name in (f"{category}_000", f"{category}_001")})
 
 
 def load_shapenet55(root: Path, split: str, points: int, most: int, download: bool | None = None) -> Objects:
@@ -464,12 +457,9 @@ def load_shapenet55(root: Path, split: str, points: int, most: int, download: bo
     return Objects(clouds, labels, list(SHAPENET55.values()), split=split, names=names)
 
 
-def load_folder(folder: Path, split: str, points: int, most: int, root: Path) -> Objects:
+def load_folder(folder: Path, root: Path, split: str, points: int, most: int, _download) -> Objects:
     """A folder of the user's own: classes.txt, {train,test}/[CLASS/]OBJECT.EXT, views/OBJECT/*.jpg if any.
-
-    Without class folders there are no labels; without `test` the training objects stand for it.
-    Raises: UserError or OSError naming what is not as it should be.
-    """
+    Without class folders there are no labels; without `test` the training objects stand for it."""
     listed, split = folder / "classes.txt", split if (folder / split).is_dir() else "train"
     class_names = read_lines(listed)
     if len(set(class_names)) < len(class_names) or len(class_names) < 2:
@@ -509,11 +499,10 @@ DATASETS = {
     "modelnet10": dict(CAD, load=partial(load_modelnet, classes=MODELNET10)),
     "modelnet40": dict(CAD, load=load_modelnet, separate=(0.8, 0.82)),
     "modelnet40-depth": dict(CAD, load=partial(load_modelnet, views=False)),
-    "scanobjectnn-obj-only": dict(SCANS, separate=(0.8, 0.82), load=partial(
-        load_scanobjectnn, file="main_split_nobg/{}_objectdataset.h5")),
+    "scanobjectnn-obj-only": dict(SCANS, separate=(0.8, 0.82),
+                                  load=partial(load_scanobjectnn, folder="main_split_nobg")),
     "scanobjectnn-with-bg": dict(SCANS, load=load_scanobjectnn),
-    "scanobjectnn-hardest": dict(SCANS, load=partial(
-        load_scanobjectnn, file="main_split/{}_objectdataset_augmentedrot_scale75.h5")),
+    "scanobjectnn-hardest": dict(SCANS, load=partial(load_scanobjectnn, suffix="_augmentedrot_scale75")),
     "redwood": dict(SCANS, load=load_redwood, up="-y", templates="photo", points=8192,
                     separate=(0.82, 0.82), batch_size=64),
     "co3d": dict(SCANS, load=load_co3d, up="-y", templates="photo", points=8192, threshold=0.84,
@@ -526,9 +515,8 @@ FOLDER = dict(SCANS, up="z", separate=(0.82, 0.82))
 
 def dataset_row(name: str) -> dict:
     """The row of DATASETS for a data set, or FOLDER for a folder; one with `views` has photographs."""
-    if name in DATASETS:
-        return DATASETS[name]
-    return dict(FOLDER, templates="photo") if (Path(name) / "views").is_dir() else FOLDER
+    templates = "photo" if (Path(name) / "views").is_dir() else "depth"
+    return DATASETS.get(name) or dict(FOLDER, templates=templates)
 
 
 def load_dataset(name: str, root: str | Path, split: str, points: int = 1024, domain: str | None = None,
@@ -537,7 +525,7 @@ def load_dataset(name: str, root: str | Path, split: str, points: int = 1024, do
 
     Args: split "train" or "test"; domain "target" shows objects as a scanner would (see scan), None as the
     data set has them; download: see the loaders; up overrides the axis that points upwards in the files.
-    Raises: UserError for what is neither in DATASETS nor a folder, and for what the loaders find wrong.
+    Raises: UserError or OSError for what is neither in DATASETS nor a folder, and for what is wrong in it.
     """
     if name not in DATASETS and not Path(name).is_dir():
         raise UserError(f"unknown data set {name!r}; one of {', '.join(DATASETS)}, or a folder of your own")
@@ -545,11 +533,10 @@ def load_dataset(name: str, root: str | Path, split: str, points: int = 1024, do
         objects = load_shapes(split, points, domain or "target")
     else:
         most = 3 * points if domain == "target" else points  # a scan loses a quarter of its cloud
-        if name in DATASETS:
-            objects = DATASETS[name]["load"](Path(root), split, points, most, download)
-        else:
-            objects = load_folder(Path(name), split, points, most, Path(root))
-        objects.points = to_unit_sphere(to_z_up(objects.points, up or dataset_row(name)["up"]))
+        row = dataset_row(name)
+        load = row.get("load", partial(load_folder, Path(name)))
+        objects = load(Path(root), split, points, most, download)
+        objects.points = to_unit_sphere(to_z_up(objects.points, up or row["up"]))
         if domain == "target":
             objects.points = scan(objects.points, points, seed=("train", "test").index(objects.split))
     unusual = domain == ("source" if name == "shapes" else "target")
@@ -611,19 +598,16 @@ def read_mesh(path: Path, count: int, random) -> np.ndarray:
 
 def read_text(path: Path) -> np.ndarray:
     """Numbers in columns separated by spaces or commas, after any header."""
-    lines = path.read_text().replace(",", " ").splitlines()
-    number = re.compile(r"\s*[-+.\d]\S*\s+[-+.\d]\S*\s+[-+.\d]")
-    first = next((k for k, line in enumerate(lines) if number.match(line)), None)
+    text = path.read_text().replace(",", " ")
+    first = re.search(r"^[ \t]*[-+.\d]\S*[ \t]+[-+.\d]\S*[ \t]+[-+.\d]", text, re.MULTILINE)
     if first is None:
         raise ValueError("no line with three numbers")
-    return np.loadtxt(lines[first:], usecols=(0, 1, 2), ndmin=2)
+    return np.loadtxt(text[first.start():].splitlines(), usecols=(0, 1, 2), ndmin=2)
 
 
 def read_objects(files: list[Path], points: int, most: int, root: Path) -> Tensor:
     """Clouds of one size, at least `points` and at most `most`: of each file, read once. -> (N, P, 3)
-
-    They are kept in ROOT/sampled, under a hash of the files' names, sizes and times.
-    """
+    They are kept in ROOT/sampled, under a hash of the files' names, sizes and times."""
     known = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     digest = hashlib.sha256(json.dumps([points, most, known]).encode()).hexdigest()[:16]
     kept = root / "sampled" / f"{digest}.npy"
@@ -656,10 +640,8 @@ def load_files(files: list[Path], points: int, up: str) -> tuple[Objects, int]:
 
 
 def find_photographs(folder: Path, names: list[str]) -> list | None:
-    """Photographs or renderings under a folder: a sorted list for each object; None without the folder.
-
-    Those in FOLDER/OBJECT, or anywhere below FOLDER files named OBJECT.*.png as renderings of ModelNet are.
-    """
+    """A sorted list of each object's photographs, None without the folder. They lie in FOLDER/OBJECT, or
+    anywhere below FOLDER and are called OBJECT.*.png, as renderings of ModelNet are."""
     if not folder.is_dir():
         return None
     found = {name: [] for name in names}
@@ -701,10 +683,6 @@ def reading(path: Path, repair: str, missing: str = "README, Data, says what goe
 # -----------------------------------------------------------------------------------------------------------
 # Fetching: the hub's copy first, then plain addresses
 
-REDWOOD_LISTS = "https://raw.githubusercontent.com/isl-org/redwood-3dscan/master/"
-REDWOOD_FILES = "https://redwood-3dscan.b-cdn.net/"
-CO3D_SHA256 = "https://raw.githubusercontent.com/facebookresearch/co3d/main/co3d/co3d_sha256.json"
-CO3D_FILES = "https://dl.fbaipublicfiles.com/co3dv2_231130/"
 ULIP2 = "ULIP-2-PointBERT-8k-xyz-pc-slip_vit_b-objaverse-pretrained.pt"
 ULIP1 = "checkpoint_pointbert.pt"
 # file: its place below the data root (starts: the cache). hub: data set, file in it, revision. sha256 and
@@ -720,7 +698,8 @@ DOWNLOADS = {
         urls=["https://shapenet.cs.stanford.edu/media/modelnet40_ply_hdf5_2048.zip"],
         sha256="07670e237db72ece0f723b9abb571534c9ad655a6456b389646587dc72bb8bae"),
     "scanobjectnn": dict(
-        file="scanobjectnn/h5_files.zip", terms="for research, terms at https://hkust-vgd.github.io/scanobjectnn/",
+        file="scanobjectnn/h5_files.zip",
+        terms="for research, terms at https://hkust-vgd.github.io/scanobjectnn/",
         urls=["http://hkust-vgd.ust.hk/scanobjectnn/h5_files.zip",
               "https://github.com/ma-xu/pointMLP-pytorch/releases/download/dataset/h5_files.zip"],
         members={
@@ -745,9 +724,7 @@ def fetch_published(name: str, root: Path, allowed: bool = True) -> Path:
 def fetch(path: Path, urls=(), sha256: str | None = None, hub: tuple | None = None) -> Path:
     """`path` if it is there; else a file of the Hugging Face hub (data set, file, revision) in the hub's own
     cache, or else `path`, fetched from a plain address. Bytes of another sha256 are refused and not kept.
-
-    Raises: UserError that names the file, where to put it, and what went wrong at each address.
-    """
+    Raises: UserError that names the file, where to put it, and what went wrong at each address."""
     reasons = []
     with lock(path):
         if path.exists():
@@ -775,13 +752,13 @@ def lock(path: Path, timeout: float = -1) -> FileLock:
 
 
 def fetch_and_unpack(name: str, root: Path, folder: Path, download: bool | None):
-    """Where `folder` is missing, and unless `download` is False, the archive DOWNLOADS[name], unpacked there."""
+    """The archive DOWNLOADS[name], unpacked in `folder`, unless it is there or `download` is False."""
     if download is not False and not folder.exists():
         unpack([fetch_published(name, root)], folder, members=DOWNLOADS[name].get("members"))
 
 
 def fetch_pieces(folder: Path, urls: dict, choose=None):
-    """Where `folder` is missing, the archives {address: sha256 or None}, unpacked there (see unpack)."""
+    """The archives {address: sha256 or None}, unpacked in `folder`, unless it is there (see unpack)."""
     if not folder.exists():
         archives = [fetch(folder.parent / url.split("/")[-1], [url], sha256) for url, sha256 in urls.items()]
         unpack(archives, folder, choose)
@@ -790,11 +767,9 @@ def fetch_pieces(folder: Path, urls: dict, choose=None):
 
 
 def unpack(archives: list[Path], folder: Path, choose=None, members: dict | None = None):
-    """Unpack zips, or the names `choose` takes from theirs. `folder` appears whole, or not at all.
-
-    An archive may hold the folder itself or what goes into it. members: sha256 of files in it, or its first digits.
-    Raises: UserError naming the archive that is broken or not its authors'.
-    """
+    """Unpack zips, or the names `choose` takes from theirs. `folder` appears whole, or not at all. A zip may
+    hold the folder itself or what goes into it. members: sha256 of files in it, or its first digits.
+    Raises: UserError naming the archive that is broken or not its authors'."""
     part = folder.with_name(f".{folder.name}.part")
     with lock(folder):
         if folder.exists():
@@ -1083,10 +1058,10 @@ def seen_from(points: Tensor, azimuths: Tensor, elevations: Tensor) -> Tensor:
 
 
 def scan(points: Tensor, count: int, seed: int) -> Tensor:
-    """A scan: one-sided, stretched, noisy, some floor and clutter. (N, P, 3) -> (N, count, 3).
+    """A scan: one-sided, stretched, noisy, some floor and clutter. (N, P, 3) -> (N, count, 3), P far above count
 
     A hand-held scanner looks from three directions of an arc of 2 radians; what none of them sees, a quarter
-    of the points, is lost. Floor makes the object smaller in the unit sphere. P well above `count`.
+    of the points, is lost. Floor makes the object smaller in the unit sphere.
     """
     random = torch.Generator().manual_seed(seed)
     n = len(points)
@@ -1111,10 +1086,8 @@ def scan(points: Tensor, count: int, seed: int) -> Tensor:
 
 
 def sample_shapes(count: int, seed: int, domain: str = "source", points: int = 1024) -> Objects:
-    """The procedural set: object i is of class i mod 10, upright, turned by any yaw. The same for a seed.
-
-    domain "source": clean, whole objects. "target": the same programs as a scanner sees them (see scan).
-    """
+    """The procedural set, the same for a seed: object i is of class i mod 10, upright, turned by any yaw.
+    domain "source": clean, whole objects. "target": the same programs as a scanner sees them (see scan)."""
     if domain not in ("source", "target"):
         raise ValueError(f"domain {domain!r}; one of source, target")
     dense = points if domain == "source" else 3 * points
