@@ -37,11 +37,8 @@ class UserError(Exception):
 
 @dataclass
 class Objects:
-    """A split of a data set.
-
-    points (N, P, 3); labels (N,) or None; names of the N objects (without: their numbers); images: a list of
-    photographs' paths for each object, or None where depth views are rendered.
-    """
+    """A split of a data set: points (N, P, 3); labels (N,) or None; names of the N objects (without: their
+    numbers); images: a list of photographs' paths for each, or None where depth views are rendered."""
     points: Tensor
     labels: Tensor | None
     class_names: list[str]
@@ -100,11 +97,9 @@ def max_pool(images: Tensor, size: int) -> Tensor:
 
 def render_depth_views(points: Tensor, azimuths: Tensor, elevations: Tensor, size: int) -> Tensor:
     """Depth maps in PointCLIP V2's recipe: quantise, densify, smooth, squeeze (arXiv 2211.11682).
-
     The nearest point of each cell of a grid of 1.6 sqrt(P) cells a side wins, holes of up to four cells are
     closed, edges smoothed. Points (B, P, 3) in the unit sphere, z up; azimuths, elevations (B, V). Returns
-    (B, V, 3, size, size) without gradient: near = 1, far = 0.2, background 0.
-    """
+    (B, V, 3, size, size) without gradient: near = 1, far = 0.2, background 0."""
     batch, views, total = len(points), azimuths.shape[1], points.shape[1]
     grid = min(size, int(1.6 * total ** 0.5))
     with torch.no_grad():
@@ -160,10 +155,8 @@ def rotate_about_xyz(points: Tensor, angles: Tensor) -> Tensor:
     """Rotate clouds about x, then y, then z. points (B, P, 3), angles (B, 3)."""
     for axis in range(3):
         sin, cos = angles[:, axis, None].sin(), angles[:, axis, None].cos()
-        a, b = points[..., (axis + 1) % 3], points[..., (axis + 2) % 3]
-        turned = list(points.unbind(-1))
-        turned[(axis + 1) % 3], turned[(axis + 2) % 3] = cos * a - sin * b, sin * a + cos * b
-        points = torch.stack(turned, dim=-1)
+        fixed, a, b = points.roll(-axis, -1).unbind(-1)
+        points = torch.stack([fixed, cos * a - sin * b, sin * a + cos * b], dim=-1).roll(axis, -1)
     return points
 
 
@@ -195,11 +188,9 @@ def strong_points(points: Tensor) -> Tensor:
 
 
 def draw_views(points: Tensor, size: int, photographs: tuple | None = None) -> dict[str, Tensor]:
-    """Weak [joint-label] and strong views [self-training] of clouds (B, P, 3) for one training step.
-
-    Both images are crops of one random depth view (Deviation D22: a depth map has no colours for RandAugment,
-    a smaller crop loses the object), or `photographs`, a pair that training_photographs gives.
-    """
+    """Weak [joint-label] and strong views [self-training] of clouds (B, P, 3) for one training step. Images
+    are crops of one random depth view (Deviation D22: a depth map has no colours for RandAugment, a smaller
+    crop loses the object), or `photographs`, a pair that training_photographs gives."""
     if photographs is None:
         images = random_view(points, size)
         grey = images[:, :1]  # its three channels are one
@@ -216,12 +207,10 @@ def draw_views(points: Tensor, size: int, photographs: tuple | None = None) -> d
 
 class Photographs(Dataset):
     """Photographs or renderings of objects, decoded and cropped by the workers of a DataLoader.
-
     Item i, with a `seed`: the weak (random crop [joint-label]) and the strong image (crop of 0.3 to 1, flip,
     RandAugment of magnitude 9 [self-training]; Deviation D22) of one photograph of object i, each (3, size,
     size). Without: centre crops (V, 3, size, size) of all, or of `views` evenly spaced ones. An object that
-    has no photograph gets depth views.
-    """
+    has no photograph gets depth views."""
     def __init__(self, objects: Objects, size: int, seed: int | None = None, views: int | None = None):
         from torchvision.transforms import v2  # here: 160 MB and a second that depth views do not need
         bicubic, to_float = v2.InterpolationMode.BICUBIC, v2.ToDtype(torch.float32, scale=True)
@@ -521,12 +510,10 @@ def dataset_row(name: str) -> dict:
 
 def load_dataset(name: str, root: str | Path, split: str, points: int = 1024, domain: str | None = None,
                  download: bool | None = None, up: str | None = None) -> Objects:
-    """Objects of a data set or of a folder of one's own, z up, in the unit sphere.
-
-    Args: split "train" or "test"; domain "target" shows objects as a scanner would (see scan), None as the
-    data set has them; download: see the loaders; up overrides the axis that points upwards in the files.
-    Raises: UserError or OSError for what is neither in DATASETS nor a folder, and for what is wrong in it.
-    """
+    """Objects of a data set or of a folder of one's own, z up, in the unit sphere; split "train" or "test".
+    domain "target" shows objects as a scanner would (see scan), None as the data set has them; download: see
+    the loaders; up overrides the axis that points upwards in the files. Raises: UserError or OSError for what
+    is neither in DATASETS nor a folder, and for what is wrong in it."""
     if name not in DATASETS and not Path(name).is_dir():
         raise UserError(f"unknown data set {name!r}; one of {', '.join(DATASETS)}, or a folder of your own")
     if name == "shapes":
@@ -560,10 +547,8 @@ def to_z_up(points: Tensor, up: str) -> Tensor:
 
 def read_object(path: Path, points: int, most: int | None = None) -> np.ndarray:
     """Points of a cloud, or of a mesh's surface by area, the same every time. -> (P, 3) float32
-
     A mesh gives `most` points (default: `points`), a cloud as many if it has more, by a random choice seeded
-    by the file's name. Raises: UserError naming the file and what is wrong with it.
-    """
+    by the file's name. Raises: UserError naming the file and what is wrong with it."""
     random, most = np.random.default_rng(zlib.crc32(path.stem.encode())), most or points
     with reading(path, "repair or remove it"):
         if path.suffix.lower() in MESHES:
@@ -1058,11 +1043,9 @@ def seen_from(points: Tensor, azimuths: Tensor, elevations: Tensor) -> Tensor:
 
 
 def scan(points: Tensor, count: int, seed: int) -> Tensor:
-    """A scan: one-sided, stretched, noisy, some floor and clutter. (N, P, 3) -> (N, count, 3), P far above count
-
+    """A scan: one-sided, stretched, noisy, some floor and clutter. (N, P, 3) -> (N, count, 3), P >> count.
     A hand-held scanner looks from three directions of an arc of 2 radians; what none of them sees, a quarter
-    of the points, is lost. Floor makes the object smaller in the unit sphere.
-    """
+    of the points, is lost. Floor makes the object smaller in the unit sphere."""
     random = torch.Generator().manual_seed(seed)
     n = len(points)
 
