@@ -13,6 +13,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
@@ -36,11 +37,8 @@ class UserError(Exception):
 
 @dataclass
 class Objects:
-    """A split of a data set.
-
-    points (N, P, 3); labels (N,) or None; names of the N objects (without: their numbers); images: a list of
-    photographs' paths for each object, or None where depth views are rendered.
-    """
+    """A split of a data set: points (N, P, 3); labels (N,) or None; names of the N objects (without: their
+    numbers); images: a list of photographs' paths for each, or None where depth views are rendered."""
     points: Tensor
     labels: Tensor | None
     class_names: list[str]
@@ -65,9 +63,7 @@ class Objects:
 
 def to_unit_sphere(points: Tensor) -> Tensor:
     """Centre each cloud on its mean, scale its farthest point to norm 1. (N, P, 3) -> (N, P, 3).
-
-    Raises: UserError where coordinates are not finite or all points of a cloud coincide, naming the object.
-    """
+    Raises: UserError naming an object whose coordinates are not finite, or whose points all coincide."""
     bad = ~points.sum(dim=(1, 2)).isfinite()  # a sum keeps NaN and infinity, and needs no second copy
     if bad.any():
         raise UserError(f"object {int(bad.nonzero()[0])} has NaN or infinite coordinates; repair it")
@@ -83,9 +79,7 @@ def to_unit_sphere(points: Tensor) -> Tensor:
 
 def project(points: Tensor, azimuths: Tensor, elevations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Orthographic camera coordinates: right, up, towards the camera, each (B, V, P), from points (B, P, 3).
-
-    azimuths, elevations (B, V): where the camera stands; azimuth 0 looks along +y, from -y.
-    """
+    azimuths, elevations (B, V): where the camera stands; azimuth 0 looks along +y, from -y."""
     x, y, z = (c.unsqueeze(1) for c in points.unbind(-1))  # (B, 1, P)
     sin_a, cos_a = azimuths.sin().unsqueeze(-1), azimuths.cos().unsqueeze(-1)
     sin_e, cos_e = elevations.sin().unsqueeze(-1), elevations.cos().unsqueeze(-1)
@@ -103,14 +97,9 @@ def max_pool(images: Tensor, size: int) -> Tensor:
 
 def render_depth_views(points: Tensor, azimuths: Tensor, elevations: Tensor, size: int) -> Tensor:
     """Depth maps in PointCLIP V2's recipe: quantise, densify, smooth, squeeze (arXiv 2211.11682).
-
-    The nearest point of each grid cell wins, holes of up to four cells are closed by a max- and a min-pool,
-    edges smoothed by a Gaussian; grey, near = bright (1), far = 0.2, background 0. The grid is as fine as the
-    cloud allows, about 1.6 sqrt(P) cells.
-
-    Args: points (B, P, 3) in the unit sphere, z up; azimuths, elevations (B, V) radians; size: pixels.
-    Returns: (B, V, 3, size, size) in [0, 1], without gradient.
-    """
+    The nearest point of each cell of a grid of 1.6 sqrt(P) cells a side wins, holes of up to four cells are
+    closed, edges smoothed. Points (B, P, 3) in the unit sphere, z up; azimuths, elevations (B, V). Returns
+    (B, V, 3, size, size) without gradient: near = 1, far = 0.2, background 0."""
     batch, views, total = len(points), azimuths.shape[1], points.shape[1]
     grid = min(size, int(1.6 * total ** 0.5))
     with torch.no_grad():
@@ -149,7 +138,7 @@ def random_view(points: Tensor, size: int) -> Tensor:
 
 def random_crop(images: Tensor, smallest: float, aspect: float, flip: float) -> Tensor:
     """Random resized crop: an area share U(smallest, 1), an aspect ratio 1/aspect to aspect, and a mirror
-    image with probability `flip`. (B, channels, H, W) -> the same"""
+    image with probability `flip`. (B, channels, H, W) in [0, 1] -> the same"""
     n, device = len(images), images.device
     area = smallest + (1 - smallest) * torch.rand(n, device=device)
     ratio = torch.exp((2 * torch.rand(n, device=device) - 1) * math.log(aspect))
@@ -162,28 +151,12 @@ def random_crop(images: Tensor, smallest: float, aspect: float, flip: float) -> 
     return F.grid_sample(images, grid, align_corners=False)
 
 
-def weak_image(images: Tensor) -> Tensor:
-    """A slight random crop [joint-label] (Deviation D22). (B, channels, H, W) in [0, 1] -> the same"""
-    return random_crop(images, 0.85, aspect=1, flip=0)
-
-
-def strong_image(images: Tensor) -> Tensor:
-    """Random resized crop (0.6 to 1) and flip of a depth view from anywhere [self-training] (Deviation D22).
-
-    RandAugment's colour operations have no meaning in a depth map, and a smaller crop loses the object.
-    (B, channels, H, W) in [0, 1] -> the same
-    """
-    return random_crop(images, 0.6, aspect=4 / 3, flip=0.5)
-
-
 def rotate_about_xyz(points: Tensor, angles: Tensor) -> Tensor:
     """Rotate clouds about x, then y, then z. points (B, P, 3), angles (B, 3)."""
     for axis in range(3):
         sin, cos = angles[:, axis, None].sin(), angles[:, axis, None].cos()
-        a, b = points[..., (axis + 1) % 3], points[..., (axis + 2) % 3]
-        turned = list(points.unbind(-1))
-        turned[(axis + 1) % 3], turned[(axis + 2) % 3] = cos * a - sin * b, sin * a + cos * b
-        points = torch.stack(turned, dim=-1)
+        fixed, a, b = points.roll(-axis, -1).unbind(-1)
+        points = torch.stack([fixed, cos * a - sin * b, sin * a + cos * b], dim=-1).roll(axis, -1)
     return points
 
 
@@ -202,10 +175,8 @@ def weak_points(points: Tensor) -> Tensor:
 
 
 def strong_points(points: Tensor) -> Tensor:
-    """Scale U(0.5, 2), any yaw, shift U(-0.5, 0.5) x extent, jitter, dropout up to 0.875 [self-training].
-
-    Jitter: sigma 0.01, at most 0.05. A dropped point becomes the cloud's first, so that P stays. (B, P, 3)
-    """
+    """Scale U(0.5, 2), any yaw, shift U(-0.5, 0.5) x extent, jitter of sigma 0.01 (at most 0.05), dropout up
+    to 0.875 [self-training]. A dropped point becomes the cloud's first, so that P stays. (B, P, 3)"""
     n, total, _ = points.shape
     device = points.device
     points = random_yaw(points) * (0.5 + 1.5 * torch.rand(n, 1, 1, device=device))
@@ -217,15 +188,15 @@ def strong_points(points: Tensor) -> Tensor:
 
 
 def draw_views(points: Tensor, size: int, photographs: tuple | None = None) -> dict[str, Tensor]:
-    """Weak and strong views of clouds (B, P, 3) for one training step.
-
-    Both images come from one random depth view of an object, or are `photographs`: the weak and the strong
-    image of one photograph of each object (see training_photographs).
-    """
+    """Weak [joint-label] and strong views [self-training] of clouds (B, P, 3) for one training step. Images
+    are crops of one random depth view (Deviation D22: a depth map has no colours for RandAugment, a smaller
+    crop loses the object), or `photographs`, a pair that training_photographs gives."""
     if photographs is None:
         images = random_view(points, size)
         grey = images[:, :1]  # its three channels are one
-        photographs = weak_image(grey).expand_as(images), strong_image(grey).expand_as(images)
+        weak = random_crop(grey, 0.85, aspect=1, flip=0)
+        strong = random_crop(grey, 0.6, aspect=4 / 3, flip=0.5)
+        photographs = weak.expand_as(images), strong.expand_as(images)
     weak, strong = (images.to(points.device, non_blocking=True) for images in photographs)
     return {"weak_image": weak, "strong_image": strong,
             "weak_points": weak_points(points), "strong_points": strong_points(points)}
@@ -236,43 +207,41 @@ def draw_views(points: Tensor, size: int, photographs: tuple | None = None) -> d
 
 class Photographs(Dataset):
     """Photographs or renderings of objects, decoded and cropped by the workers of a DataLoader.
-
     Item i, with a `seed`: the weak (random crop [joint-label]) and the strong image (crop of 0.3 to 1, flip,
     RandAugment of magnitude 9 [self-training]; Deviation D22) of one photograph of object i, each (3, size,
-    size). Without: its centre crops (V, 3, size, size), all or at most `views` of them, evenly spaced. An
-    object without a photograph gets a depth view. Raises: UserError naming a file that is no picture.
-    """
+    size). Without: centre crops (V, 3, size, size) of all, or of `views` evenly spaced ones. An object that
+    has no photograph gets depth views."""
     def __init__(self, objects: Objects, size: int, seed: int | None = None, views: int | None = None):
         from torchvision.transforms import v2  # here: 160 MB and a second that depth views do not need
-        bicubic = v2.InterpolationMode.BICUBIC
-        self.to_tensor = v2.PILToTensor()
+        bicubic, to_float = v2.InterpolationMode.BICUBIC, v2.ToDtype(torch.float32, scale=True)
+        resize = v2.Resize(size, bicubic)
         self.objects, self.size, self.seed, self.views = objects, size, seed, views
-        self.resize, self.to_float = v2.Resize(size, bicubic), v2.ToDtype(torch.float32, scale=True)
-        self.weak, self.still = v2.RandomCrop(size), v2.CenterCrop(size)
+        self.to_tensor = v2.PILToTensor()
+        self.weak = v2.Compose([resize, v2.RandomCrop(size), to_float])
+        self.still = v2.Compose([resize, v2.CenterCrop(size), to_float])
         self.strong = v2.Compose([v2.RandomResizedCrop(size, (0.3, 1.0), interpolation=bicubic),
-                                  v2.RandomHorizontalFlip(), v2.RandAugment(2, 9)])
+                                  v2.RandomHorizontalFlip(), v2.RandAugment(2, 9), to_float])
 
     def __len__(self):
         return len(self.objects)
 
     def decode(self, path: Path) -> Tensor:
-        try:
+        with reading(path, "replace or remove it"):
             return self.to_tensor(Image.open(path).convert("RGB"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: PNG
-            raise UserError(f"cannot read {path}: {error}; replace or remove it") from error
 
     def __getitem__(self, i):
         paths, points = self.objects.images[i], self.objects.points[i:i + 1]
-        with torch.random.fork_rng(devices=[]):
-            if self.seed is not None:  # the same views whoever draws them, and after a resume
-                torch.manual_seed(self.seed * 1_000_003 + i)
-                image = (self.decode(paths[torch.randint(len(paths), ())]) if paths
-                         else (255 * random_view(points, self.size)[0]).byte())
-                return self.to_float(self.weak(self.resize(image))), self.to_float(self.strong(image))
-        if not paths:
-            return fixed_views(points, self.views or 6, self.size)[0]
-        return torch.stack([self.to_float(self.still(self.resize(self.decode(path))))
-                            for path in evenly_spaced(paths, self.views or len(paths))])
+        if self.seed is None:
+            if not paths:
+                return fixed_views(points, self.views or 6, self.size)[0]
+            chosen = evenly_spaced(paths, self.views or len(paths))
+            return torch.stack([self.still(self.decode(path)) for path in chosen])
+        torch.manual_seed(self.seed * 1_000_003 + i)  # the same views after a resume; a worker's own numbers
+        if paths:
+            image = self.decode(paths[torch.randint(len(paths), ())])
+        else:
+            image = (255 * random_view(points, self.size)[0]).byte()
+        return self.weak(image), self.strong(image)
 
 
 def evenly_spaced(items: list, count: int) -> list:
@@ -300,10 +269,8 @@ def training_photographs(objects: Objects, batches: tuple, size: int, seed: int)
 
 
 def fixed_images(objects: Objects, views: int | None, size: int, batch_size: int, device):
-    """Evaluation's images of all objects in order, in parts (b, V, 3, size, size) [D15].
-
-    Of photographs all, or at most `views` of each object; else `views` (6) depth views.
-    """
+    """Evaluation's images of all objects in order, in parts (b, V, 3, size, size) [D15]: all photographs of
+    an object, or at most `views`; else `views` (6) depth views."""
     if objects.images is None:
         for points in objects.points.split(batch_size):
             yield fixed_views(points.to(device), views or 6, size)
@@ -317,7 +284,28 @@ def fixed_images(objects: Objects, views: int | None, size: int, batch_size: int
 # of at least `points` and at most `most` points. download: True fetches all that may be fetched, None only
 # what is missing, small and free of forms, False nothing.
 
+# Classes in label order
 MODELNET10 = tuple("bathtub,bed,chair,desk,dresser,monitor,night stand,sofa,table,toilet".split(","))
+SCANOBJECTNN = "bag bin box cabinet chair desk display door shelf table bed pillow sink sofa toilet".split()
+REDWOOD = "chair,table,trash container,bench,plant,sign,bicycle,motorcycle,sofa".split(",")
+# Folder -> name.
+CO3D = {name.removesuffix(" control").replace(" ", ""): name for name in (
+    "bench,skateboard,backpack,laptop,cup,umbrella,teddy bear,bowl,cake,toy plane,remote control,orange,"
+    "toaster,couch,apple,bottle,donut,hair dryer,hydrant,toy train,pizza,motorcycle,suitcase,banana,toilet,"
+    "sandwich,keyboard,mouse,toy truck,handbag,broccoli,wine glass,microwave,baseball glove,book,carrot,"
+    "ball,bicycle,chair,stop sign,vase,plant").split(",")}
+# WordNet number -> name.
+SHAPENET55 = dict(entry.split(" ", 1) for entry in (
+    "02691156 airplane,02747177 trash bin,02773838 bag,02801938 basket,02808440 bathtub,02818832 bed,"
+    "02828884 bench,02843684 birdhouse,02871439 bookshelf,02876657 bottle,02880940 bowl,02924116 bus,"
+    "02933112 cabinet,02942699 camera,02946921 can,02954340 cap,02958343 car,02992529 cell phone,"
+    "03001627 chair,03046257 clock,03085013 keyboard,03207941 dishwasher,03211117 display,03261776 earphone,"
+    "03325088 faucet,03337140 file cabinet,03467517 guitar,03513137 helmet,03593526 jar,03624134 knife,"
+    "03636649 lamp,03642806 laptop,03691459 loudspeaker,03710193 mailbox,03759954 microphone,"
+    "03761084 microwave,03790512 motorbike,03797390 mug,03928116 piano,03938244 pillow,03948459 pistol,"
+    "03991062 flowerpot,04004475 printer,04074963 remote control,04090263 rifle,04099429 rocket,"
+    "04225987 skateboard,04256520 sofa,04330267 stove,04379243 table,04401088 telephone,04460130 tower,"
+    "04468005 train,04530566 watercraft,04554684 washer").split(","))
 
 
 def load_shapes(split: str, points: int, domain: str) -> Objects:
@@ -335,11 +323,11 @@ def load_modelnet(root: Path, split: str, points: int, most: int, download: bool
     # The lists hold paths of the machine they were made on.
     files = [folder / Path(line).name for line in read_lines(folder / f"{split}_files.txt")]
     clouds, labels, names = zip(*(read_h5(file, points, most, len(class_names)) for file in files))
-    if views and None in names and (folder / "views").is_dir():
+    names = None if None in names else sum(names, [])
+    if views and names is None and (folder / "views").is_dir():
         raise UserError(f"{folder} has views, but no names of objects to find them by; expected `name` in "
                         "the h5 files, or ply_data_SPLIT_N_id2file.json")
-    objects = Objects(torch.cat(clouds), torch.cat(labels), class_names, split=split,
-                      names=None if None in names else sum(names, []))
+    objects = Objects(torch.cat(clouds), torch.cat(labels), class_names, split=split, names=names)
     if classes is not None:
         index = torch.tensor([list(classes).index(name) if name in classes else -1 for name in class_names])
         objects.labels, objects.class_names = index[objects.labels], list(classes)
@@ -349,42 +337,30 @@ def load_modelnet(root: Path, split: str, points: int, most: int, download: bool
     return objects
 
 
-SCANOBJECTNN = "bag bin box cabinet chair desk display door shelf table bed pillow sink sofa toilet".split()
-
-
 def load_scanobjectnn(root: Path, split: str, points: int, most: int, download: bool | None = None,
-                      file: str = "main_split/{}_objectdataset.h5") -> Objects:
+                      folder: str = "main_split", suffix: str = "") -> Objects:
     """ScanObjectNN, one of its variants: real indoor scans in its authors' h5 files."""
-    folder = root / "scanobjectnn" / "h5_files"
-    fetch_and_unpack("scanobjectnn", root, folder, download)
-    path = folder / file.format({"train": "training", "test": "test"}[split])
+    top, part = root / "scanobjectnn/h5_files", {"train": "training", "test": "test"}[split]
+    fetch_and_unpack("scanobjectnn", root, top, download)
+    path = top / folder / f"{part}_objectdataset{suffix}.h5"
     clouds, labels, _ = read_h5(path, points, most, len(SCANOBJECTNN))
     return Objects(clouds, labels, SCANOBJECTNN, split=split)
 
 
 def read_h5(path: Path, points: int, most: int, classes: int) -> tuple[Tensor, Tensor, list | None]:
     """The first `most` points of clouds (N, P, 3), labels (N,) and, if there are any, names of an h5 file.
-
-    PointNet's own files are y up, told by their normals, and turned.
-    Raises: UserError naming the file that is unreadable or not as documented; FileNotFoundError.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path}; README, Data, says what goes there")
-    try:
-        with h5py.File(path) as file:
-            clouds = torch.from_numpy(file["data"][:, :most].astype(np.float32))
-            labels = torch.from_numpy(file["label"][:].reshape(-1).astype(np.int64))
-            names = [name.decode() for name in file["name"]] if "name" in file else None
-            listed = path.with_name(f"{path.stem[:-1]}_{path.stem[-1]}_id2file.json")  # PointNet's names
-            if names is None and listed.is_file():
-                names = [Path(name).stem for name in json.loads(listed.read_text())]
-            clouds = to_z_up(clouds, "y") if "normal" in file else clouds
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:  # h5py has one for each fault
-        raise UserError(f"cannot read {path}: {error}; expected data (N, P, 3) and label; "
-                        "fetch it again") from error
-    if clouds.dim() != 3 or clouds.shape[2] != 3 or not len(labels) == len(clouds) == len(names or clouds):
-        raise UserError(f"{path} has data {tuple(clouds.shape)}, {len(labels)} labels, "
-                        f"{len(names or labels)} names; expected (N, P, 3), N and N")
+    PointNet's own files are y up, told by their normals, and turned. Raises: UserError naming the file."""
+    with reading(path, "expected data (N, P, 3) and label; fetch it again"), h5py.File(path) as file:
+        clouds = torch.from_numpy(file["data"][:, :most].astype(np.float32))
+        labels = torch.from_numpy(file["label"][:].reshape(-1).astype(np.int64))
+        names = [name.decode() for name in file["name"]] if "name" in file else None
+        listed = path.with_name(f"{path.stem[:-1]}_{path.stem[-1]}_id2file.json")  # PointNet's names
+        if names is None and listed.is_file():
+            names = [Path(name).stem for name in json.loads(listed.read_text())]
+        clouds = to_z_up(clouds, "y") if "normal" in file else clouds
+        if clouds.shape[2:] != (3,) or not len(labels) == len(clouds) == len(names or clouds):
+            found = f"{len(labels)} labels, {len(names or labels)} names"
+            raise ValueError(f"data {tuple(clouds.shape)}, {found}")
     if clouds.shape[1] < points:
         raise UserError(f"{path} has {clouds.shape[1]} points, --points is {points}; lower it")
     if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
@@ -392,26 +368,17 @@ def read_h5(path: Path, points: int, most: int, classes: int) -> tuple[Tensor, T
     return clouds, labels, names
 
 
-REDWOOD = "chair,table,trash container,bench,plant,sign,bicycle,motorcycle,sofa".split(",")
-
-
 def load_redwood(root: Path, split: str, points: int, most: int, download: bool | None = None) -> Objects:
-    """Redwood's scans of nine classes: redwood/{meshes/ID.ply | points/ID.npy}, redwood/images/ID/*.jpg.
-
-    redwood/categories.json maps a class to its ids; those without a mesh or cloud are left out.
-    """
+    """Redwood's scans of nine classes: redwood/{meshes/ID.ply | points/ID.npy}, redwood/images/ID/*.jpg;
+    redwood/categories.json maps a class to its ids. Those without a mesh or cloud are left out."""
     folder = root / "redwood"
     listed = folder / "categories.json"
     if download:
         fetch_redwood(folder)
-    if not listed.is_file():
-        raise FileNotFoundError(f"no {listed}; --download fetches it with the meshes and 24 frames of each "
-                                "object (of some 100 GB); README, Data, has the layout")
-    try:
+    with reading(listed, "expected class -> ids", missing="--download fetches it, the meshes and 24 frames "
+                 "of each object (of some 100 GB); README, Data, has the layout"):
         ids = json.loads(listed.read_text())
         ids = [(name, k) for k, key in enumerate(REDWOOD) for name in ids[key] if in_split(name, split)]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {listed}: {error!r}; expected class -> ids") from error
     files = {name: file for name, _ in ids for file in (folder / f"points/{name}.npy",
                                                         folder / f"meshes/{name}.ply") if file.is_file()}
     if not files:
@@ -422,29 +389,18 @@ def load_redwood(root: Path, split: str, points: int, most: int, download: bool 
 
 
 def fetch_redwood(folder: Path):
-    """Meshes of the nine classes, and 24 evenly spaced frames of each scan; its archive is removed."""
+    """Meshes of the nine classes, and 24 evenly spaced frames of each scan."""
     print("fetching Redwood's object scans (public domain; cite arXiv 1602.02481): some 400 archives, 100 GB")
-    lists = [fetch(folder / name, [REDWOOD_LISTS + name]) for name in ("categories.json", "meshes.json")]
-    ids, meshes = (json.loads(path.read_text()) for path in lists)
+    lists = "https://raw.githubusercontent.com/isl-org/redwood-3dscan/master"
+    files = "https://redwood-3dscan.b-cdn.net"
+    ids, meshes = (json.loads(fetch(folder / name, [f"{lists}/{name}"]).read_text())
+                   for name in ("categories.json", "meshes.json"))
 
     def some_frames(members):
         return evenly_spaced(sorted(member for member in members if member.endswith(".jpg")), 24)
     for name in sorted(set(meshes) & {name for key in REDWOOD for name in ids[key]}):
-        fetch(folder / f"meshes/{name}.ply", [f"{REDWOOD_FILES}mesh/{name}.ply"])
-        if not (folder / "images" / name).exists():
-            archive = fetch(folder / f"{name}.zip", [f"{REDWOOD_FILES}rgbd/{name}.zip"])
-            unpack([archive], folder / "images" / name, some_frames)
-            archive.unlink(missing_ok=True)
-
-
-# In label order, as folders are named; names for people where they differ.
-CO3D = ("bench skateboard backpack laptop cup umbrella teddybear bowl cake toyplane remote orange toaster "
-        "couch apple bottle donut hairdryer hydrant toytrain pizza motorcycle suitcase banana toilet "
-        "sandwich keyboard mouse toytruck handbag broccoli wineglass microwave baseballglove book carrot "
-        "ball bicycle chair stopsign vase plant").split()
-CO3D_NAMES = {"teddybear": "teddy bear", "toyplane": "toy plane", "hairdryer": "hair dryer",
-              "toytrain": "toy train", "toytruck": "toy truck", "wineglass": "wine glass",
-              "baseballglove": "baseball glove", "stopsign": "stop sign", "remote": "remote control"}
+        fetch(folder / f"meshes/{name}.ply", [f"{files}/mesh/{name}.ply"])
+        fetch_pieces(folder / "images" / name, {f"{files}/rgbd/{name}.zip": None}, some_frames)
 
 
 def load_co3d(root: Path, split: str, points: int, most: int, download: bool | None = None) -> Objects:
@@ -460,7 +416,7 @@ def load_co3d(root: Path, split: str, points: int, most: int, download: bool | N
                                 "sequences (8.9 GB, CC BY-NC 4.0); all: github.com/facebookresearch/co3d")
     images = [sorted((file.parent / "images").glob("*.jpg")) for file in files]
     return Objects(read_objects(list(files), points, most, root), torch.tensor(list(files.values())),
-                   [CO3D_NAMES.get(name, name) for name in CO3D], split=split,
+                   list(CO3D.values()), split=split,
                    names=[file.parent.name for file in files], images=images if any(images) else None)
 
 
@@ -469,37 +425,19 @@ def fetch_co3d(folder: Path, category: str):
     if (folder / category).exists():
         return
     print(f"fetching CO3D's single sequences of {category} (CC BY-NC 4.0; 8.9 GB for all categories)")
-    listed = json.loads(fetch(folder / "co3d_sha256.json", [CO3D_SHA256]).read_text())["singlesequence"]
-    archives = []
-    for name in (f"{category}_000", f"{category}_001"):
-        file = f"{name}_singlesequence.zip"
-        archives.append(fetch(folder / file, [CO3D_FILES + file], listed[f"{name}.zip"]))
-    unpack(archives, folder / category)
-    for archive in archives:
-        archive.unlink(missing_ok=True)
-
-
-# WordNet numbers and names of ShapeNetCore's 55 classes, in label order.
-SHAPENET55 = dict(entry.split(" ", 1) for entry in (
-    "02691156 airplane,02747177 trash bin,02773838 bag,02801938 basket,02808440 bathtub,02818832 bed,"
-    "02828884 bench,02843684 birdhouse,02871439 bookshelf,02876657 bottle,02880940 bowl,02924116 bus,"
-    "02933112 cabinet,02942699 camera,02946921 can,02954340 cap,02958343 car,02992529 cell phone,"
-    "03001627 chair,03046257 clock,03085013 keyboard,03207941 dishwasher,03211117 display,03261776 earphone,"
-    "03325088 faucet,03337140 file cabinet,03467517 guitar,03513137 helmet,03593526 jar,03624134 knife,"
-    "03636649 lamp,03642806 laptop,03691459 loudspeaker,03710193 mailbox,03759954 microphone,"
-    "03761084 microwave,03790512 motorbike,03797390 mug,03928116 piano,03938244 pillow,03948459 pistol,"
-    "03991062 flowerpot,04004475 printer,04074963 remote control,04090263 rifle,04099429 rocket,"
-    "04225987 skateboard,04256520 sofa,04330267 stove,04379243 table,04401088 telephone,04460130 tower,"
-    "04468005 train,04530566 watercraft,04554684 washer").split(","))
+    lists = "https://raw.githubusercontent.com/facebookresearch/co3d/main/co3d/co3d_sha256.json"
+    files = "https://dl.fbaipublicfiles.com/co3dv2_231130"
+    listed = json.loads(fetch(folder / "co3d_sha256.json", [lists]).read_text())["singlesequence"]
+    fetch_pieces(folder / category, {f"{files}/{name}_singlesequence.zip": listed[f"{name}.zip"]
+                                     for name in (f"{category}_000", f"{category}_001")})
 
 
 def load_shapenet55(root: Path, split: str, points: int, most: int, download: bool | None = None) -> Objects:
     """Point-BERT's ShapeNet-55, for pre-training: ShapeNet-55/{train,test}.txt, shapenet_pc/*.npy."""
     listed = root / "ShapeNet-55" / f"{split}.txt"
-    if not listed.is_file():
-        raise FileNotFoundError(f"no {listed}; it needs ShapeNet's form: https://huggingface.co/datasets/"
-                                "ShapeNet/ShapeNetCore, files in Point-BERT's layout")
-    names, synsets = read_lines(listed), list(SHAPENET55)
+    names = read_lines(listed, missing="it needs ShapeNet's form: https://huggingface.co/datasets/ShapeNet/"
+                       "ShapeNetCore, files in Point-BERT's layout")
+    synsets = list(SHAPENET55)
     strange = [name for name in names if name.split("-")[0] not in synsets]
     if strange:
         raise UserError(f"{strange[0]} in {listed} is of none of the 55 classes")
@@ -508,12 +446,9 @@ def load_shapenet55(root: Path, split: str, points: int, most: int, download: bo
     return Objects(clouds, labels, list(SHAPENET55.values()), split=split, names=names)
 
 
-def load_folder(folder: Path, split: str, points: int, most: int, root: Path) -> Objects:
+def load_folder(folder: Path, root: Path, split: str, points: int, most: int, _download) -> Objects:
     """A folder of the user's own: classes.txt, {train,test}/[CLASS/]OBJECT.EXT, views/OBJECT/*.jpg if any.
-
-    Without class folders there are no labels; without `test` the training objects stand for it.
-    Raises: UserError or OSError naming what is not as it should be.
-    """
+    Without class folders there are no labels; without `test` the training objects stand for it."""
     listed, split = folder / "classes.txt", split if (folder / split).is_dir() else "train"
     class_names = read_lines(listed)
     if len(set(class_names)) < len(class_names) or len(class_names) < 2:
@@ -553,11 +488,10 @@ DATASETS = {
     "modelnet10": dict(CAD, load=partial(load_modelnet, classes=MODELNET10)),
     "modelnet40": dict(CAD, load=load_modelnet, separate=(0.8, 0.82)),
     "modelnet40-depth": dict(CAD, load=partial(load_modelnet, views=False)),
-    "scanobjectnn-obj-only": dict(SCANS, separate=(0.8, 0.82), load=partial(
-        load_scanobjectnn, file="main_split_nobg/{}_objectdataset.h5")),
+    "scanobjectnn-obj-only": dict(SCANS, separate=(0.8, 0.82),
+                                  load=partial(load_scanobjectnn, folder="main_split_nobg")),
     "scanobjectnn-with-bg": dict(SCANS, load=load_scanobjectnn),
-    "scanobjectnn-hardest": dict(SCANS, load=partial(
-        load_scanobjectnn, file="main_split/{}_objectdataset_augmentedrot_scale75.h5")),
+    "scanobjectnn-hardest": dict(SCANS, load=partial(load_scanobjectnn, suffix="_augmentedrot_scale75")),
     "redwood": dict(SCANS, load=load_redwood, up="-y", templates="photo", points=8192,
                     separate=(0.82, 0.82), batch_size=64),
     "co3d": dict(SCANS, load=load_co3d, up="-y", templates="photo", points=8192, threshold=0.84,
@@ -570,30 +504,26 @@ FOLDER = dict(SCANS, up="z", separate=(0.82, 0.82))
 
 def dataset_row(name: str) -> dict:
     """The row of DATASETS for a data set, or FOLDER for a folder; one with `views` has photographs."""
-    if name in DATASETS:
-        return DATASETS[name]
-    return dict(FOLDER, templates="photo") if (Path(name) / "views").is_dir() else FOLDER
+    templates = "photo" if (Path(name) / "views").is_dir() else "depth"
+    return DATASETS.get(name) or dict(FOLDER, templates=templates)
 
 
 def load_dataset(name: str, root: str | Path, split: str, points: int = 1024, domain: str | None = None,
                  download: bool | None = None, up: str | None = None) -> Objects:
-    """Objects of a data set or of a folder of one's own, z up, in the unit sphere.
-
-    Args: split "train" or "test"; domain "target" shows objects as a scanner would (see scan), None as the
-    data set has them; download: see the loaders; up overrides the axis that points upwards in the files.
-    Raises: UserError for what is neither in DATASETS nor a folder, and for what the loaders find wrong.
-    """
+    """Objects of a data set or of a folder of one's own, z up, in the unit sphere; split "train" or "test".
+    domain "target" shows objects as a scanner would (see scan), None as the data set has them; download: see
+    the loaders; up overrides the axis that points upwards in the files. Raises: UserError or OSError for what
+    is neither in DATASETS nor a folder, and for what is wrong in it."""
     if name not in DATASETS and not Path(name).is_dir():
         raise UserError(f"unknown data set {name!r}; one of {', '.join(DATASETS)}, or a folder of your own")
     if name == "shapes":
         objects = load_shapes(split, points, domain or "target")
     else:
         most = 3 * points if domain == "target" else points  # a scan loses a quarter of its cloud
-        if name in DATASETS:
-            objects = DATASETS[name]["load"](Path(root), split, points, most, download)
-        else:
-            objects = load_folder(Path(name), split, points, most, Path(root))
-        objects.points = to_unit_sphere(to_z_up(objects.points, up or dataset_row(name)["up"]))
+        row = dataset_row(name)
+        load = row.get("load", partial(load_folder, Path(name)))
+        objects = load(Path(root), split, points, most, download)
+        objects.points = to_unit_sphere(to_z_up(objects.points, up or row["up"]))
         if domain == "target":
             objects.points = scan(objects.points, points, seed=("train", "test").index(objects.split))
     unusual = domain == ("source" if name == "shapes" else "target")
@@ -617,12 +547,10 @@ def to_z_up(points: Tensor, up: str) -> Tensor:
 
 def read_object(path: Path, points: int, most: int | None = None) -> np.ndarray:
     """Points of a cloud, or of a mesh's surface by area, the same every time. -> (P, 3) float32
-
     A mesh gives `most` points (default: `points`), a cloud as many if it has more, by a random choice seeded
-    by the file's name. Raises: UserError naming the file and what is wrong with it.
-    """
+    by the file's name. Raises: UserError naming the file and what is wrong with it."""
     random, most = np.random.default_rng(zlib.crc32(path.stem.encode())), most or points
-    try:
+    with reading(path, "repair or remove it"):
         if path.suffix.lower() in MESHES:
             cloud = read_mesh(path, most, random)
         elif path.suffix.lower() == ".npy":
@@ -632,9 +560,6 @@ def read_object(path: Path, points: int, most: int | None = None) -> np.ndarray:
         cloud = np.asarray(cloud, np.float32)[:, :3]
         if cloud.shape[1] != 3:
             raise ValueError(f"{cloud.shape[1]} columns, expected x y z")
-    except Exception as error:  # parsers of many formats, each with errors of its own
-        raise UserError(f"cannot read {path}: {type(error).__name__}: {error}; "
-                        "repair or remove it") from error
     if len(cloud) < points:
         raise UserError(f"{path} has {len(cloud)} points, --points is {points}; lower it")
     if not np.isfinite(cloud).all():
@@ -658,19 +583,16 @@ def read_mesh(path: Path, count: int, random) -> np.ndarray:
 
 def read_text(path: Path) -> np.ndarray:
     """Numbers in columns separated by spaces or commas, after any header."""
-    lines = path.read_text().replace(",", " ").splitlines()
-    number = re.compile(r"\s*[-+.\d]\S*\s+[-+.\d]\S*\s+[-+.\d]")
-    first = next((k for k, line in enumerate(lines) if number.match(line)), None)
+    text = path.read_text().replace(",", " ")
+    first = re.search(r"^[ \t]*[-+.\d]\S*[ \t]+[-+.\d]\S*[ \t]+[-+.\d]", text, re.MULTILINE)
     if first is None:
         raise ValueError("no line with three numbers")
-    return np.loadtxt(lines[first:], usecols=(0, 1, 2), ndmin=2)
+    return np.loadtxt(text[first.start():].splitlines(), usecols=(0, 1, 2), ndmin=2)
 
 
 def read_objects(files: list[Path], points: int, most: int, root: Path) -> Tensor:
     """Clouds of one size, at least `points` and at most `most`: of each file, read once. -> (N, P, 3)
-
-    They are kept in ROOT/sampled, under a hash of the files' names, sizes and times.
-    """
+    They are kept in ROOT/sampled, under a hash of the files' names, sizes and times."""
     known = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     digest = hashlib.sha256(json.dumps([points, most, known]).encode()).hexdigest()[:16]
     kept = root / "sampled" / f"{digest}.npy"
@@ -694,7 +616,7 @@ def load_files(files: list[Path], points: int, up: str) -> tuple[Objects, int]:
         try:
             clouds.append(read_object(file, points))
             names.append(str(file))
-        except UserError as error:
+        except (UserError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
     if not clouds:
         raise UserError(f"none of {len(files)} files could be read")
@@ -703,10 +625,8 @@ def load_files(files: list[Path], points: int, up: str) -> tuple[Objects, int]:
 
 
 def find_photographs(folder: Path, names: list[str]) -> list | None:
-    """Photographs or renderings under a folder: a sorted list for each object; None without the folder.
-
-    Those in FOLDER/OBJECT, or anywhere below FOLDER files named OBJECT.*.png as renderings of ModelNet are.
-    """
+    """A sorted list of each object's photographs, None without the folder. They lie in FOLDER/OBJECT, or
+    anywhere below FOLDER and are called OBJECT.*.png, as renderings of ModelNet are."""
     if not folder.is_dir():
         return None
     found = {name: [] for name in names}
@@ -724,54 +644,54 @@ def find_photographs(folder: Path, names: list[str]) -> list | None:
     return [found[name] for name in names]
 
 
-def read_lines(path: Path) -> list[str]:
+def read_lines(path: Path, **advice) -> list[str]:
     """Lines of a text file that has to be there and say something, without empty ones."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path}; README, Data, says what goes there")
-    try:
+    with reading(path, "expected lines of text", **advice):
         lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    except ValueError as error:
-        raise UserError(f"cannot read {path}: {error}; expected lines of text") from error
     if not lines:
         raise UserError(f"{path} is empty; README, Data, says what is in it")
     return lines
 
 
+@contextmanager
+def reading(path: Path, repair: str, missing: str = "README, Data, says what goes there"):
+    """To read a file under (`with`): whatever its parser raises becomes a UserError that names it.
+    Raises: FileNotFoundError if it is not there."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}; {missing}")
+    try:
+        yield
+    except Exception as error:  # parsers of many formats, each with errors of its own
+        raise UserError(f"cannot read {path}: {str(error) or repr(error)}; {repair}") from error
+
+
 # -----------------------------------------------------------------------------------------------------------
 # Fetching: the hub's copy first, then plain addresses
 
-REDWOOD_LISTS = "https://raw.githubusercontent.com/isl-org/redwood-3dscan/master/"
-REDWOOD_FILES = "https://redwood-3dscan.b-cdn.net/"
-CO3D_SHA256 = "https://raw.githubusercontent.com/facebookresearch/co3d/main/co3d/co3d_sha256.json"
-CO3D_FILES = "https://dl.fbaipublicfiles.com/co3dv2_231130/"
 ULIP2 = "ULIP-2-PointBERT-8k-xyz-pc-slip_vit_b-objaverse-pretrained.pt"
+ULIP1 = "checkpoint_pointbert.pt"
 # file: its place below the data root (starts: the cache). hub: data set, file in it, revision. sha256 and
-# members (sha256 of files inside): where they are published.
+# members (sha256 of files inside, its first digits): where they are published.
 DOWNLOADS = {
     "ulip2": dict(file=ULIP2, terms="BSD-3-Clause, 8k-point Objaverse model of ULIP-2",
                   hub=("SFXX/ulip", f"ULIP-2/pretrained_models/{ULIP2}", None)),
-    "ulip1": dict(file="checkpoint_pointbert.pt", terms="BSD-3-Clause, ULIP-1 on ShapeNet-55",
-                  hub=("SFXX/ulip", "ULIP-1/pretrained_models/ckpt_zero-sho_classification/"
-                       "checkpoint_pointbert.pt", None)),
-    "modelnet40": dict(file="modelnet40_ply_hdf5_2048.zip", terms="435 MB, for academic research only",
-                       hub=("Msun/modelnet40", "modelnet40_ply_hdf5_2048.zip",
-                            "d5dc795541800feeb7a4b3bd3142729a0d2adf7a"),
-                       urls=["https://shapenet.cs.stanford.edu/media/modelnet40_ply_hdf5_2048.zip"],
-                       sha256="07670e237db72ece0f723b9abb571534c9ad655a6456b389646587dc72bb8bae"),
+    "ulip1": dict(file=ULIP1, terms="BSD-3-Clause, ULIP-1 on ShapeNet-55",
+                  hub=("SFXX/ulip", f"ULIP-1/pretrained_models/ckpt_zero-sho_classification/{ULIP1}", None)),
+    "modelnet40": dict(
+        file="modelnet40_ply_hdf5_2048.zip", terms="435 MB, for academic research only",
+        hub=("Msun/modelnet40", "modelnet40_ply_hdf5_2048.zip", "d5dc795541800feeb7a4b3bd3142729a0d2adf7a"),
+        urls=["https://shapenet.cs.stanford.edu/media/modelnet40_ply_hdf5_2048.zip"],
+        sha256="07670e237db72ece0f723b9abb571534c9ad655a6456b389646587dc72bb8bae"),
     "scanobjectnn": dict(
         file="scanobjectnn/h5_files.zip",
         terms="for research, terms at https://hkust-vgd.github.io/scanobjectnn/",
         urls=["http://hkust-vgd.ust.hk/scanobjectnn/h5_files.zip",
               "https://github.com/ma-xu/pointMLP-pytorch/releases/download/dataset/h5_files.zip"],
         members={
-            "h5_files/main_split/training_objectdataset.h5":
-                "d334dd3e44556606b0c38560a6a2ed6b191c2e2fe6588f22e3f154d5cbdf3cb1",
-            "h5_files/main_split/test_objectdataset.h5":
-                "4465e207202fe9375e3c58d2e13bf44bddc1baa1fcb6b123b82f99e55353e22e",
-            "h5_files/main_split/test_objectdataset_augmentedrot_scale75.h5":
-                "f23822ee2f1e1d18331e91334d74adb10c8718d72d503bfa76ebe0a9348a7ea1",
-            "h5_files/main_split_nobg/test_objectdataset.h5":
-                "b7176ebd4b8f2218c8cca84b59617d96f5145d864924cc930b36eaf55931c9e1"}),
+            "h5_files/main_split/training_objectdataset.h5": "d334dd3e44556606b0c38560",
+            "h5_files/main_split/test_objectdataset.h5": "4465e207202fe9375e3c58d2",
+            "h5_files/main_split/test_objectdataset_augmentedrot_scale75.h5": "f23822ee2f1e1d18331e9133",
+            "h5_files/main_split_nobg/test_objectdataset.h5": "b7176ebd4b8f2218c8cca84b"}),
 }
 
 
@@ -787,21 +707,18 @@ def fetch_published(name: str, root: Path, allowed: bool = True) -> Path:
 
 
 def fetch(path: Path, urls=(), sha256: str | None = None, hub: tuple | None = None) -> Path:
-    """`path` if it is there; else the file in the Hugging Face hub's own cache, fetched from a data set of the
-    hub, or else fetched from plain addresses to `path`.
-
-    hub: data set, file in it, revision. Bytes of another sha256 are refused and not kept.
-    Raises: UserError that names the file, where to put it, and what went wrong at each address.
-    """
+    """`path` if it is there; else a file of the Hugging Face hub (data set, file, revision) in the hub's own
+    cache, or else `path`, fetched from a plain address. Bytes of another sha256 are refused and not kept.
+    Raises: UserError that names the file, where to put it, and what went wrong at each address."""
     reasons = []
     with lock(path):
-        for source in (hub, *urls):
-            if path.exists() or source is None:
-                continue
+        if path.exists():
+            return path
+        for source in (hub, *urls) if hub else urls:
             try:
                 if source is not hub:
                     torch.hub.download_url_to_file(source, str(path), hash_prefix=sha256)
-                    continue
+                    return path
                 data_set, file, revision = hub
                 found = Path(hf_hub_download(data_set, file, repo_type="dataset", revision=revision))
                 if sha256 in (None, hashlib.sha256(found.read_bytes()).hexdigest()):
@@ -809,11 +726,8 @@ def fetch(path: Path, urls=(), sha256: str | None = None, hub: tuple | None = No
                 found.resolve().unlink()
                 raise ValueError("wrong sha256")
             except Exception as error:  # the hub, the network and the file system have many types of errors
-                reasons.append(f"{source}: {str(error).strip().splitlines()[0] if str(error) else error!r}")
-    if not path.exists():
-        raise UserError(f"cannot fetch {path.name} ({'; '.join(reasons)}); fetch it by hand and put it at "
-                        f"{path}")
-    return path
+                reasons.append(f"{source}: {error!r:.300}")
+    raise UserError(f"cannot fetch {path.name} ({'; '.join(reasons)}); fetch it by hand and put it at {path}")
 
 
 def lock(path: Path, timeout: float = -1) -> FileLock:
@@ -823,17 +737,24 @@ def lock(path: Path, timeout: float = -1) -> FileLock:
 
 
 def fetch_and_unpack(name: str, root: Path, folder: Path, download: bool | None):
-    """Where `folder` is missing, and unless `download` is False, the archive DOWNLOADS[name], unpacked there."""
+    """The archive DOWNLOADS[name], unpacked in `folder`, unless it is there or `download` is False."""
     if download is not False and not folder.exists():
         unpack([fetch_published(name, root)], folder, members=DOWNLOADS[name].get("members"))
 
 
-def unpack(archives: list[Path], folder: Path, choose=None, members: dict | None = None):
-    """Unpack zips, or the names `choose` takes from theirs. `folder` appears whole, or not at all.
+def fetch_pieces(folder: Path, urls: dict, choose=None):
+    """The archives {address: sha256 or None}, unpacked in `folder`, unless it is there (see unpack)."""
+    if not folder.exists():
+        archives = [fetch(folder.parent / url.split("/")[-1], [url], sha256) for url, sha256 in urls.items()]
+        unpack(archives, folder, choose)
+        for archive in archives:
+            archive.unlink(missing_ok=True)
 
-    An archive may hold the folder itself or what goes into it. members: sha256 of files in it.
-    Raises: UserError naming the archive that is broken or not its authors'.
-    """
+
+def unpack(archives: list[Path], folder: Path, choose=None, members: dict | None = None):
+    """Unpack zips, or the names `choose` takes from theirs. `folder` appears whole, or not at all. A zip may
+    hold the folder itself or what goes into it. members: sha256 of files in it, or its first digits.
+    Raises: UserError naming the archive that is broken or not its authors'."""
     part = folder.with_name(f".{folder.name}.part")
     with lock(folder):
         if folder.exists():
@@ -842,10 +763,10 @@ def unpack(archives: list[Path], folder: Path, choose=None, members: dict | None
         try:
             for archive in archives:
                 with zipfile.ZipFile(archive) as file:
-                    for name, expected in (members or {}).items():
-                        if hashlib.sha256(file.read(name)).hexdigest() != expected:
-                            raise ValueError(f"{name} is not its authors' (sha256)")
                     file.extractall(part, choose(file.namelist()) if choose else None)  # leaves `..` out
+            for name, sha256 in (members or {}).items():
+                if not hashlib.sha256((part / name).read_bytes()).hexdigest().startswith(sha256):
+                    raise ValueError(f"{name} is not its authors' (sha256)")
             inner = part / folder.name
             os.replace(inner if inner.is_dir() else part, folder)
         except Exception as error:  # zip files break in many ways, each with a type of its own
@@ -1122,11 +1043,9 @@ def seen_from(points: Tensor, azimuths: Tensor, elevations: Tensor) -> Tensor:
 
 
 def scan(points: Tensor, count: int, seed: int) -> Tensor:
-    """A scan: one-sided, stretched, noisy, some floor and clutter. (N, P, 3) -> (N, count, 3).
-
+    """A scan: one-sided, stretched, noisy, some floor and clutter. (N, P, 3) -> (N, count, 3), P >> count.
     A hand-held scanner looks from three directions of an arc of 2 radians; what none of them sees, a quarter
-    of the points, is lost. Floor makes the object smaller in the unit sphere. P well above `count`.
-    """
+    of the points, is lost. Floor makes the object smaller in the unit sphere."""
     random = torch.Generator().manual_seed(seed)
     n = len(points)
 
@@ -1150,10 +1069,8 @@ def scan(points: Tensor, count: int, seed: int) -> Tensor:
 
 
 def sample_shapes(count: int, seed: int, domain: str = "source", points: int = 1024) -> Objects:
-    """The procedural set: object i is of class i mod 10, upright, turned by any yaw. The same for a seed.
-
-    domain "source": clean, whole objects. "target": the same programs as a scanner sees them (see scan).
-    """
+    """The procedural set, the same for a seed: object i is of class i mod 10, upright, turned by any yaw.
+    domain "source": clean, whole objects. "target": the same programs as a scanner sees them (see scan)."""
     if domain not in ("source", "target"):
         raise ValueError(f"domain {domain!r}; one of source, target")
     dense = points if domain == "source" else 3 * points
