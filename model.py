@@ -1,9 +1,8 @@
 """Both encoders, token masking, the shared classifier, the moving-average teacher, and starts to load.
 
 B batch, P points, G point groups, S points per group, L image patches, D token width, E joint embedding,
-C classes, V views. Token masks are bool, True = hidden (replaced by a learnt mask token).
-Parameter names are those of the published checkpoints, so that loading is strict; only SLIP's image tower is
-renamed (TIMM_NAMES).
+C classes, V views. Token masks are bool, True = hidden (replaced by a learnt mask token). Parameter names are
+those of the published checkpoints, so that loading is strict; only SLIP's image tower is renamed.
 """
 import argparse
 import codecs
@@ -21,32 +20,13 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.constants import (IMAGENET_MEAN, IMAGENET_STD, OPENAI_DATASET_MEAN,
-                                 OPENAI_DATASET_STD)
+from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.transformer import LayerNorm, QuickGELU, TextTransformer, VisionTransformer
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data import UserError, fetch_published
-
-# A CLIP and a Point-BERT small enough to pre-train on a CPU in a minute or two.
-TINY = {
-    "embed_dim": 128,
-    "image": {"image_size": 64, "patch_size": 16, "width": 96, "layers": 4, "heads": 3},
-    "point": {"width": 96, "layers": 4, "heads": 3, "groups": 32, "group_size": 16, "stem": [32, 64, 96],
-              "token_width": 64, "drop_path": 0.0},
-    "text": {"fixed_tokens": True, "context_length": 20, "width": 64, "heads": 2, "layers": 2},
-}
-TEMPLATES = {
-    "depth": ("a depth map of a {}.", "a depth image of one {}.", "a {} seen by a depth camera.",
-              "a grey rendering of a {}.", "a photo of a {}."),
-    "photo": ("a photo of a {}.", "a photo of one {}.", "a picture of a {}.", "a cropped photo of a {}.",
-              "a close-up photo of a {}."),
-    "3d": ("a 3D model of a {}.", "a rendering of a {}.", "a CAD model of a {}.", "a white {}, untextured."),
-    "points": ("a point cloud of a {}.", "a point cloud model of a {}.", "a scan of a {}."),
-    "openai": tuple(t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES) + ("a point cloud model of a {}.",),
-}
 
 
 class Groups(NamedTuple):
@@ -58,8 +38,7 @@ class Groups(NamedTuple):
 def farthest_point_sample(points: Tensor, count: int) -> Tensor:
     """Greedy farthest points, starting at point 0 (Deviation D20). (B, P, 3) -> (B, count) int64 indices.
 
-    Each step takes the point farthest from all taken so far; no index repeats while distinct points are left.
-    Raises: UserError if count is not in 1..P.
+    No index repeats while distinct points are left. Raises: UserError if count is not in 1..P.
     """
     if not 0 < count <= points.shape[1]:
         raise UserError(f"cannot take {count} farthest of {points.shape[1]} points; lower --groups")
@@ -76,9 +55,7 @@ def farthest_point_sample(points: Tensor, count: int) -> Tensor:
 
 def group_points(points: Tensor, groups: int, group_size: int) -> Groups:
     """Farthest-point centres and their nearest points, relative to the centre. (B, P, 3) -> Groups.
-
-    Raises: UserError if a cloud has fewer points than groups or group_size.
-    """
+    Raises: UserError if a cloud has fewer points than groups or group_size."""
     if group_size > points.shape[1]:
         raise UserError(f"cannot group {group_size} points of {points.shape[1]}; lower --group-size")
     centres = points.gather(1, farthest_point_sample(points, groups)[..., None].expand(-1, -1, 3))
@@ -90,8 +67,8 @@ def group_points(points: Tensor, groups: int, group_size: int) -> Groups:
 def hide_patches(batch: int, grid: int, ratio: float, device: torch.device) -> Tensor:
     """Hide random square cells of an image [mim]: (B, grid * grid) bool, drawn anew per image.
 
-    Cells are 2 x 2 patches (32 px at 224 px and patch 16: 7 x 7 cells, ceil(0.3 x 49) = 15 hidden), single
-    patches where the grid is odd or tiny. ratio in [0, 1] is rounded up to whole cells.
+    Cells are 2 x 2 patches (of 14 x 14: 49 cells, ceil(0.3 x 49) = 15 hidden), single ones where the grid is
+    odd or tiny; ratio in [0, 1] is rounded up to whole cells.
     """
     cell = 2 if grid % 2 == 0 and grid > 4 else 1
     side = grid // cell
@@ -102,16 +79,14 @@ def hide_patches(batch: int, grid: int, ratio: float, device: torch.device) -> T
 
 
 def hide_groups(centres: Tensor, ratio: float) -> Tensor:
-    """Hide one contiguous block of point groups [mpm]: (B, G, 3) centres -> (B, G) bool.
-
-    A random centre and its nearest ones, U(ratio, ratio + 0.1) of G, drawn anew per cloud.
-    """
+    """Hide a random point group and its nearest ones [mpm], U(ratio, ratio + 0.1) of G, drawn anew per cloud.
+    (B, G, 3) centres -> (B, G) bool."""
     batch, total, _ = centres.shape
     seed = torch.randint(total, (batch, 1, 1), device=centres.device).expand(-1, -1, 3)
-    nearest = (centres - centres.gather(1, seed)).square().sum(dim=-1).argsort(dim=1)
+    distance = (centres - centres.gather(1, seed)).square().sum(dim=-1)
+    rank = distance.argsort(dim=1).argsort(dim=1)  # (B, G), 0 = nearest
     count = (ratio + 0.1 * torch.rand(batch, 1, device=centres.device)) * total
-    among_them = torch.arange(total, device=centres.device) < count.long()  # (B, G), by nearness
-    return torch.zeros_like(among_them).scatter(1, nearest, among_them)
+    return rank < count.long()
 
 
 class MiniPointNet(nn.Module):
@@ -167,8 +142,7 @@ class PointEncoder(nn.Module):
         if hidden is not None:
             tokens = torch.where(hidden.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
         x = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
-        cls_position = self.cls_pos.expand(len(tokens), -1, -1)
-        position = torch.cat([cls_position, self.pos_embed(groups.centres)], dim=1)
+        position = torch.cat([self.cls_pos.expand(len(x), -1, -1), self.pos_embed(groups.centres)], dim=1)
         for block in self.blocks["blocks"]:
             x = block(x + position)
         x = self.norm(x)
@@ -237,15 +211,13 @@ class Output(SimpleNamespace):
 class CrossMoST(nn.Module):
     """Both encoders and the one classifier they share; student and teacher are two of these.
 
-    Args: embed_dim E; image, point: keyword arguments of ImageEncoder and PointEncoder; class_names: one per
-    column of the classifier, which is empty until set_classifier; mean, std: of the pixels the image encoder
-    was trained on; up: the upright axis the point encoder was trained with. The dictionary `architecture`
-    rebuilds the model: CrossMoST(**architecture).
+    image, point: arguments of ImageEncoder and PointEncoder; class_names: one per column of the classifier;
+    mean, std: of the pixels the image encoder was trained on; up: the upright axis the point encoder was
+    trained with. CrossMoST(**architecture) is such a model again.
     """
 
     def __init__(self, embed_dim: int, image: dict, point: dict, class_names: list[str] = (),
-                 mean: tuple = OPENAI_DATASET_MEAN, std: tuple = OPENAI_DATASET_STD,
-                 up: str = "z"):
+                 mean: tuple = OPENAI_DATASET_MEAN, std: tuple = OPENAI_DATASET_STD, up: str = "z"):
         super().__init__()
         self.architecture = {"embed_dim": embed_dim, "image": dict(image), "point": dict(point), "up": up,
                              "mean": list(mean), "std": list(std), "class_names": list(class_names)}
@@ -265,8 +237,7 @@ class CrossMoST(nn.Module):
     def set_classifier(self, embeddings: Tensor, class_names: list[str] | None = None):
         """Column k = embedding of class k [classifier]. embeddings (C, E), made unit norm here."""
         self.architecture["class_names"] = list(class_names or range(len(embeddings)))
-        columns = F.normalize(embeddings.detach().float(), dim=-1).T
-        self.classifier = nn.Parameter(columns.clone(memory_format=torch.contiguous_format))
+        self.classifier = nn.Parameter(F.normalize(embeddings.detach().float(), dim=-1).T.contiguous())
 
     def normalise(self, images: Tensor) -> Tensor:
         """Pixels in [0, 1] -> the units the image encoder was trained on. (..., 3, H, W)"""
@@ -288,15 +259,13 @@ class CrossMoST(nn.Module):
                 image_hidden: Tensor | None = None, point_hidden: Tensor | None = None) -> Output:
         """Features and logits of both modalities, and what the masked losses need where something is hidden.
 
-        Args:
-            images: (B, 3, H, W) normalised pixels, or (B, V, 3, H, W): logits of V views averaged. Or None.
-            points: (B, P, 3) clouds in the unit sphere, z up, or what group() made of them. Or None.
-            image_hidden: (B, L) bool, point_hidden: (B, G) bool; True = replaced by the mask token.
-        Returns:
-            image_features, point_features (B, E) unit norm; image_logits, point_logits (B, C);
-            where patches are hidden image_tokens (B, L, E) unit norm and image_pixels (B, 3, H, W);
-            where groups are hidden point_cls (B, E), point_tokens (B, G, E) unit norm, point_prediction and
-            point_target (B, G, D), or (B, G, S, 3) with target "points".
+        images: (B, 3, H, W) normalised pixels, or (B, V, 3, H, W): logits of V views averaged. Or None.
+        points: (B, P, 3) clouds in the unit sphere, z up, or what group() made of them. Or None.
+        image_hidden: (B, L) bool, point_hidden: (B, G) bool; True = replaced by the mask token.
+        Returns image_features, point_features (B, E) unit norm; image_logits, point_logits (B, C);
+        where patches are hidden image_tokens (B, L, E) unit norm and image_pixels (B, 3, H, W);
+        where groups are hidden point_cls (B, E), point_tokens (B, G, E) unit norm, point_prediction and
+        point_target (B, G, D), or (B, G, S, 3) with target "points".
         """
         out = Output()
         if images is not None:
@@ -347,19 +316,19 @@ def teacher_momentum(step: int, final: float) -> float:
     return 0.99 + (final - 0.99) * min(1, step / 400)
 
 
-def parameter_groups(model: CrossMoST, weight_decay: float, layer_decay: float,
-                     freeze: list[str]) -> list[dict]:
-    """One group per (learning-rate scale, weight decay); frozen parameters lose requires_grad and are left
-    out. Raises: UserError where a prefix in `freeze` is no parameter's, or none is left to train.
+def parameter_groups(model: CrossMoST, weight_decay: float, layer_decay: float, freeze: list[str]) -> list:
+    """One group per (learning-rate scale, weight decay), without frozen parameters: they lose requires_grad.
 
     scale = layer_decay^(layers + 1 - i) in the image encoder: i = 0 for its embeddings, b + 1 for block b; 1
     elsewhere. No weight decay on 1-D parameters.
+    Raises: UserError where a prefix in `freeze` is no parameter's, or none is left to train.
     """
-    layers, groups = len(model.visual.transformer.resblocks), {}
-    for name, parameter in model.named_parameters():
+    named, layers, groups = dict(model.named_parameters()), len(model.visual.transformer.resblocks), {}
+    strange = [prefix for prefix in freeze if not any(name.startswith(prefix) for name in named)]
+    if strange:
+        raise UserError(f"--freeze: no parameter begins with {strange}; model.named_parameters() lists them")
+    for name, parameter in named.items():
         parameter.requires_grad_(not name.startswith(tuple(freeze)))
-        if not parameter.requires_grad:
-            continue
         scale = 1.0
         if name.startswith("visual.transformer.resblocks."):
             scale = layer_decay ** (layers - int(name.split(".")[3]))
@@ -367,15 +336,12 @@ def parameter_groups(model: CrossMoST, weight_decay: float, layer_decay: float,
                               "visual.ln_pre")):
             scale = layer_decay ** (layers + 1)
         decay = 0.0 if parameter.ndim == 1 else weight_decay
-        groups.setdefault((scale, decay), {"params": [], "scale": scale,
-                                           "weight_decay": decay})["params"].append(parameter)
-    strange = [prefix for prefix in freeze
-               if not any(name.startswith(prefix) for name, _ in model.named_parameters())]
-    if strange:
-        raise UserError(f"--freeze: no parameter begins with {strange}; model.named_parameters() lists them")
+        if parameter.requires_grad:
+            groups.setdefault((scale, decay), []).append(parameter)
     if not groups:
         raise UserError(f"--freeze {' '.join(freeze)} leaves nothing to train")
-    return list(groups.values())
+    return [{"params": parameters, "scale": scale, "weight_decay": decay}
+            for (scale, decay), parameters in groups.items()]
 
 
 def train_mode(student: CrossMoST, freeze: list[str]):
@@ -389,19 +355,28 @@ def train_mode(student: CrossMoST, freeze: list[str]):
 # -----------------------------------------------------------------------------------------------------------
 # Class names to classifier
 
-class TextEncoder(nn.Module):
-    """CLIP's text tower (open_clip's) with its tokenizer: class names to classifier columns.
+TEMPLATES = {
+    "depth": ("a depth map of a {}.", "a depth image of one {}.", "a {} seen by a depth camera.",
+              "a grey rendering of a {}.", "a photo of a {}."),
+    "photo": ("a photo of a {}.", "a photo of one {}.", "a picture of a {}.", "a cropped photo of a {}.",
+              "a close-up photo of a {}."),
+    "3d": ("a 3D model of a {}.", "a rendering of a {}.", "a CAD model of a {}.", "a white {}, untextured."),
+    "points": ("a point cloud of a {}.", "a point cloud model of a {}.", "a scan of a {}."),
+    "openai": tuple(t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES) + ("a point cloud model of a {}.",),
+}
 
-    fixed_tokens: token embeddings are random numbers that are not trained, always the same.
-    """
+
+class TextEncoder(nn.Module):
+    """CLIP's text tower (open_clip's) with its tokenizer. fixed_tokens: token embeddings are random numbers,
+    always the same, that are not trained."""
 
     def __init__(self, embed_dim: int, quick_gelu: bool = False, fixed_tokens: bool = False, **sizes):
         super().__init__()
-        self.architecture = {"embed_dim": embed_dim, "quick_gelu": quick_gelu, "fixed_tokens": fixed_tokens,
-                             **sizes}
+        own = {"embed_dim": embed_dim, "quick_gelu": quick_gelu, "fixed_tokens": fixed_tokens}
+        self.architecture = {**own, **sizes}
         self.fixed_tokens = fixed_tokens
-        self.tower = TextTransformer(output_dim=embed_dim, act_layer=QuickGELU if quick_gelu else nn.GELU,
-                                     **sizes)
+        activation = QuickGELU if quick_gelu else nn.GELU
+        self.tower = TextTransformer(output_dim=embed_dim, act_layer=activation, **sizes)
         self.tokenize = open_clip.SimpleTokenizer(context_length=self.tower.context_length)
         if fixed_tokens:  # enough to tell names apart, and 3.2 M numbers that need no place in a file
             table = self.tower.token_embedding.requires_grad_(False).weight
@@ -424,13 +399,20 @@ def embed_names(text: TextEncoder, class_names: list[str], templates: tuple[str,
 # -----------------------------------------------------------------------------------------------------------
 # Starts: a model without classifier, and the text tower that names classes for it
 
-# Starts by name. Any other name is a plain vision transformer of open_clip.
-STARTS = ("tiny", "ulip2", "ulip1", "crossmost")
-# How the point encoder of a start cuts a cloud, as in its training; files of our own say it themselves.
-GROUPS = {"tiny": dict(groups=32, group_size=16), "ulip1": dict(groups=512, group_size=32),
-          "ulip2": dict(groups=512, group_size=32)}
-OTHER_GROUPS = dict(groups=64, group_size=32)  # Cross-MoST's
-CLIP_OF_CROSSMOST = ("ViT-B-16-quickgelu", "openai")  # where the file holds no text tower
+# Starts by name, and how each cuts a cloud, as in its training. Files of our own say it themselves. Any other
+# name is a plain vision transformer of open_clip.
+GROUPS = {"tiny": dict(groups=32, group_size=16), "ulip2": dict(groups=512, group_size=32),
+          "ulip1": dict(groups=512, group_size=32), "crossmost": dict(groups=64, group_size=32)}
+OTHER_GROUPS = GROUPS["crossmost"]
+STARTS = tuple(GROUPS)
+# A CLIP and a Point-BERT small enough to pre-train on a CPU in a minute or two.
+TINY = {
+    "embed_dim": 128,
+    "image": {"image_size": 64, "patch_size": 16, "width": 96, "layers": 4, "heads": 3},
+    "point": {"width": 96, "layers": 4, "heads": 3, "groups": 32, "group_size": 16, "stem": [32, 64, 96],
+              "token_width": 64, "drop_path": 0.0},
+    "text": {"fixed_tokens": True, "context_length": 20, "width": 64, "heads": 2, "layers": 2},
+}
 # What self-training adds to published towers: random where a file lacks it.
 MAY_BE_MISSING = ("visual.mask_token_embedding", "visual.ln_patch.", "visual.decoder.",
                   "point_encoder.mask_token", "point_encoder.proj", "point_encoder.lm_head.")
@@ -442,8 +424,7 @@ TIMM_NAMES = {"patch_embed.proj.weight": "conv1.weight", "cls_token": "class_emb
 
 
 def start_file(name: str, cache: Path, allowed: bool = True) -> Path:
-    """A start's file: tiny's in the repository, ulip1's and ulip2's fetched if missing, crossmost's put there
-    by hand (README, Starts)."""
+    """A start's file: tiny's in the repository, crossmost's put there by hand, others' fetched if missing."""
     if name == "tiny":
         return Path(__file__).parent / "assets" / "tiny.pt"
     if name == "crossmost":
@@ -452,13 +433,13 @@ def start_file(name: str, cache: Path, allowed: bool = True) -> Path:
 
 
 def describe_start(path: str | Path) -> dict:
-    """What a run needs to know of a file of any family: "model", "groups", "group_size"; of a file of our own
-    also "points" per cloud, "class_names" and the "options" that made it."""
+    """What a run needs to know of a file of any family: "model", "groups", "group_size", "class_names"; of a
+    file of our own also "points" per cloud and the "options" that made it."""
     content = read_start(path)
     architecture, options = content["architecture"], content["options"]
-    own = {key: options[key] for key in ("model", "points") if key in options}
-    return {**own, **{key: architecture["point"].get(key, OTHER_GROUPS[key]) for key in OTHER_GROUPS},
-            "class_names": architecture["class_names"], "options": options}
+    known = {key: options[key] for key in ("model", "points") if key in options}
+    known |= {key: architecture["point"][key] for key in ("groups", "group_size")}
+    return {**known, "class_names": architecture["class_names"], "options": options}
 
 
 @contextmanager
@@ -473,17 +454,15 @@ def build_model(name: str, class_names: list[str], templates: tuple[str, ...], p
                 start_checkpoint: str | Path | None = None, seed: int = 0, **point) -> CrossMoST:
     """A zero-shot start with one classifier column per class name, in eval mode.
 
-    Args:
-        name: one of STARTS, or an open_clip model; pretrained: its tag, or a file of its weights.
-        start_checkpoint: the start's file, of any family (see load_start); without one the weights of `tiny`,
-        and of the point encoder beside an open_clip model, are random, from `seed`.
-        templates: texts with {} for the name. point: groups, group_size, target of the PointEncoder.
+    name: one of STARTS, or an open_clip model; pretrained: its tag, or a file of its weights. templates:
+    texts with {} for the name. start_checkpoint: the start's file, see read_start; without one `tiny`, and
+    the point encoder beside an open_clip model, are random, from `seed`. point: PointEncoder's arguments.
     Raises: UserError for an unknown name, or a file that does not fit or cannot name classes.
     """
     if pretrained and name in STARTS:
         raise UserError(f"--pretrained {pretrained} goes with an open_clip name; for --model {name} use "
                         "--start-checkpoint")
-    if name in STARTS[1:] and not start_checkpoint:
+    if name in STARTS and name != "tiny" and not start_checkpoint:
         raise UserError(f"--model {name} is a file; name it with --start-checkpoint")
     model = text = None
     if name not in STARTS:
@@ -494,7 +473,7 @@ def build_model(name: str, class_names: list[str], templates: tuple[str, ...], p
         model, own_text = load_start(start_checkpoint, model, **point)
         text = own_text or text
     if text is None and name == "crossmost":
-        _, text = open_clip_start(*CLIP_OF_CROSSMOST, seed)
+        _, text = open_clip_start("ViT-B-16-quickgelu", "openai")
     if text is None:
         raise UserError(f"{start_checkpoint} holds no text tower to name classes with; add the open_clip "
                         "name of its CLIP, --model and --pretrained")
@@ -510,39 +489,32 @@ def random_tiny(seed: int, **point) -> tuple[CrossMoST, TextEncoder]:
 
 
 def open_clip_start(name: str, pretrained: str | None, seed: int = 0, **point) -> tuple[CrossMoST, nn.Module]:
-    """An open_clip model's image and text tower beside an untrained Point-BERT.
-
-    Raises: UserError for a name open_clip does not know, an image tower that is no plain vision transformer,
-    weights of another activation, or weights that cannot be fetched.
-    """
+    """An open_clip model's image and text tower beside an untrained Point-BERT. Raises: UserError for an
+    unknown name, an image tower that is no plain ViT, weights of another activation, or out of reach."""
     config, weights = open_clip.get_model_config(name), open_clip.get_pretrained_cfg(name, pretrained or "")
     if config is None:
         raise UserError(f"unknown model {name!r}; one of {', '.join(STARTS)}, or open_clip's: "
                         "ViT-B-16-quickgelu, ...")
-    vision, quick_gelu = config["vision_cfg"], config.get("quick_gelu", False)
-    odd = set(vision) - {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"}
-    if odd or not isinstance(vision["layers"], int):
+    image, quick_gelu = config["vision_cfg"], config.get("quick_gelu", False)
+    odd = set(image) - {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"}
+    if odd or not isinstance(image["layers"], int):
         raise UserError(f"{name}'s image tower is no plain vision transformer {sorted(odd)}; take a ViT-...")
     if weights and weights.get("quick_gelu", False) != quick_gelu:  # open_clip would only warn
         raise UserError(f"the {pretrained} weights of {name} {'lack' if quick_gelu else 'need'} QuickGELU; "
                         f"use {name.removesuffix('-quickgelu') if quick_gelu else name + '-quickgelu'}")
+    image |= {"heads": image["width"] // image.pop("head_width", 64), "quick_gelu": quick_gelu}
     with seeded(seed):
         logging.disable()  # the hub's retries, and a warning that random weights are random
         try:
-            clip = open_clip.create_model(name, pretrained)
+            clip = open_clip.create_model(name, pretrained).requires_grad_(False).eval()
         except Exception as error:  # of the hub, of the network, of the file: each has its own type
             raise UserError(f"cannot get the weights {pretrained!r} of {name} ({str(error)[:150]}); fetch "
                             "them once with a connection, or name a file: --pretrained FILE") from error
         finally:
             logging.disable(logging.NOTSET)
-        clip.requires_grad_(False).eval()
         pixels = clip.visual.preprocess_cfg
-        image = {key: vision[key] for key in ("image_size", "patch_size", "width", "layers")}
-        image.update(heads=vision["width"] // vision.get("head_width", 64), quick_gelu=quick_gelu,
-                     mlp_ratio=vision.get("mlp_ratio", 4.0))
         model = CrossMoST(config["embed_dim"], image, point, mean=pixels["mean"], std=pixels["std"])
-    may_be_missing = tuple(key.removeprefix("visual.") for key in MAY_BE_MISSING)
-    load_strictly(model.visual, clip.visual.state_dict(), name, may_be_missing)
+    load_strictly(model.visual, clip.visual.state_dict(), name, ("mask_token_emb", "ln_patch.", "decoder."))
     model.logit_scale.data.copy_(clip.logit_scale)
     clip.visual = None  # its weights are copied: ViT-bigG's are 7 GB
     tokenize = open_clip.get_tokenizer(name)
@@ -551,15 +523,13 @@ def open_clip_start(name: str, pretrained: str | None, seed: int = 0, **point) -
 
 def load_strictly(module: nn.Module, state: dict, path: str | Path, may_be_missing: tuple[str, ...] = ()):
     """Load `state` strictly, but for parameters that begin with one of `may_be_missing`.
-
-    Raises: UserError naming the keys that are missing, left over or of another shape.
-    """
+    Raises: UserError naming the keys that are missing, left over or of another shape."""
     own = module.state_dict()
     missing = [key for key in own if key not in state and not key.startswith(may_be_missing)]
+    extra = [key for key in state if key not in own]
     shapes = [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in own
               if key in state and state[key].shape != own[key].shape]
-    extra = [key for key in state if key not in own]
-    if missing or shapes or extra:
+    if missing or extra or shapes:
         raise UserError(f"{path} does not fit: {len(missing)} missing {missing[:3]}, {len(extra)} left over "
                         f"{extra[:3]}, {len(shapes)} of another shape {shapes[:3]}")
     module.load_state_dict(state, strict=False)
@@ -567,12 +537,8 @@ def load_strictly(module: nn.Module, state: dict, path: str | Path, may_be_missi
 
 def load_checkpoint(path: str | Path, groups: int | None = None, group_size: int | None = None,
                     point_heads: int | None = None, which: str = "teacher") -> CrossMoST:
-    """The model in a file of any family (see read_start), in eval mode: the teacher, or the "student".
-
-    groups, group_size, point_heads: other than the file's, or than its family's.
-    """
-    point = {"groups": groups, "group_size": group_size, "heads": point_heads}
-    model, _ = load_start(path, which=which, **{key: value for key, value in point.items() if value})
+    """The teacher, or the "student", of a file of any family, in eval mode. Numbers replace the file's."""
+    model, _ = load_start(path, which=which, groups=groups, group_size=group_size, heads=point_heads)
     return model.eval()
 
 
@@ -580,27 +546,26 @@ def load_start(path: str | Path, clip: CrossMoST | None = None, which: str = "te
                **point) -> tuple[CrossMoST, TextEncoder | None]:
     """Model and text tower (None where there is none) of a file of any family, see read_start.
 
-    clip: has the image tower where the file has none. point: arguments of the PointEncoder other than the
-    file's; for another `target` the head that predicts it is new.
-    Raises: UserError naming the keys or shapes that do not fit.
+    clip: lends its image tower to a file without. point: arguments of the PointEncoder, instead of the file's
+    where not None; for another `target` the head that predicts it is new.
+    Raises: UserError, see read_start and load_strictly.
     """
     content = read_start(path, which)
-    architecture, state, text = content["architecture"], content["model"], None
-    may_be_missing = content["may_be_missing"]
+    architecture, state, may_be_missing = content["architecture"], content["model"], content["may_be_missing"]
     if architecture["image"] is None:
         if clip is None:
             raise UserError(f"{path} holds a point encoder only; add --model with the open_clip name of its "
                             "CLIP (ULIP-2 with colours: ViT-bigG-14 --pretrained laion2b_s39b_b160k)")
         state |= {key: value for key, value in clip.state_dict().items() if key.startswith("visual.")}
         architecture |= {key: clip.architecture[key] for key in ("image", "mean", "std")}
+    point = {**architecture["point"], **{key: value for key, value in point.items() if value is not None}}
     if point.get("target", "tokens") != architecture["point"].get("target", "tokens"):
         state = {key: value for key, value in state.items() if not key.startswith("point_encoder.lm_head.")}
-        may_be_missing = MAY_BE_MISSING
+        may_be_missing += ("point_encoder.lm_head.",)
     try:
         with seeded(0):  # of what the file lacks
-            model = CrossMoST(**{**architecture, "point": {**architecture["point"], **point}})
-            if "text" in content:
-                text = TextEncoder(**content["text_architecture"])
+            model = CrossMoST(**{**architecture, "point": point})
+            text = TextEncoder(**content["text_architecture"]) if "text" in content else None
     except Exception as error:  # sizes that cannot be, each in its own way
         raise UserError(f"{path} is broken: {error!r}; get or make it again") from error
     load_strictly(model, state, path, may_be_missing)
@@ -610,82 +575,78 @@ def load_start(path: str | Path, clip: CrossMoST | None = None, which: str = "te
 
 
 def read_start(path: str | Path, which: str = "teacher") -> dict:
-    """A file of any family, recognised from its keys, in the layout of our own starts: "model", its
-    "architecture" (image None where the file has no image tower), "options", and of most "text",
-    "text_architecture"; and the keys that "may_be_missing".
+    """A file of any family in the layout of our own starts: "model", its "architecture" (image None where the
+    file has no image tower), "options", of most "text" and "text_architecture"; and what "may_be_missing".
 
-    Families: our own starts and `last.pt`; ULIP-1 and ULIP-2 (SLIP image tower, text tower, Point-BERT); ULIP-2
-    with colours (Point-BERT only); Cross-MoST's start and trained checkpoint.
+    Families: our own starts and `last.pt`; ULIP-1 and ULIP-2 (SLIP image tower, text tower, Point-BERT);
+    ULIP-2 with colours (Point-BERT only); Cross-MoST's start and trained checkpoint.
     Raises: UserError for a file of none of them.
     """
     content = read_file(path)
-    if "architecture" in content:
-        try:
-            return {"options": {}, "may_be_missing": (), **content,
-                    "architecture": {**content["architecture"], "point": {**content["architecture"]["point"]}},
-                    "model": content["model"] if "model" in content else content[which]}
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{path} is broken: {error!r}; make it again") from error
-    for name in ("model", "model_ema" if which == "teacher" else "model", "state_dict"):
+    try:
+        if "architecture" not in content:
+            return published_start(content, which, path)
+        architecture = content["architecture"]
+        architecture["point"] = {**OTHER_GROUPS, **architecture["point"]}
+        state = content["model"] if "model" in content else content[which]
+        return {"options": {}, "may_be_missing": (), **content, "model": state}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is broken, or of no known family: {error!r}, found {list(content)[:4]}; "
+                        "get or make it again") from error
+
+
+def published_start(content: dict, which: str, path: str | Path) -> dict:
+    """Another family's file for read_start: keys renamed, sizes read off the shapes."""
+    for name in ("model_ema" if which == "teacher" else "model", "model", "state_dict"):
         content = content.get(name, content)
     state = {key.removeprefix("module."): value for key, value in content.items()}
     for family, sign in {"OpenShape": "ppat.", "Uni3D": "trans2embed"}.items():
-        if key := next((key for key in state if sign in key), None):
-            raise UserError(f"{path} is {family}'s ({key}), another network than Point-BERT; README, Starts")
+        if any(sign in key for key in state):
+            raise UserError(f"{path} is {family}'s, another network than Point-BERT; README, Starts")
     text = {f"tower.{key}": state.pop(key) for key in list(state) if key.startswith(TEXT_KEYS)}
     slip = "visual.cls_token" in state
     if slip:
         state = from_timm(state)
     if "image_projection" in state:
         state["visual.proj"] = state.pop("image_projection")
-    found = {"model": state, "architecture": published_architecture(state, slip, path),
-             "options": {"model": "ulip2" if slip else "crossmost"}, "may_be_missing": MAY_BE_MISSING}
+
+    embed_dim, image = state["pc_projection"].shape[1], None
+    if "visual.conv1.weight" in state:
+        width, _, _, patch = state["visual.conv1.weight"].shape
+        image_size = patch * math.isqrt(len(state["visual.positional_embedding"]) - 1)
+        image = dict(image_size=image_size, patch_size=patch, quick_gelu=not slip, ln_pre=not slip,
+                     eps=1e-6 if slip else 1e-5, **sizes(state, "visual.transformer.resblocks.", width))
+    first, second, third = (state[f"point_encoder.encoder.{layer}.weight"]
+                            for layer in ("first_conv.0", "first_conv.3", "second_conv.0"))
+    width, token_width = state["point_encoder.reduce_dim.weight"].shape
+    point = dict(stem=[len(first), len(second), len(third)], channels=first.shape[1], token_width=token_width,
+                 **sizes(state, "point_encoder.blocks.blocks.", width),
+                 **GROUPS["ulip2" if slip or image is None else "crossmost"])
+    classes = state["classifier"].shape[1] if "classifier" in state else 0
+    architecture = dict(embed_dim=embed_dim, image=image, point=point, up="y",
+                        class_names=[str(k) for k in range(classes)])
+    if slip:
+        architecture |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    start = {"model": state, "architecture": architecture, "may_be_missing": MAY_BE_MISSING,
+             "options": {"model": "ulip2" if slip else "crossmost"}}
     if text:
         words, width = text["tower.token_embedding.weight"].shape
-        found |= {"text": text, "text_architecture": dict(
-            embed_dim=found["architecture"]["embed_dim"], quick_gelu=True, vocab_size=words, width=width,
-            heads=width // 64, layers=blocks(text, "tower.transformer.resblocks."),
-            context_length=len(text["tower.positional_embedding"]))}
-    return found
+        length = len(text["tower.positional_embedding"])
+        start |= {"text": text, "text_architecture": dict(
+            embed_dim=embed_dim, quick_gelu=True, vocab_size=words, context_length=length,
+            **sizes(text, "tower.transformer.resblocks.", width))}
+    return start
 
 
-def blocks(state: dict, prefix: str) -> int:
-    """How many numbered blocks there are under a prefix."""
-    return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
-
-
-def published_architecture(state: dict, slip: bool, path: str | Path) -> dict:
-    """Sizes of a published model, read off the shapes of its parameters; heads are 64 wide."""
-    try:
-        stem = [state[f"point_encoder.encoder.{layer}.weight"] for layer in ("first_conv.0", "first_conv.3",
-                                                                             "second_conv.0")]
-        width, token_width = state["point_encoder.reduce_dim.weight"].shape
-        classes = state["classifier"].shape[1] if "classifier" in state else 0
-        image = None
-        if "visual.conv1.weight" in state:
-            conv, patches = state["visual.conv1.weight"], len(state["visual.positional_embedding"]) - 1
-            image = dict(image_size=conv.shape[-1] * round(patches ** 0.5), patch_size=conv.shape[-1],
-                         width=len(conv), layers=blocks(state, "visual.transformer.resblocks."),
-                         heads=len(conv) // 64, quick_gelu=not slip, ln_pre=not slip,
-                         eps=1e-6 if slip else 1e-5)
-        cut = GROUPS["ulip2"] if slip or image is None else OTHER_GROUPS
-        return {"embed_dim": state["pc_projection"].shape[1], "up": "y", "image": image,
-                "class_names": [str(k) for k in range(classes)],
-                "mean": list(IMAGENET_MEAN if slip else OPENAI_DATASET_MEAN),
-                "std": list(IMAGENET_STD if slip else OPENAI_DATASET_STD),
-                "point": dict(width=width, layers=blocks(state, "point_encoder.blocks.blocks."),
-                              heads=width // 64, stem=[len(layer) for layer in stem],
-                              token_width=token_width, channels=stem[0].shape[1], **cut)}
-    except KeyError as error:
-        raise UserError(f"{path} is of no known family: no {error}, found {list(state)[:4]}") from error
+def sizes(state: dict, prefix: str, width: int) -> dict:
+    """Of a published transformer whose numbered blocks have this prefix; heads are 64 wide."""
+    blocks = {key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)}
+    return dict(width=width, layers=len(blocks), heads=width // 64)
 
 
 def from_timm(state: dict) -> dict:
-    """SLIP's image tower, in timm's names -> open_clip's.
-
-    The bias of its patch embedding moves into the patches' positions, and out of the mask token, so that a
-    hidden patch keeps its value.
-    """
+    """SLIP's image tower, in timm's names -> open_clip's. The bias of its patch embedding moves into the
+    patches' positions, and out of the mask token, so that a hidden patch keeps its value."""
     out = {}
     for key, value in state.items():
         if key.startswith("visual."):
@@ -694,10 +655,9 @@ def from_timm(state: dict) -> dict:
         out[key] = value
     bias = out.pop("visual.patch_embed.proj.bias")
     out["visual.class_embedding"] = out["visual.class_embedding"].flatten()
-    position = out["visual.positional_embedding"][0].clone()
-    position[1:] += bias
-    out["visual.positional_embedding"] = position
-    out["visual.mask_token_embedding"] = out.get("visual.mask_token_embedding", 0) - bias.view(1, 1, -1)
+    out["visual.positional_embedding"] = out["visual.positional_embedding"][0]
+    out["visual.positional_embedding"][1:] += bias
+    out["visual.mask_token_embedding"] = -bias.view(1, 1, -1)
     return out
 
 
@@ -737,24 +697,18 @@ def save_file(content: dict, path: Path):
         temporary.write_bytes(buffer.getbuffer())
 
 
-def harmless_globals() -> list:
-    """What torch.load may build besides tensors. Published files hold their options and accuracies: a
-    Namespace and NumPy scalars, under the module names of NumPy 1 or of NumPy 2."""
-    scalar = np.float64(0).__reduce__()[0]
-    numbers = [type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]]
-    return [argparse.Namespace, codecs.encode, np.dtype, *numbers, (scalar, "numpy.core.multiarray.scalar"),
-            (scalar, "numpy._core.multiarray.scalar")]
-
-
 def read_file(path: str | Path, *needed: str) -> dict:
     """Tensors and plain values of a checkpoint; nothing in it is run (weights_only).
-
-    Raises: FileNotFoundError, or UserError if it is unreadable or lacks one of the `needed` keys.
-    """
+    Raises: FileNotFoundError, or UserError if it is unreadable or lacks one of the `needed` keys."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint {path}; README, Starts, says where to get which")
+    # Published files hold options and accuracies: a Namespace and NumPy scalars, of NumPy 1 or 2.
+    numbers = [type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]]
+    scalar, _ = np.float64(0).__reduce__()
+    harmless = [argparse.Namespace, codecs.encode, np.dtype, *numbers,
+                (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
     try:
-        with torch.serialization.safe_globals(harmless_globals()):
+        with torch.serialization.safe_globals(harmless):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different type for each way a file can be broken
         raise UserError(f"cannot read checkpoint {path}: {str(error).splitlines()[0][:200]}") from error
