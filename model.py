@@ -437,7 +437,7 @@ def describe_start(path: str | Path) -> dict:
     file of our own also "points" per cloud and the "options" that made it."""
     content = read_start(path)
     architecture, options = content["architecture"], content["options"]
-    known = {key: options[key] for key in ("model", "points") if key in options}
+    known = {"model": "tiny", **{key: options[key] for key in ("model", "points") if key in options}}
     known |= {key: architecture["point"][key] for key in ("groups", "group_size")}
     return {**known, "class_names": architecture["class_names"], "options": options}
 
@@ -569,6 +569,10 @@ def load_start(path: str | Path, clip: CrossMoST | None = None, which: str = "te
     except Exception as error:  # sizes that cannot be, each in its own way
         raise UserError(f"{path} is broken: {error!r}; get or make it again") from error
     load_strictly(model, state, path, may_be_missing)
+    made_by = content["options"]
+    if "commit" in made_by:  # a start of our own
+        print(f"start {path}: --pretrain-epochs {made_by['pretrain_epochs']} --seed {made_by['seed']}, made by "
+              f"commit {made_by['commit']} with torch {made_by['torch']}")
     if text:
         load_strictly(text, content["text"], path, ("tower.token_embedding.",) * text.fixed_tokens)
     return model, text

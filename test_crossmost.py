@@ -1,5 +1,6 @@
 """Properties of the method and of the run. CPU, no network, no weights; a few minutes on two cores."""
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -77,11 +78,10 @@ def small_flags(folder, *more) -> list[str]:
                 np.save(path, cloud)
         (own / "classes.txt").write_text("\n".join(NAMES))
         model, text = models.random_tiny(0, groups=8, group_size=8)
-        models.save_file({"architecture": model.architecture, "model": model.state_dict(),
-                          "text_architecture": text.architecture, "text": text.state_dict()}, start)
+        models.save_start(model, text, {}, start)
     flags = ["--dataset", own, "--data-root", folder, "--points", 128, "--views", 2, "--device", "cpu"]
     flags += ["--start-checkpoint", start, "--batch-size", 16, "--epochs", 2, "--threshold", 0.12]
-    flags += ["--out", folder / "out"]
+    flags += ["--w-fair", 2, "--out", folder / "out"]
     return [*map(str, [*flags, *more])]
 
 
@@ -163,6 +163,10 @@ def test_fairness_is_least_at_a_uniform_mean_and_survives_a_class_nobody_predict
     fair = fairness_loss(100 * torch.eye(5))  # each object sure of another class: the mean is uniform
     assert fair.item() == pytest.approx(math.log(5), abs=1e-4)
     assert fairness_loss(torch.randn(7, 5)).item() > math.log(5)
+    shares = torch.tensor([3.0, 1.0])  # or at the shares one expects
+    entropy = torch.special.entr(shares / 4).sum().item()
+    assert fairness_loss((shares / 4).log().expand(6, 2), [3.0, 1.0]).item() == pytest.approx(entropy)
+    assert fairness_loss(torch.zeros(6, 2), [3.0, 1.0]).item() > entropy
     collapsed = torch.zeros(6, 5)
     collapsed[:, 0] = 500
     assert math.log(5) < fairness_loss(collapsed).item() < 1000
@@ -578,20 +582,23 @@ def test_the_defaults_are_the_original_s(name, threshold, apart, point_weight):
 
 # -------------------------------------------------------------------------------------------------- fetching
 
-def test_a_file_comes_from_the_hub_or_else_an_address_and_is_right_or_not_there(tmp_path, monkeypatch):
-    asked, content, path = [], [b"right", b"other", None], tmp_path / "to/toy.bin"
+def sha256_of(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
-    def hf_hub_download(data_set, file, repo_type, revision, local_dir):
+
+def test_a_file_comes_from_the_hub_or_else_an_address_and_is_right_or_not_there(tmp_path, monkeypatch):
+    asked, content, path = [], [b"right", b"right", b"other", None], tmp_path / "to/toy.bin"
+    kept = tmp_path / "the hub's cache"
+
+    def hf_hub_download(data_set, file, repo_type, revision):
         asked.append((data_set, file, repo_type, revision))
-        found = Path(local_dir) / file
-        found.parent.mkdir(parents=True)
-        found.write_bytes(content[len(asked) - 1])  # None raises, as a hub out of reach
-        return found
+        kept.write_bytes(content[len(asked) - 1])  # None raises, as a hub out of reach
+        return kept
     monkeypatch.setattr(data, "hf_hub_download", hf_hub_download)
     gone, right, wrong = (tmp_path / name for name in ("gone", "right", "wrong"))
     right.write_bytes(b"right")
     wrong.write_bytes(b"wrong")
-    row = dict(file="to/toy.bin", hub=("a/b", "c/file", "main"), terms="free", sha256=data.sha256_of(right))
+    row = dict(file="to/toy.bin", hub=("a/b", "c/file", "main"), terms="free", sha256=sha256_of(right))
     monkeypatch.setitem(data.DOWNLOADS, "toy", row)
 
     def fetch(*files, **more):
@@ -599,13 +606,13 @@ def test_a_file_comes_from_the_hub_or_else_an_address_and_is_right_or_not_there(
         return data.fetch_published("toy", tmp_path, **more).read_bytes()
     with pytest.raises(UserError, match="toy.bin is missing; put it there"):
         fetch(allowed=False)
-    assert fetch() == fetch() == b"right" and asked == [("a/b", "c/file", "dataset", "main")]
-    path.unlink()
-    assert fetch(gone, right) == b"right"
+    assert fetch() == fetch() == b"right" and asked == 2 * [("a/b", "c/file", "dataset", "main")]
+    assert fetch(gone, right) == b"right" and not kept.exists()  # the hub's was wrong, and is not kept
+    assert fetch() == path.read_bytes() == b"right" and len(asked) == 3  # it is there: nobody is asked
     path.unlink()
     with pytest.raises(UserError, match=f"bytes-like.*gone.*invalid hash.*put it at {path}$"):
         fetch(gone, wrong)
-    assert not path.exists() and len(asked) == 3
+    assert not path.exists() and len(asked) == 4
 
 
 def test_an_archive_is_unpacked_inside_its_folder_and_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -773,7 +780,7 @@ def test_modelnet_is_read_in_the_h5_layout_and_pointnets_own_files_are_turned_an
         load()
     listed = folder / "ply_data_test_0_id2file.json"
     listed.write_text(json.dumps([f"airplane/plane_{i}.ply" for i in range(12)]))
-    assert load("modelnet40-depth").names[3] == "plane_3" and plain.names is None
+    assert load("modelnet40-depth").names[3] == "plane_3" and plain.names[3] == "3"
     write_h5(folder / "ply_data_test0.h5", np.arange(12) % 11, normal=np.zeros((12, 64, 3)),
              name=[f"object_{i}".encode() for i in range(12)])
     write_pictures(folder / "views/airplane/test", *[f"object_{i // 2}.obj_v{i % 2}.png" for i in range(24)])
@@ -955,12 +962,12 @@ def test_a_missing_data_set_is_fetched_checked_unpacked_and_read(tmp_path, monke
     if file:
         for member in [*row["members"], f"h5_files/{file.format('training')}"]:
             write_h5(made / member, np.arange(30 if "training" in member else 15) % 15)
-        row["members"] = {member: data.sha256_of(made / member) for member in row["members"]}
+        row["members"] = {member: sha256_of(made / member) for member in row["members"]}
     else:
         write_modelnet(made)
     files = {path.relative_to(made): path.read_bytes() for path in made.rglob("*.*")}
     archive = write_zip(tmp_path / "a.zip", files)
-    row |= {"urls": [archive.as_uri()], "sha256": data.sha256_of(archive)}
+    row |= {"urls": [archive.as_uri()], "sha256": sha256_of(archive)}
     monkeypatch.setitem(data.DOWNLOADS, name.split("-")[0], row)
     with pytest.raises(FileNotFoundError, match="README, Data"):
         data.load_dataset(name, root, "test", points=64, download=False)
@@ -1179,9 +1186,10 @@ def test_a_run_killed_at_any_moment_continues_to_the_bit(tmp_path):
 
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path, finished):
-    with train.sole_use(tmp_path), pytest.raises(UserError, match=f"another process writes to {tmp_path};"):
+    said = f"another process writes to {tmp_path};"
+    with train.sole_use(tmp_path / "last.pt"), pytest.raises(UserError, match=said):
         small_run(finished[0], "--out", tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert [path.name for path in tmp_path.iterdir()] == [".last.pt.lock"]
 
 
 def test_two_processes_equal_one_and_share_a_batch_evenly(tmp_path, monkeypatch, finished):
@@ -1293,12 +1301,32 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_every_term(tmp_path, 
     def interrupt(*given):  # Ctrl-C in the very step that spoils the weights
         os.kill(os.getpid(), signal.SIGINT)
         return real(*given)
-    monkeypatch.setattr(train, "fairness_loss", lambda logits: logits.sum() / 0)
+    monkeypatch.setattr(train, "fairness_loss", lambda logits, shares: logits.sum() / 0)
     for step in (real, interrupt):
         monkeypatch.setattr(train, "train_step", step)
         with pytest.raises(UserError, match="not finite at step 0: .*'self_image': [0-9].*'cross': [0-9]"):
             small_run(finished[0], "--out", tmp_path / "out", "--no-resume")
         assert (tmp_path / "out/last.pt").read_bytes() == before
+
+
+def test_auto_takes_bfloat16_where_it_gains_and_a_run_keeps_its_choice(tmp_path, monkeypatch, capsys):
+    clock, auto = [0.0], ("--precision", "auto")
+
+    def linear(tokens, weight):
+        clock[0] += 3 if tokens.dtype == weight.dtype == torch.float32 else 2
+    with monkeypatch.context() as patch:
+        patch.setattr(train.F, "linear", linear)
+        patch.setattr(train.time, "perf_counter", lambda: clock[0])
+        assert train.bfloat16_gain() == 1.5
+    for gain, precision in ((1.29, "fp32"), (1.31, "bf16")):
+        monkeypatch.setattr(train, "bfloat16_gain", lambda: gain)
+        assert train.settled_precision(options(*auto, "--out", str(tmp_path / "none"))) == precision
+    small_run(tmp_path, *auto, "--epochs", "1")
+    assert "--precision auto: bf16, a product" in capsys.readouterr().out
+    monkeypatch.setattr(train, "bfloat16_gain", lambda: 0.5)
+    small_run(tmp_path, *auto, "--epochs", "1")  # another choice would be refused
+    with pytest.raises(UserError, match="other options.*precision.*bf16 -> fp32"):
+        small_run(tmp_path, "--precision", "fp32", "--epochs", "1")
 
 
 def test_bfloat16_is_for_the_networks_only():
@@ -1339,7 +1367,7 @@ def test_one_batch_overfits():
 
 
 def test_the_log_tells_names_given_and_how_many_rightly_class_by_class(tmp_path):
-    run = train.Run(tiny(), None, None, options("--out", str(tmp_path)), "cpu")
+    run = train.Run(tiny(), None, None, options("--out", str(tmp_path)))
     truth = torch.tensor([0, 0, 1, 9])
     image = torch.tensor([0, 1, 1, 9]), torch.tensor([True, True, True, False])
     point = truth, torch.tensor([True, False, False, False])
@@ -1374,9 +1402,9 @@ def test_a_start_made_here_is_kept_by_what_made_it(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "pretrain", lambda *given: given[-1].touch())
     first, aligned = start(*own), start(*clip)
     made = {first, aligned, start(*clip, "--up", "y"), start(*clip, target=others)}
-    for option in ("--seed 1", "--pretrain-epochs 2", "--groups 9", "--points 9", "--point-target points"):
+    for option in ("--seed 1", "--pretrain-epochs 2", "--groups 9", "--points 9"):
         made |= {start(*own, *option.split()), start(*clip, *option.split())}
-    assert len(made) == 14
+    assert len(made) == 12
     assert start(*own, "--up", "y", "--lr", "1", target=others) == first == path
     assert start(*clip, "--lr", "1") == aligned
 
@@ -1391,14 +1419,15 @@ def test_a_point_encoder_is_aligned_to_a_frozen_clip_with_the_targets_clouds(tmp
         return loss(model, text, points, labels, class_names)
     monkeypatch.setattr(train, "pretrain_loss", watched)
     monkeypatch.setattr(train, "sample_shapes", lambda *_, **__: data.sample_shapes(8, 0, points=64))
-    monkeypatch.setattr(train, "PRETRAIN", {"clip": (8, 4, 1e-3, 0.1)})
+    monkeypatch.setattr(train, "PRETRAIN", {"clip": (8, 12, 4, 1e-3, 0.1)})
     sizes = ["--pretrain-epochs", "1", "--points", "64", "--groups", "8", "--group-size", "8"]
     path = train.find_start(options("--model", name, "--cache", str(tmp_path), *sizes), clouds)
     # Eight procedural objects with their names, and with them the target's twenty clouds, without.
     assert sorted(seen["labels"]) == [-1] * 20 + list(range(8)) and len(set(seen["objects"])) == 28
     before = models.open_clip_start(name, None, 0, **point)[0]
     after = build_model(name, NAMES, models.TEMPLATES["depth"], None, path, **point)
-    assert same(before.visual.state_dict(), after.visual.state_dict())
+    rounded = {name: value.half().float() for name, value in before.visual.state_dict().items()}
+    assert same(rounded, after.visual.state_dict())
     assert not torch.equal(before.pc_projection, after.pc_projection)
     assert not torch.equal(before.point_encoder.lm_head.weight, after.point_encoder.lm_head.weight)
 
@@ -1427,7 +1456,7 @@ def test_on_a_gpu_nothing_mixes_devices_or_waits_for_a_value(tmp_path, monkeypat
             labels = train.teacher_labels(model, views, args, truth)
             terms = train.student_terms(model, views, labels, args)
             assert {term.device.type for term in terms.values()} == {"cuda"}
-            run = train.Run(model, model, None, args, "cuda:0")
+            run = train.Run(model, model, None, args)
             run.count_step(terms, labels, truth)
         out = model(model.normalise(data.fixed_views(points, 2, 64)), points)
         assert out.image_logits.shape == out.point_logits.shape == (4, 10)
@@ -1444,9 +1473,10 @@ def test_a_run_leaves_its_results_and_eval_repeats_them_on_any_data_set(tmp_path
     out = folder / "out"
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
     assert {path.name for path in out.iterdir()} == {"last.pt", "log.jsonl", "results.json", "curves.png",
-                                                     "predictions.csv", ".lock"}
+                                                     "predictions.csv", ".last.pt.lock"}
     assert results["objects"] == 20 and results["pseudo_label"]["coverage"] > 0
-    changed = {"points": 128, "batch_size": 16, "epochs": 2, "views": 2, "threshold": [0.12]}
+    changed = {"points": 128, "batch_size": 16, "epochs": 2, "views": 2, "threshold": [0.12],
+               "w_fair": 2.0}
     assert results["changed"] == changed
     first = json.loads((out / "log.jsonl").read_text().splitlines()[0])
     assert {"options", "torch", "commit", "device", "start", "train"} <= first.keys()
@@ -1466,7 +1496,9 @@ def test_predictions_say_who_holds_what_and_whether_they_agree(tmp_path):
     point = torch.tensor([[0.7, 0.2, 0.1], [0.9, 0.0, 0.1], [0.0, 0.4, 0.6]])
     objects = data.Objects(torch.zeros(3, 1, 3), None, ["a", "b", "c"], names=["x", "y", "z, w"])
     probs = {"image": image, "point": point, "joint": (image + point) / 2}
-    assert evaluation.write_predictions(tmp_path / "p.csv", objects, probs) == pytest.approx(33.33)
+    evaluation.write_predictions(tmp_path / "p.csv", objects, probs)
+    assert evaluation.opinions(probs, objects.class_names) == {
+        "agreement": 33.33, "shares": {"a": 66.67, "b": 0.0, "c": 33.33}}
     assert (tmp_path / "p.csv").read_text().splitlines() == [
         "object,class,confidence,image,image_confidence,point,point_confidence,agree",
         "x,a,0.8000,a,0.9000,a,0.7000,yes", "y,a,0.5000,b,0.8000,a,0.9000,no",
@@ -1480,9 +1512,12 @@ def test_the_cache_rival_borrows_names_from_confident_neighbours(monkeypatch):
     test = F.normalize(torch.tensor([[1.0, 0.1], [0.1, 1.0], [0.2, 0.9]]), dim=-1)
     given = {4: (zero_shot, features), 3: (torch.tensor([[4.0, 0.0], [0.0, 4.0], [0.3, 0.0]]), test)}
     unlabelled, asked = (data.Objects(torch.zeros(n, 1, 3), None, ["a", "b"]) for n in (4, 3))
-    monkeypatch.setattr(evaluation, "embed", lambda model, objects, views: dict.fromkeys(
-        ("image", "point"), given[len(objects)]))
-    probs = evaluation.predict_by_cache(tiny(), unlabelled, asked, shots=2)
+    model = tiny()
+    model.set_classifier(torch.eye(2, 128), ["a", "b"])
+    monkeypatch.setattr(evaluation, "embed", lambda model, objects, views: {
+        f"{m}_{what}": value.clone() for m in ("image", "point")
+        for what, value in zip(("logits", "features"), given[len(objects)])})
+    probs = evaluation.predict_by_cache(model, unlabelled, asked, shots=2)
     assert all(probs[m].argmax(dim=1).tolist() == [0, 1, 1] for m in ("image", "point", "joint"))
 
 
@@ -1500,7 +1535,7 @@ def test_eval_names_a_start_by_any_words_and_writes_all_it_knows(tmp_path, capsy
     assert {"student", "teacher"} <= both.keys()
     assert json.loads(files["json"].read_text()) == json.loads(json.dumps(both))
     kept, model = np.load(files["embeddings"]), load_checkpoint(folder / "out/last.pt")  # it refuses pickle
-    logits = model.logit_scale.exp().item() * kept["point"] @ kept["classifier"]
+    logits = model.logit_scale.exp().item() * kept["point_features"] @ kept["classifier"]
     assert np.allclose(logits, kept["point_logits"], atol=1e-4) and len(kept["labels"]) == 20
     assert named(5) == [kept["class_names"][k] for k in logits.argmax(axis=1)]
     for picture in ("confusion", "gallery"):
@@ -1514,10 +1549,10 @@ def test_eval_names_a_start_by_any_words_and_writes_all_it_knows(tmp_path, capsy
     assert "zero_shot" not in found and {"mug", "lamp"} >= set(named(1))
     files["gallery"].unlink()
     evaluation.main([*start, "--classes", "mug", *flags["gallery"]])  # of one name nothing can be odd
-    assert f"no {files['gallery']}: " in capsys.readouterr().out and not files["gallery"].exists()
-    for refused, says in (([*trained, "--classes", "mug"], "can only name the classes"),
+    assert files["gallery"].exists()
+    for refused, says in (([*trained, "--classes", "mug"], "only knows the classes"),
                           ([*start, "--classes", "mug,mug"], "twice"), ([], "nothing to evaluate"),
-                          ([*start, "--classes", "mug", *flags["confusion"]], "needs labels")):
+                          ([*start, "--classes", "mug", *flags["confusion"]], "need labels")):
         with pytest.raises(UserError, match=says):
             evaluation.main(refused)
 
@@ -1533,6 +1568,43 @@ def test_a_sheet_of_a_data_set_is_drawn(tmp_path, monkeypatch):
         os.remove("sheet.png")
 
 
+def test_single_files_are_named_and_broken_ones_do_not_stop_the_others(tmp_path, capsys):
+    chair, broken = tmp_path / "chair.npy", tmp_path / "broken.obj"
+    np.save(chair, data.sample_shapes(3, 0).points[2])
+    broken.write_text("hello")
+    asked = ["--model", "tiny", "--classes", "chair,toilet", "--device", "cpu"]
+    assert evaluation.main([*asked, str(chair)])["objects"] == 1
+    start, line = capsys.readouterr().out.splitlines()
+    assert start.startswith("start ") and "--pretrain-epochs" in start
+    assert re.fullmatch(rf"{chair}: chair [01]\.\d\d \(image: .*, point: chair .*\)", line)
+    table = ["--predictions", str(tmp_path / "p.csv")]
+    with pytest.raises(UserError, match="1 of 2 files could not be read"):
+        evaluation.main([*asked, str(broken), str(chair), *table])
+    assert f"error: cannot read {broken}" in capsys.readouterr().err
+    assert (tmp_path / "p.csv").read_text().splitlines()[1].startswith(f"{chair},chair,")
+    with pytest.raises(UserError, match="--classes"):
+        evaluation.main(["--model", "tiny", str(chair)])
+
+
+def test_the_start_in_the_repository_is_small_and_says_what_made_it():
+    path = models.start_file("tiny", None)
+    assert path.stat().st_size < 3e6
+    known = models.describe_start(path)
+    assert {"seed", "commit", "torch", "pretrain_epochs"} <= known["options"].keys()
+    assert (known["model"], known["points"], known["groups"]) == ("tiny", 1024, 32)
+    assert train.find_start(options("--seed", "7"), None) == path
+
+
+@pytest.mark.parametrize("agreement, shares, says", [
+    ((80, 80), (50, 50), None), ((60, 70), (50, 50), "few objects before"),
+    ((80, 70), (50, 50), "fewer objects"), ((80, 85), (90, 10), "a few names have taken")])
+def test_a_warning_says_why_training_may_have_done_harm(capsys, agreement, shares, says):
+    before = {"agreement": agreement[0], "shares": {"a": 50, "b": 50}}
+    train.print_opinions(before, {"agreement": agreement[1], "shares": dict(zip("ab", shares))})
+    said = capsys.readouterr()
+    assert "a 50 -> " in said.out and (says in said.err if says else said.err == "")
+
+
 def test_a_summary_averages_seeds_and_measures_the_way_to_the_ceiling(tmp_path):
     def run(number, joint, seed=0, key="teacher", **changed):
         found = joint and {"image": 10.0, "point": 20.0, "joint": joint}
@@ -1541,21 +1613,26 @@ def test_a_summary_averages_seeds_and_measures_the_way_to_the_ceiling(tmp_path):
         write(f"{number}/results.json", json.dumps(row))
 
     def write(name, text):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-        return evaluation.collect(tmp_path, tmp_path / "all.json").splitlines()
+        (tmp_path / "runs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "runs" / name).write_text(text)
+        return evaluation.collect(tmp_path / "runs", tmp_path).splitlines()
     for seed, joint, ceiling in ((0, 60.0, 70.0), (1, 66.0, 90.0)):
         run(2 * seed, joint, seed)
         run(2 * seed + 1, ceiling, seed, labels="truth")
     run(4, 55.0, key="cache")
     run(5, None)  # without labels: left out
-    lines = write("all.json", "").copy()
-    assert lines[2:] == [
-        "| zero-shot start | 1.0 ± 0.0 | 2.0 ± 0.0 | 50.0 ± 0.0 | 0 % | 50.0, 50.0 |",
-        "| Cross-MoST | 10.0 ± 0.0 | 20.0 ± 0.0 | 63.0 ± 4.2 | 45 % | 60.0, 66.0 |",  # 10/20, 16/40
-        "| `--labels truth` | 10.0 ± 0.0 | 20.0 ± 0.0 | 80.0 ± 14.1 | 100 % | 70.0, 90.0 |",
-        "| `eval.py --rival` | 10.0 | 20.0 | 55.0 | 25 % | 55.0 |"]
-    assert "toys, 7 objects" in lines[0] and len(json.loads((tmp_path / "all.json").read_text())) == 5
+    assert write("other.json", "") == [
+        "| joint top-1, % (gap) | toys |", "| --- | --- |", "| zero-shot start | 50.0 ± 0.0 |",
+        "| Cross-MoST | 63.0 ± 4.2 (45 %) |",  # 10/20, 16/40
+        "| `--labels truth` | 80.0 ± 14.1 (100 %) |", "| `eval.py --rival` | 55.0 (25 %) |"]
+    lines = (tmp_path / "tables.md").read_text().splitlines()
+    assert lines[-6].startswith("| toys, 7 objects | image | point |") and lines[-4:] == [
+        "| zero-shot start | 1.0 ± 0.0 | 2.0 ± 0.0 | 50.0 ± 0.0 |  | 50.0 ± 0.0 |  | 0: 50.0, 1: 50.0 |",
+        "| Cross-MoST | 10.0 ± 0.0 | 20.0 ± 0.0 | 63.0 ± 4.2 | 45 % | 50.0 ± 0.0 |  | 0: 60.0, 1: 66.0 |",
+        "| `--labels truth` | 10.0 ± 0.0 | 20.0 ± 0.0 | 80.0 ± 14.1 | 100 % | 50.0 ± 0.0 |  "
+        "| 0: 70.0, 1: 90.0 |",
+        "| `eval.py --rival` | 10.0 | 20.0 | 55.0 | 25 % | 50.0 |  | 0: 55.0 |"]
+    assert len(json.loads((tmp_path / "results.json").read_text())) == 5
     with pytest.raises(UserError, match="results.json has the options and seed of another run there; move"):
         run(6, 99.0)
     for broken in ("{", "[1]", '{"teacher": 1}'):
@@ -1615,5 +1692,9 @@ def test_the_readme_s_diff_applies_and_compiles():
 @pytest.mark.skipif(not (HERE / "assets/tables.md").exists(), reason="no tables yet")
 def test_the_tables_are_those_of_the_recorded_runs():
     runs = json.loads((HERE / "assets/results.json").read_text())
-    shown = [line for line in (HERE / "assets/tables.md").read_text().splitlines() if line.startswith("|")]
-    assert shown == [line for line in evaluation.summary(runs).splitlines() if line]
+    short, full = evaluation.tables(runs)
+    assert (HERE / "assets/tables.md").read_text().startswith(full)
+    lines = short.splitlines()
+    rows = {line for line in (HERE / "README.md").read_text().splitlines()
+            if re.match(r"\| (zero-shot start|Cross-MoST|`--labels truth`) \|", line)}
+    assert len(rows) == 3 and rows <= set(lines)

@@ -561,8 +561,10 @@ def write_names(probs: dict, test: Objects, args):
 def print_opinions(before: dict, after: dict):
     """Say without labels what training changed, and warn where that was seen to do harm."""
     print(f"image and point agree on {before['agreement']} % of the objects before training, "
-          f"{after['agreement']} % after\nshare of each name before -> after, %:", ", ".join(
-              f"{name} {share:.0f} -> {after['shares'][name]:.0f}" for name, share in before["shares"].items()))
+          f"{after['agreement']} % after")
+    shares = [f"{name} {share:.0f} -> {after['shares'][name]:.0f}"
+              for name, share in before["shares"].items()]
+    print("share of each name before -> after, %:", ", ".join(shares))
     entropy = [torch.special.entr(torch.tensor([*row["shares"].values()]) / 100).sum().item()
                for row in (before, after)]
     signs = {"image and point agreed on few objects before training": before["agreement"] < 65,
@@ -638,7 +640,8 @@ def pretrain(args, target: Objects, device, path: Path):
             labels = torch.cat([labels, torch.full((len(target),), -1)])
     torch.manual_seed(args.seed)
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
-    batches = [index for _ in range(args.pretrain_epochs or passes)
+    passes = args.pretrain_epochs or passes
+    batches = [index for _ in range(passes)
                for index in torch.randperm(len(clouds)).split(batch) if len(index) == batch]
     schedule = OneCycleLR(optimizer, lr, len(batches), pct_start=0.05, cycle_momentum=False)
     bar = tqdm(batches, f"pre-training {args.model}", unit="step")
@@ -652,7 +655,7 @@ def pretrain(args, target: Objects, device, path: Path):
         if step % 50 == 0:  # reading it makes a GPU wait
             bar.set_postfix(loss=f"{loss.item():.2f}")
     model.classifier = None
-    save_start(model, text, {**plain_options(args), **provenance(device)}, path)
+    save_start(model, text, {**plain_options(args), "pretrain_epochs": passes, **provenance(device)}, path)
 
 
 def pretrain_loss(model, text, points, labels, class_names) -> Tensor:
