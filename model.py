@@ -571,8 +571,8 @@ def load_start(path: str | Path, clip: CrossMoST | None = None, which: str = "te
     load_strictly(model, state, path, may_be_missing)
     made_by = content["options"]
     if "commit" in made_by:  # a start of our own
-        print(f"start {path}: --pretrain-epochs {made_by['pretrain_epochs']} --seed {made_by['seed']}, made by "
-              f"commit {made_by['commit']} with torch {made_by['torch']}")
+        print(f"start {path}: --pretrain-epochs {made_by['pretrain_epochs']} --seed {made_by['seed']}, "
+              f"commit {made_by['commit']}, torch {made_by['torch']}")
     if text:
         load_strictly(text, content["text"], path, ("tower.token_embedding.",) * text.fixed_tokens)
     return model, text
