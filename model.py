@@ -79,14 +79,16 @@ def hide_patches(batch: int, grid: int, ratio: float, device: torch.device) -> T
 
 
 def hide_groups(centres: Tensor, ratio: float) -> Tensor:
-    """Hide a random point group and its nearest ones [mpm], U(ratio, ratio + 0.1) of G, drawn anew per cloud.
-    (B, G, 3) centres -> (B, G) bool."""
+    """Hide one contiguous block of point groups [mpm]: (B, G, 3) centres -> (B, G) bool.
+
+    A random centre and its nearest ones, U(ratio, ratio + 0.1) of G, drawn anew per cloud.
+    """
     batch, total, _ = centres.shape
     seed = torch.randint(total, (batch, 1, 1), device=centres.device).expand(-1, -1, 3)
-    distance = (centres - centres.gather(1, seed)).square().sum(dim=-1)
-    rank = distance.argsort(dim=1).argsort(dim=1)  # (B, G), 0 = nearest
+    nearest = (centres - centres.gather(1, seed)).square().sum(dim=-1).argsort(dim=1)
     count = (ratio + 0.1 * torch.rand(batch, 1, device=centres.device)) * total
-    return rank < count.long()
+    among_them = torch.arange(total, device=centres.device) < count.long()  # (B, G), by nearness
+    return torch.zeros_like(among_them).scatter(1, nearest, among_them)
 
 
 class MiniPointNet(nn.Module):
