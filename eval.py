@@ -468,15 +468,15 @@ def main(argv=None) -> dict | None:
 def load_objects(args, known: dict, split: str | None = None) -> tuple[Objects, int]:
     """The objects asked for, and how many files could not be read (each was named on stderr).
 
-    On the data set a checkpoint was trained on, options not given are its own; the size of the clouds is its
-    own on any data set.
+    On the data set a checkpoint was trained on, options not given are its own; points and views are its own
+    on any data set.
     """
     trained, unreadable = known.get("options", {}), 0
     if args.dataset in (None, trained.get("dataset")):
         args.dataset = trained.get("dataset", "shapes")
-        for key in ("domain", "up", "views"):
-            if getattr(args, key) is None:
-                setattr(args, key, trained.get(key))
+        args.domain = args.domain or trained.get("domain")
+        args.up = args.up or trained.get("up")
+    args.views = args.views or known.get("views")
     row = dataset_row(args.dataset)
     points = args.points or known.get("points") or row["points"]
     if args.files:

@@ -436,10 +436,10 @@ def start_file(name: str, cache: Path, allowed: bool = True) -> Path:
 
 def describe_start(path: str | Path) -> dict:
     """What a run needs to know of a file of any family: "model", "groups", "group_size", "class_names"; of a
-    file of our own also "points" per cloud and the "options" that made it."""
+    file of our own also "points" per cloud, "views" to score it by and the "options" that made it."""
     content = read_start(path)
     architecture, options = content["architecture"], content["options"]
-    known = {"model": "tiny", **{key: options[key] for key in ("model", "points") if key in options}}
+    known = {"model": "tiny", **{key: options[key] for key in ("model", "points", "views") if options.get(key)}}
     known |= {key: architecture["point"][key] for key in ("groups", "group_size")}
     return {**known, "class_names": architecture["class_names"], "options": options}
 
