@@ -439,7 +439,8 @@ def describe_start(path: str | Path) -> dict:
     file of our own also "points" per cloud, "views" to score it by and the "options" that made it."""
     content = read_start(path)
     architecture, options = content["architecture"], content["options"]
-    known = {"model": "tiny", **{key: options[key] for key in ("model", "points", "views") if options.get(key)}}
+    own = {key: options[key] for key in ("model", "points", "views") if options.get(key)}
+    known = {"model": "tiny", **own}
     known |= {key: architecture["point"][key] for key in ("groups", "group_size")}
     return {**known, "class_names": architecture["class_names"], "options": options}
 
