@@ -2,8 +2,7 @@
 
     python eval.py --checkpoint runs/shapes-tiny/last.pt                # on the data it was trained for
     python eval.py --model ulip2 --classes "mug,bowl,desk lamp" scans/*.ply
-    python eval.py --dataset modelnet40 --preview sheet.png             # what the models see of a data set
-"""
+    python eval.py --dataset modelnet40 --preview sheet.png             # what the models see of a data set"""
 import argparse
 import csv
 import errno
@@ -36,8 +35,7 @@ def embed(model: CrossMoST, objects: Objects, views: int | None = None, batch_si
     """image_logits, point_logits (N, C), image_features, point_features (N, E) of all objects, on the CPU.
 
     Inputs are fixed: an image's are the mean over `views` (6) depth views, or over all photographs, at most
-    `views`; the cloud is taken as it is. Raises: UserError where the model's classes are not the objects'.
-    """
+    `views`; the cloud is taken as it is. Raises: UserError where the model's classes are not the objects'."""
     numbers = [str(k) for k in range(len(objects.class_names))]  # a published file has no names of classes
     if list(model.class_names) not in (list(objects.class_names), numbers):
         raise UserError(f"{objects.name} has {objects.class_names[:4]}, the model {model.class_names[:4]}"
@@ -101,8 +99,7 @@ def predict_by_cache(model: CrossMoST, unlabelled: Objects, objects: Objects, vi
 
     The `shots` unlabelled objects of each predicted class with the highest joint confidence are its keys;
     logits_m + s sum_k exp(-sharpness (1 - f_m . f_mk)) onehot(y_k) / shots, in each modality m, with the
-    model's logit scale s. shots and sharpness are Tip-Adapter's (arXiv 2111.03930). Returns as predict.
-    """
+    model's logit scale s. shots and sharpness are Tip-Adapter's (arXiv 2111.03930). Returns as predict."""
     cached, out = embed(model, unlabelled, views), embed(model, objects, views)
     confidence, labels = to_probs(cached)["joint"].max(dim=-1)
     by_confidence = confidence.argsort(descending=True)
@@ -139,8 +136,7 @@ def table(results: dict, every_class_of: str | None = None) -> str:
 def collect(folder: Path, assets: Path) -> str:
     """Gather FOLDER/**/results.json into ASSETS/results.json, and their tables into ASSETS/tables.md.
 
-    Returns the short table. Raises: UserError or OSError for files that are not as they should be.
-    """
+    Returns the short table. Raises: UserError or OSError for files that are not as they should be."""
     runs = {}
     for path in sorted(folder.glob("**/results.json")):
         try:
@@ -177,8 +173,7 @@ def tables(runs: list[dict]) -> tuple[str, str]:
     """Many runs as Markdown: the short table (joint accuracy and gap, a column for each data set), and a
     document with a table for each data set. Rows are settings, in the order of `runs`, over their seeds.
 
-    gap: the share of the way from a run's own start to its ceiling, --labels truth, in joint accuracy.
-    """
+    gap: the share of the way from a run's own start to its ceiling, --labels truth, in joint accuracy."""
     sets, labels = {}, dict.fromkeys(["zero-shot start", "Cross-MoST", *map(setting, runs)])
     for run in runs:
         run = {**run, "end": run.get("teacher") or run["cache"]}
@@ -469,8 +464,7 @@ def load_objects(args, known: dict, split: str | None = None) -> tuple[Objects, 
     """The objects asked for, and how many files could not be read (each was named on stderr).
 
     On the data set a checkpoint was trained on, options not given are its own; points and views are its own
-    on any data set.
-    """
+    on any data set."""
     trained, unreadable = known.get("options", {}), 0
     if args.dataset in (None, trained.get("dataset")):
         args.dataset = trained.get("dataset", "shapes")

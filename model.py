@@ -2,8 +2,7 @@
 
 B batch, P points, G point groups, S points per group, L image patches, D token width, E joint embedding,
 C classes, V views. Token masks are bool, True = hidden (replaced by a learnt mask token). Parameter names are
-those of the published checkpoints, so that loading is strict; only SLIP's image tower is renamed.
-"""
+those of the published checkpoints, so that loading is strict; only SLIP's image tower is renamed."""
 import argparse
 import codecs
 import io
@@ -38,8 +37,7 @@ class Groups(NamedTuple):
 def farthest_point_sample(points: Tensor, count: int) -> Tensor:
     """Greedy farthest points, starting at point 0 (Deviation D20). (B, P, 3) -> (B, count) int64 indices.
 
-    No index repeats while distinct points are left. Raises: UserError if count is not in 1..P.
-    """
+    No index repeats while distinct points are left. Raises: UserError if count is not in 1..P."""
     if not 0 < count <= points.shape[1]:
         raise UserError(f"cannot take {count} farthest of {points.shape[1]} points; lower --groups")
     chosen = torch.zeros(len(points), count, dtype=torch.long, device=points.device)
@@ -68,8 +66,7 @@ def hide_patches(batch: int, grid: int, ratio: float, device: torch.device) -> T
     """Hide random square cells of an image [mim]: (B, grid * grid) bool, drawn anew per image.
 
     Cells are 2 x 2 patches (of 14 x 14: 49 cells, ceil(0.3 x 49) = 15 hidden), single ones where the grid is
-    odd or tiny; ratio in [0, 1] is rounded up to whole cells.
-    """
+    odd or tiny; ratio in [0, 1] is rounded up to whole cells."""
     cell = 2 if grid % 2 == 0 and grid > 4 else 1
     side = grid // cell
     count = math.ceil(ratio * side * side)
@@ -81,8 +78,7 @@ def hide_patches(batch: int, grid: int, ratio: float, device: torch.device) -> T
 def hide_groups(centres: Tensor, ratio: float) -> Tensor:
     """Hide one contiguous block of point groups [mpm]: (B, G, 3) centres -> (B, G) bool.
 
-    A random centre and its nearest ones, U(ratio, ratio + 0.1) of G, drawn anew per cloud.
-    """
+    A random centre and its nearest ones, U(ratio, ratio + 0.1) of G, drawn anew per cloud."""
     batch, total, _ = centres.shape
     seed = torch.randint(total, (batch, 1, 1), device=centres.device).expand(-1, -1, 3)
     nearest = (centres - centres.gather(1, seed)).square().sum(dim=-1).argsort(dim=1)
@@ -113,8 +109,7 @@ class PointEncoder(nn.Module):
     """Point-BERT [point-encoder] (arXiv 2111.14819), with what masked modelling adds to it.
 
     Hidden groups are replaced by mask_token; position embeddings are added before every block. lm_head
-    predicts the hidden groups [mpm]; proj maps CLS and tokens into the joint space for [gl-align].
-    """
+    predicts the hidden groups [mpm]; proj maps CLS and tokens into the joint space for [gl-align]."""
 
     def __init__(self, embed_dim: int, width: int = 384, layers: int = 12, heads: int = 6, groups: int = 64,
                  group_size: int = 32, stem: tuple = (128, 256, 512), token_width: int = 256,
@@ -156,8 +151,7 @@ class ImageEncoder(VisionTransformer):
 
     Hidden patches are replaced by mask_token_embedding before position embeddings; ln_patch normalises the
     patch tokens that come out; decoder paints them back to pixels [mim]. With nothing hidden the features are
-    open_clip's. SLIP's tower, in the ULIP files, has no ln_pre and an epsilon of its own.
-    """
+    open_clip's. SLIP's tower, in the ULIP files, has no ln_pre and an epsilon of its own."""
 
     def __init__(self, embed_dim: int, image_size: int, patch_size: int, width: int, layers: int, heads: int,
                  mlp_ratio: float = 4.0, quick_gelu: bool = False, ln_pre: bool = True, eps: float = 1e-5):
@@ -192,8 +186,7 @@ def image_block(block: nn.Module, x: Tensor) -> Tensor:
     """One of open_clip's blocks. (B, 1 + L, D) -> the same
 
     Its nn.MultiheadAttention transposes the tokens, and where the weight needs no gradient (the teacher)
-    bfloat16 on a CPU then copies that weight for every token. Here each projection is one product.
-    """
+    bfloat16 on a CPU then copies that weight for every token. Here each projection is one product."""
     attention = block.attn
     projected = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
     query, key, value = projected.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -215,8 +208,7 @@ class CrossMoST(nn.Module):
 
     image, point: arguments of ImageEncoder and PointEncoder; class_names: one per column of the classifier;
     mean, std: of the pixels the image encoder was trained on; up: the upright axis the point encoder was
-    trained with. CrossMoST(**architecture) is such a model again.
-    """
+    trained with. CrossMoST(**architecture) is such a model again."""
 
     def __init__(self, embed_dim: int, image: dict, point: dict, class_names: list[str] = (),
                  mean: tuple = OPENAI_DATASET_MEAN, std: tuple = OPENAI_DATASET_STD, up: str = "z"):
@@ -267,8 +259,7 @@ class CrossMoST(nn.Module):
         Returns image_features, point_features (B, E) unit norm; image_logits, point_logits (B, C);
         where patches are hidden image_tokens (B, L, E) unit norm and image_pixels (B, 3, H, W);
         where groups are hidden point_cls (B, E), point_tokens (B, G, E) unit norm, point_prediction and
-        point_target (B, G, D), or (B, G, S, 3) with target "points".
-        """
+        point_target (B, G, D), or (B, G, S, 3) with target "points"."""
         out = Output()
         if images is not None:
             self._forward_images(out, images, image_hidden)
@@ -323,8 +314,7 @@ def parameter_groups(model: CrossMoST, weight_decay: float, layer_decay: float, 
 
     scale = layer_decay^(layers + 1 - i) in the image encoder: i = 0 for its embeddings, b + 1 for block b; 1
     elsewhere. No weight decay on 1-D parameters.
-    Raises: UserError where a prefix in `freeze` is no parameter's, or none is left to train.
-    """
+    Raises: UserError where a prefix in `freeze` is no parameter's, or none is left to train."""
     named, layers, groups = dict(model.named_parameters()), len(model.visual.transformer.resblocks), {}
     strange = [prefix for prefix in freeze if not any(name.startswith(prefix) for name in named)]
     if strange:
@@ -460,8 +450,7 @@ def build_model(name: str, class_names: list[str], templates: tuple[str, ...], p
     name: one of STARTS, or an open_clip model; pretrained: its tag, or a file of its weights. templates:
     texts with {} for the name. start_checkpoint: the start's file, see read_start; without one `tiny`, and
     the point encoder beside an open_clip model, are random, from `seed`. point: PointEncoder's arguments.
-    Raises: UserError for an unknown name, or a file that does not fit or cannot name classes.
-    """
+    Raises: UserError for an unknown name, or a file that does not fit or cannot name classes."""
     if pretrained and name in STARTS:
         raise UserError(f"--pretrained {pretrained} goes with an open_clip name; for --model {name} use "
                         "--start-checkpoint")
@@ -551,8 +540,7 @@ def load_start(path: str | Path, clip: CrossMoST | None = None, which: str = "te
 
     clip: lends its image tower to a file without. point: arguments of the PointEncoder, instead of the file's
     where not None; for another `target` the head that predicts it is new.
-    Raises: UserError, see read_start and load_strictly.
-    """
+    Raises: UserError, see read_start and load_strictly."""
     content = read_start(path, which)
     architecture, state, may_be_missing = content["architecture"], content["model"], content["may_be_missing"]
     if architecture["image"] is None:
@@ -587,8 +575,7 @@ def read_start(path: str | Path, which: str = "teacher") -> dict:
 
     Families: our own starts and `last.pt`; ULIP-1 and ULIP-2 (SLIP image tower, text tower, Point-BERT);
     ULIP-2 with colours (Point-BERT only); Cross-MoST's start and trained checkpoint.
-    Raises: UserError for a file of none of them.
-    """
+    Raises: UserError for a file of none of them."""
     content = read_file(path)
     try:
         if "architecture" not in content:

@@ -1,8 +1,7 @@
 """Cross-modal self-training (Cross-MoST, arXiv 2404.10146): a zero-shot start, then training without labels.
 
     python train.py                                          # procedural objects, small start, no download
-    python train.py --dataset modelnet10 --model tiny
-"""
+    python train.py --dataset modelnet10 --model tiny"""
 import argparse
 import atexit
 import copy
@@ -152,8 +151,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 def train_step(student, teacher, views, optimizer, step, total_steps, args, truth=None):
     """One update of the student, then of the teacher. Returns the detached terms and the labels used.
 
-    `views` holds images and point clouds only; `truth` is None but for the oracle, --labels truth.
-    """
+    `views` holds images and point clouds only; `truth` is None but for the oracle, --labels truth."""
     for group in optimizer.param_groups:
         warmup, share = int(args.warmup_epochs * total_steps / args.epochs), args.batch_size / 256
         group["lr"] = group["scale"] * learning_rate(step, total_steps, warmup, args.lr * share, 1e-6 * share)
@@ -620,8 +618,7 @@ def pretrain(args, target: Objects, device, path: Path):
 
     `tiny`: image, point and text tower together, on procedural objects. An open_clip model: the point encoder
     to the frozen towers (ULIP), on procedural objects with their names and the target's clouds without.
-    ShapeNet-55 as the target lends its names too.
-    """
+    ShapeNet-55 as the target lends its names too."""
     tiny, shapenet = args.model == "tiny", args.dataset == "shapenet55"
     count, passes, batch, lr, weight_decay = PRETRAIN["tiny" if tiny else "clip"]
     source = target if shapenet else sample_shapes(count, seed=1000 + args.seed, points=args.points)
@@ -662,8 +659,7 @@ def pretrain_loss(model, text, points, labels, class_names) -> Tensor:
     """Half the InfoNCE image-text, point-text and point-image, and a little masked modelling. (B, P, 3)
 
     labels (B,) on the CPU: index of the name, -1 where there is none. Without a `text` tower to train the
-    names are the classifier's columns, and the image tower is taken as it is.
-    """
+    names are the classifier's columns, and the image tower is taken as it is."""
     batch, device = len(points), points.device
     named = (labels >= 0).nonzero()[:, 0]  # on the CPU, so that nothing waits for a GPU
     views = draw_views(random_yaw(points), model.visual.image_size[0])
