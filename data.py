@@ -74,8 +74,7 @@ def to_unit_sphere(points: Tensor) -> Tensor:
     return points.div_(radius[:, None, None])  # our own copy; a large set is in memory twice at most
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Depth views
+# ------ Depth views -----------------------------------------------------------------------------------------
 
 def project(points: Tensor, azimuths: Tensor, elevations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Orthographic camera coordinates: right, up, towards the camera, each (B, V, P), from points (B, P, 3).
@@ -133,8 +132,7 @@ def random_view(points: Tensor, size: int) -> Tensor:
     return render_depth_views(points, azimuth, elevation, size)[:, 0]
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Weak and strong views, drawn anew per object on the objects' device. Inputs are left untouched.
+# ------ Weak and strong views, drawn anew per object on the objects' device; inputs are left untouched ------
 
 def random_crop(images: Tensor, smallest: float, aspect: float, flip: float) -> Tensor:
     """Random resized crop: an area share U(smallest, 1), an aspect ratio 1/aspect to aspect, and a mirror
@@ -202,8 +200,7 @@ def draw_views(points: Tensor, size: int, photographs: tuple | None = None) -> d
             "weak_points": weak_points(points), "strong_points": strong_points(points)}
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Photographs
+# ------ Photographs -----------------------------------------------------------------------------------------
 
 class Photographs(Dataset):
     """Photographs or renderings of objects, decoded and cropped by the workers of a DataLoader.
@@ -279,8 +276,8 @@ def fixed_images(objects: Objects, views: int | None, size: int, batch_size: int
             yield images[None].to(device)
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Data sets. A loader takes (root, split, points, most, download) and gives clouds as they are in the files,
+# ------ Data sets -------------------------------------------------------------------------------------------
+# A loader takes (root, split, points, most, download) and gives clouds as they are in the files,
 # of at least `points` and at most `most` points. download: True fetches all that may be fetched, None only
 # what is missing, small and free of forms, False nothing.
 
@@ -531,8 +528,7 @@ def load_dataset(name: str, root: str | Path, split: str, points: int = 1024, do
     return objects
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Files of single objects
+# ------ Files of single objects -----------------------------------------------------------------------------
 
 UP = {"z": ([0, 1, 2], [1, 1, 1]), "y": ([2, 0, 1], [1, 1, 1]), "-y": ([0, 2, 1], [1, 1, -1])}
 MESHES = (".off", ".obj", ".ply", ".stl", ".glb")
@@ -665,8 +661,7 @@ def reading(path: Path, repair: str, missing: str = "README, Data, says what goe
         raise UserError(f"cannot read {path}: {str(error) or repr(error)}; {repair}") from error
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Fetching: the hub's copy first, then plain addresses
+# ------ Fetching: the hub's copy first, then plain addresses ------------------------------------------------
 
 ULIP2 = "ULIP-2-PointBERT-8k-xyz-pc-slip_vit_b-objaverse-pretrained.pt"
 ULIP1 = "checkpoint_pointbert.pt"
@@ -780,33 +775,28 @@ def unpack(archives: list[Path], folder: Path, choose=None, members: dict | None
             shutil.rmtree(part, ignore_errors=True)
 
 
-# -----------------------------------------------------------------------------------------------------------
-# shapes: ten classes of furniture, each a short program of solids. Lengths are roughly metres, the front
-# faces -y. A piece of furniture is a list of parts; + joins pieces.
+# ------ shapes: ten classes of furniture, each a short program of solids ------------------------------------
+# Lengths are roughly metres, the front faces -y. A piece of furniture is a list of parts; + joins pieces.
 
-def part(kind: str, centre, size, tilt=(0.0, 0.0, 0.0), taper=1.0) -> tuple:
-    """One solid: kind box, tube (elliptic), ball or bowl (lower half of a ball); full extents `size`, turned
-    by `tilt` about x, y, z around its centre. The top of a box or tube is `taper` times its bottom."""
-    return kind, centre, size, tilt, taper
-
-
-def alone(kind: str, *shape, **taper) -> list:
-    return [part(kind, *shape, **taper)]
+def part(kind: str, centre, size, tilt=(0.0, 0.0, 0.0), taper=1.0) -> list:
+    """A piece of one solid: kind box, tube (elliptic), ball or bowl (lower half of a ball); full extents
+    `size`, turned by `tilt` about x, y, z around its centre. A box's or tube's top is `taper` its bottom."""
+    return [(kind, centre, size, tilt, taper)]
 
 
-box, tube, ball, bowl = (partial(alone, kind) for kind in ("box", "tube", "ball", "bowl"))
+box, tube, ball, bowl = (partial(part, kind) for kind in ("box", "tube", "ball", "bowl"))
 LEFT, RIGHT, CORNERS = (-1, 1), (1, 1), ((1, 1), (1, -1), (-1, 1), (-1, -1))
 
 
 def mirrored(piece: list, *places) -> list:
     """The piece at each place: as it stands (1, 1), mirrored to the left (-1, 1), to the front (1, -1)."""
-    return [part(kind, (s * x, t * y, z), size, (t * a, s * b, s * t * c), taper)
+    return [(kind, (s * x, t * y, z), size, (t * a, s * b, s * t * c), taper)
             for s, t in places for kind, (x, y, z), size, (a, b, c), taper in piece]
 
 
 def row(piece: list, n: int, x=0.0, y=0.0, z=0.0) -> list:
     """n copies, each a step (x, y, z) from the last; their middle is where the piece stood."""
-    return [part(kind, (cx + i * x, cy + i * y, cz + i * z), *rest)
+    return [(kind, (cx + i * x, cy + i * y, cz + i * z), *rest)
             for i in np.arange(n) - (n - 1) / 2 for kind, (cx, cy, cz), *rest in piece]
 
 
@@ -838,8 +828,8 @@ def pedestal(u, h, reach) -> list:
     """A central column on a disc or on four or six spokes."""
     n, thick = u.integers(2, 4), u(0.04, 0.14)
     disc = tube((0, 0, 0.02), (2 * reach, 2 * reach, 0.04), taper=u(0.3, 1))
-    star = [part("box", (0, 0, 0.04), (2 * reach, 0.05, 0.05), (0, 0, math.pi * i / n)) for i in range(n)]
-    return tube((0, 0, h / 2), (thick, thick, h), taper=u(0.6, 1.4)) + u.pick(disc, star)
+    spokes = [box((0, 0, 0.04), (2 * reach, 0.05, 0.05), (0, 0, math.pi * i / n)) for i in range(n)]
+    return tube((0, 0, h / 2), (thick, thick, h), taper=u(0.6, 1.4)) + u.pick(disc, sum(spokes, []))
 
 
 def drawers(u, w, d, h, rows, columns, x=0.0, z=0.0) -> list:
@@ -860,9 +850,9 @@ def back_rest(u, w, h, y, z, thick) -> list:
     posts += box((0, y + over, z + h), (w, thick, 0.06), tilt)
     upright = row(box(centre, (0.35 * w / n, 0.7 * thick, h), tilt), n, x=w / n)
     level = row(box(centre, (w, 0.7 * thick, 0.45 * h / n), tilt), n, y=over / n, z=h / n)
-    curve = [part("box", (0.6 * w * math.sin(a), y - 0.5 * w * (1 - math.cos(a)), z + h / 2),
-                  (0.24 * w, thick, h), (-lean, 0, -a)) for a in np.linspace(-0.7, 0.7, 5)]
-    return u.pick(panel, posts + upright, posts + level, curve)
+    curve = [box((0.6 * w * math.sin(a), y - 0.5 * w * (1 - math.cos(a)), z + h / 2),
+                 (0.24 * w, thick, h), (-lean, 0, -a)) for a in np.linspace(-0.7, 0.7, 5)]
+    return u.pick(panel, posts + upright, posts + level, sum(curve, []))
 
 
 def bathtub(u):

@@ -649,7 +649,7 @@ def test_shapes_are_the_same_for_a_seed_and_lie_in_the_unit_sphere():
 @pytest.mark.parametrize("kind, above", [("box", 1 / 2), ("tube", 1 / 2), ("ball", 1 / 2), ("bowl", 0.0)])
 def test_points_of_a_solid_lie_on_its_surface(kind, above):
     solid = data.part(kind, (0, 0, 5), (2, 2, 2))
-    points = data.sample_parts([solid], 4000, np.random.default_rng(0)) - [0, 0, 5]
+    points = data.sample_parts(solid, 4000, np.random.default_rng(0)) - [0, 0, 5]
     radius = {"box": np.abs(points).max(1), "tube": np.maximum(np.hypot(*points.T[:2]), np.abs(points[:, 2]))}
     assert np.allclose(radius.get(kind, np.linalg.norm(points, axis=1)), 1)
     assert (points[:, 2] > 1e-9).mean() == pytest.approx(above, abs=0.04)
