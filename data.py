@@ -277,9 +277,9 @@ def fixed_images(objects: Objects, views: int | None, size: int, batch_size: int
 
 
 # ------ Data sets -------------------------------------------------------------------------------------------
-# A loader takes (root, split, points, most, download) and gives clouds as they are in the files,
-# of at least `points` and at most `most` points. download: True fetches all that may be fetched, None only
-# what is missing, small and free of forms, False nothing.
+# A loader takes (root, split, download) and gives Objects as they lie in the files, whose `points` are clouds
+# (N, P, 3), or the list of the N files to read them from. download: True fetches all that may be fetched,
+# None only what is missing, small and free of forms, False nothing.
 
 # Classes in label order
 MODELNET10 = tuple("bathtub,bed,chair,desk,dresser,monitor,night stand,sofa,table,toilet".split(","))
@@ -305,26 +305,21 @@ SHAPENET55 = dict(entry.split(" ", 1) for entry in (
     "04468005 train,04530566 watercraft,04554684 washer").split(","))
 
 
-def load_shapes(split: str, points: int, domain: str) -> Objects:
-    """2,000 train or 500 test objects of the procedural set."""
-    count, seed = {"train": (2000, 1), "test": (500, 2)}[split]
-    return replace(sample_shapes(count, seed, domain, points), split=split)
-
-
-def load_modelnet(root: Path, split: str, points: int, most: int, download: bool | None = None,
-                  classes: tuple | None = None, views: bool = True) -> Objects:
+def load_modelnet(root: Path, split: str, download: bool | None, classes=None, views=True) -> Objects:
     """ModelNet40, or some of its classes, in the official h5 layout; renderings from its `views` folder."""
     folder = root / "modelnet40_ply_hdf5_2048"
-    fetch_and_unpack("modelnet40", root, folder, download)
+    if download is not False and not folder.exists():
+        unpack([fetch_published("modelnet40", root)], folder)
     class_names = [line.replace("_", " ") for line in read_lines(folder / "shape_names.txt")]
     # The lists hold paths of the machine they were made on.
     files = [folder / Path(line).name for line in read_lines(folder / f"{split}_files.txt")]
-    clouds, labels, names = zip(*(read_h5(file, points, most, len(class_names)) for file in files))
+    clouds, labels, names = zip(*(read_h5(file, len(class_names)) for file in files))
     names = None if None in names else sum(names, [])
     if views and names is None and (folder / "views").is_dir():
         raise UserError(f"{folder} has views, but no names of objects to find them by; expected `name` in "
                         "the h5 files, or ply_data_SPLIT_N_id2file.json")
-    objects = Objects(torch.cat(clouds), torch.cat(labels), class_names, split=split, names=names)
+    with reading(folder / f"{split}_files.txt", "expected files of equally many points"):
+        objects = Objects(torch.cat(clouds), torch.cat(labels), class_names, names=names)
     if classes is not None:
         index = torch.tensor([list(classes).index(name) if name in classes else -1 for name in class_names])
         objects.labels, objects.class_names = index[objects.labels], list(classes)
@@ -334,21 +329,20 @@ def load_modelnet(root: Path, split: str, points: int, most: int, download: bool
     return objects
 
 
-def load_scanobjectnn(root: Path, split: str, points: int, most: int, download: bool | None = None,
-                      folder: str = "main_split", suffix: str = "") -> Objects:
+def load_scanobjectnn(root: Path, split: str, download: bool | None, folder="main_split", suffix="") -> Objects:
     """ScanObjectNN, one of its variants: real indoor scans in its authors' h5 files."""
     top, part = root / "scanobjectnn/h5_files", {"train": "training", "test": "test"}[split]
-    fetch_and_unpack("scanobjectnn", root, top, download)
-    path = top / folder / f"{part}_objectdataset{suffix}.h5"
-    clouds, labels, _ = read_h5(path, points, most, len(SCANOBJECTNN))
-    return Objects(clouds, labels, SCANOBJECTNN, split=split)
+    if download is not False and not top.exists():
+        unpack([fetch_published("scanobjectnn", root)], top, members=DOWNLOADS["scanobjectnn"]["members"])
+    clouds, labels, _ = read_h5(top / folder / f"{part}_objectdataset{suffix}.h5", len(SCANOBJECTNN))
+    return Objects(clouds, labels, SCANOBJECTNN)
 
 
-def read_h5(path: Path, points: int, most: int, classes: int) -> tuple[Tensor, Tensor, list | None]:
-    """The first `most` points of clouds (N, P, 3), labels (N,) and, if there are any, names of an h5 file.
+def read_h5(path: Path, classes: int) -> tuple[Tensor, Tensor, list | None]:
+    """Clouds (N, P, 3), labels (N,) and, if there are any, names of an h5 file.
     PointNet's own files are y up, told by their normals, and turned. Raises: UserError naming the file."""
     with reading(path, "expected data (N, P, 3) and label; fetch it again"), h5py.File(path) as file:
-        clouds = torch.from_numpy(file["data"][:, :most].astype(np.float32))
+        clouds = torch.from_numpy(file["data"][:].astype(np.float32))
         labels = torch.from_numpy(file["label"][:].reshape(-1).astype(np.int64))
         names = [name.decode() for name in file["name"]] if "name" in file else None
         listed = path.with_name(f"{path.stem[:-1]}_{path.stem[-1]}_id2file.json")  # PointNet's names
@@ -358,30 +352,28 @@ def read_h5(path: Path, points: int, most: int, classes: int) -> tuple[Tensor, T
         if clouds.shape[2:] != (3,) or not len(labels) == len(clouds) == len(names or clouds):
             found = f"{len(labels)} labels, {len(names or labels)} names"
             raise ValueError(f"data {tuple(clouds.shape)}, {found}")
-    if clouds.shape[1] < points:
-        raise UserError(f"{path} has {clouds.shape[1]} points, --points is {points}; lower it")
     if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
         raise UserError(f"label {labels.max()} in {path}, but there are {classes} classes; fetch it again")
     return clouds, labels, names
 
 
-def load_redwood(root: Path, split: str, points: int, most: int, download: bool | None = None) -> Objects:
+def load_redwood(root: Path, split: str, download: bool | None) -> Objects:
     """Redwood's scans of nine classes: redwood/{meshes/ID.ply | points/ID.npy}, redwood/images/ID/*.jpg;
     redwood/categories.json maps a class to its ids. Those without a mesh or cloud are left out."""
     folder = root / "redwood"
-    listed = folder / "categories.json"
     if download:
         fetch_redwood(folder)
+    listed = folder / "categories.json"
     with reading(listed, "expected class -> ids", missing="--download fetches it, the meshes and 24 frames "
                  "of each object (of some 100 GB); README, Data, has the layout"):
         ids = json.loads(listed.read_text())
-        ids = [(name, k) for k, key in enumerate(REDWOOD) for name in ids[key] if in_split(name, split)]
-    files = {name: file for name, _ in ids for file in (folder / f"points/{name}.npy",
-                                                        folder / f"meshes/{name}.ply") if file.is_file()}
-    if not files:
+        labels = {name: k for k, key in enumerate(REDWOOD) for name in ids[key] if in_split(name, split)}
+    files = [*folder.glob("meshes/*.ply"), *folder.glob("points/*.npy")]
+    files = {file.stem: file for file in files}  # a cloud goes before a mesh
+    names = [name for name in labels if name in files]
+    if not names:
         raise FileNotFoundError(f"no mesh in {folder / 'meshes'} of any id; --download fetches them")
-    clouds, names = read_objects(list(files.values()), points, most, root), list(files)
-    return Objects(clouds, torch.tensor([k for name, k in ids if name in files]), REDWOOD, split=split,
+    return Objects([files[name] for name in names], torch.tensor([labels[name] for name in names]), REDWOOD,
                    names=names, images=find_photographs(folder / "images", names))
 
 
@@ -400,20 +392,21 @@ def fetch_redwood(folder: Path):
         fetch_pieces(folder / "images" / name, {f"{files}/rgbd/{name}.zip": None}, some_frames)
 
 
-def load_co3d(root: Path, split: str, points: int, most: int, download: bool | None = None) -> Objects:
+def load_co3d(root: Path, split: str, download: bool | None) -> Objects:
     """CO3D v2: co3d/CATEGORY/SEQUENCE/{pointcloud.ply, images/*.jpg} of 42 categories."""
     folder = root / "co3d"
     for category in CO3D if download else ():
         fetch_co3d(folder, category)
-    files = {file: k for k, category in enumerate(CO3D)
-             for file in sorted((folder / category).glob("*/pointcloud.ply"))
-             if in_split(file.parent.name, split)}
+    files, labels = [], []
+    for k, category in enumerate(CO3D):
+        found = sorted((folder / category).glob("*/pointcloud.ply"))
+        files += [file for file in found if in_split(file.parent.name, split)]
+        labels += [k] * (len(files) - len(labels))
     if not files:
         raise FileNotFoundError(f"no {folder}/CATEGORY/SEQUENCE/pointcloud.ply; --download fetches single "
                                 "sequences (8.9 GB, CC BY-NC 4.0); all: github.com/facebookresearch/co3d")
     images = [sorted((file.parent / "images").glob("*.jpg")) for file in files]
-    return Objects(read_objects(list(files), points, most, root), torch.tensor(list(files.values())),
-                   list(CO3D.values()), split=split,
+    return Objects(files, torch.tensor(labels), list(CO3D.values()),
                    names=[file.parent.name for file in files], images=images if any(images) else None)
 
 
@@ -429,7 +422,7 @@ def fetch_co3d(folder: Path, category: str):
                                      for name in (f"{category}_000", f"{category}_001")})
 
 
-def load_shapenet55(root: Path, split: str, points: int, most: int, download: bool | None = None) -> Objects:
+def load_shapenet55(root: Path, split: str, _download) -> Objects:
     """Point-BERT's ShapeNet-55, for pre-training: ShapeNet-55/{train,test}.txt, shapenet_pc/*.npy."""
     listed = root / "ShapeNet-55" / f"{split}.txt"
     names = read_lines(listed, missing="it needs ShapeNet's form: https://huggingface.co/datasets/ShapeNet/"
@@ -439,33 +432,32 @@ def load_shapenet55(root: Path, split: str, points: int, most: int, download: bo
     if strange:
         raise UserError(f"{strange[0]} in {listed} is of none of the 55 classes")
     labels = torch.tensor([synsets.index(name.split("-")[0]) for name in names])
-    clouds = read_objects([root / "shapenet_pc" / name for name in names], points, most, root)
-    return Objects(clouds, labels, list(SHAPENET55.values()), split=split, names=names)
+    files = [root / "shapenet_pc" / name for name in names]
+    return Objects(files, labels, list(SHAPENET55.values()), names=names)
 
 
-def load_folder(folder: Path, root: Path, split: str, points: int, most: int, _download) -> Objects:
+def load_folder(folder: Path, split: str) -> Objects:
     """A folder of the user's own: classes.txt, {train,test}/[CLASS/]OBJECT.EXT, views/OBJECT/*.jpg if any.
-    Without class folders there are no labels; without `test` the training objects stand for it."""
-    listed, split = folder / "classes.txt", split if (folder / split).is_dir() else "train"
+    Without class folders there are no labels."""
+    listed, inside = folder / "classes.txt", folder / split
     class_names = read_lines(listed)
-    if len(set(class_names)) < len(class_names) or len(class_names) < 2:
+    if len(set(class_names)) < max(2, len(class_names)):
         raise UserError(f"{listed} has {class_names}; expected two or more different names")
-    files = sorted(file for file in (folder / split).glob("**/*") if file.suffix.lower() in CLOUDS + MESHES)
+    files = sorted(file for file in inside.rglob("*") if file.suffix.lower() in CLOUDS + MESHES)
     if not files:
-        raise FileNotFoundError(f"no objects in {folder / split}; expected files {' '.join(CLOUDS + MESHES)}")
-    owners = [file.parent.name if file.parent != folder / split else None for file in files]
-    strange = set(owners) - set(class_names) - {None}
-    if strange or (None in owners and set(owners) != {None}):
-        raise UserError(f"{folder / split} has objects in {sorted(strange) or 'folders and outside'}; "
+        raise FileNotFoundError(f"no objects in {inside}; expected files {' '.join(CLOUDS + MESHES)}")
+    owners = [file.parent.name for file in files if file.parent != inside]
+    strange = sorted(set(owners) - set(class_names))
+    if strange or 0 < len(owners) < len(files):
+        raise UserError(f"{inside} has objects in {strange or 'folders and outside'}; "
                         f"expected folders named as in {listed}, or none at all")
-    labels = None if None in owners else torch.tensor([class_names.index(owner) for owner in owners])
+    labels = torch.tensor([class_names.index(owner) for owner in owners]) if owners else None
     names = [file.stem for file in files]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"two objects of {folder / split} are called {twice}; rename one")
-    return Objects(read_objects(files, points, most, root), labels,
-                   [name.replace("_", " ") for name in class_names], split=split, names=names,
-                   images=find_photographs(folder / "views", names))
+        raise UserError(f"two objects of {inside} are called {twice}; rename one")
+    class_names = [name.replace("_", " ") for name in class_names]
+    return Objects(files, labels, class_names, names=names, images=find_photographs(folder / "views", names))
 
 
 def in_split(name: str, split: str) -> bool:
@@ -495,14 +487,13 @@ DATASETS = {
                  separate=(0.8, 0.82), point_weight=0.9, epochs=150),
     "shapenet55": dict(CAD, load=load_shapenet55, up="y", templates="3d", points=8192),
 }
-# A folder of one's own: nobody knows its shares and sizes; the values are ScanObjectNN's, being scans.
-FOLDER = dict(SCANS, up="z", separate=(0.82, 0.82))
 
 
 def dataset_row(name: str) -> dict:
-    """The row of DATASETS for a data set, or FOLDER for a folder; one with `views` has photographs."""
+    """The row of DATASETS for a data set. A folder of one's own, whose shares and sizes nobody knows, has
+    ScanObjectNN's values, being scans; one with `views` has photographs."""
     templates = "photo" if (Path(name) / "views").is_dir() else "depth"
-    return DATASETS.get(name) or dict(FOLDER, templates=templates)
+    return DATASETS.get(name) or dict(SCANS, up="z", separate=(0.82, 0.82), templates=templates)
 
 
 def load_dataset(name: str, root: str | Path, split: str, points: int = 1024, domain: str | None = None,
@@ -511,20 +502,30 @@ def load_dataset(name: str, root: str | Path, split: str, points: int = 1024, do
     domain "target" shows objects as a scanner would (see scan), None as the data set has them; download: see
     the loaders; up overrides the axis that points upwards in the files. Raises: UserError or OSError for what
     is neither in DATASETS nor a folder, and for what is wrong in it."""
-    if name not in DATASETS and not Path(name).is_dir():
+    folder, row = Path(name), dataset_row(name)
+    if name not in DATASETS and not folder.is_dir():
         raise UserError(f"unknown data set {name!r}; one of {', '.join(DATASETS)}, or a folder of your own")
     if name == "shapes":
-        objects = load_shapes(split, points, domain or "target")
+        count, seed = {"train": (2000, 1), "test": (500, 2)}[split]
+        objects = sample_shapes(count, seed, domain or "target", points)
     else:
+        if name in DATASETS:
+            objects = row["load"](Path(root), split, download)
+        else:
+            split = split if (folder / split).is_dir() else "train"  # without `test`, those of `train`
+            objects = load_folder(folder, split)
         most = 3 * points if domain == "target" else points  # a scan loses a quarter of its cloud
-        row = dataset_row(name)
-        load = row.get("load", partial(load_folder, Path(name)))
-        objects = load(Path(root), split, points, most, download)
-        objects.points = to_unit_sphere(to_z_up(objects.points, up or row["up"]))
+        if isinstance(objects.points, list):
+            objects.points = read_objects(objects.points, points, most, Path(root))
+        if objects.points.shape[1] < points:
+            raise UserError(f"objects of {name} have {objects.points.shape[1]} points, --points is {points}; "
+                            "lower it")
+        objects.points = to_unit_sphere(to_z_up(objects.points[:, :most], up or row["up"]))
         if domain == "target":
-            objects.points = scan(objects.points, points, seed=("train", "test").index(objects.split))
+            objects.points = scan(objects.points, points, seed=("train", "test").index(split))
     unusual = domain == ("source" if name == "shapes" else "target")
-    objects.name = Path(name).name + f"-{domain}" * unusual
+    objects.name = f"{folder.name}-{domain}" if unusual else folder.name
+    objects.split = split
     return objects
 
 

@@ -1035,7 +1035,7 @@ def test_no_broken_file_is_read_wrongly_or_ends_in_a_traceback(tmp_path):
     np.savetxt(f"{cloud}.txt", LEANING)
     write_h5(tmp_path / "cloud0.h5", [0, 1])
     write_zip(tmp_path / "cloud.zip", {"hello.txt": "hello " * 40})
-    others = {".h5": lambda path: data.read_h5(path, 64, 64, 11)[0][0],
+    others = {".h5": lambda path: data.read_h5(path, 11)[0][0],
               ".zip": lambda path: data.unpack([path], tmp_path / f"out/{chance.random()}")}
     paths = list(tmp_path.iterdir())
     for path in paths:
