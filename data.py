@@ -16,7 +16,6 @@ import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 
 import h5py
@@ -61,16 +60,18 @@ class Objects:
                        names=[self.names[i] for i in index])
 
 
-def to_unit_sphere(points: Tensor) -> Tensor:
+def to_unit_sphere(points: Tensor, names: list | None = None) -> Tensor:
     """Centre each cloud on its mean, scale its farthest point to norm 1. (N, P, 3) -> (N, P, 3).
     Raises: UserError naming an object whose coordinates are not finite, or whose points all coincide."""
+    names = names or range(len(points))
     bad = ~points.sum(dim=(1, 2)).isfinite()  # a sum keeps NaN and infinity, and needs no second copy
     if bad.any():
-        raise UserError(f"object {int(bad.nonzero()[0])} has NaN or infinite coordinates; repair it")
+        raise UserError(f"object {names[bad.int().argmax()]} has NaN or infinite coordinates; repair it")
+    bad = (points == points[:, :1]).all(dim=1).all(dim=1)
+    if bad.any():
+        raise UserError(f"all points of object {names[bad.int().argmax()]} coincide; repair its file")
     points = points - points.mean(dim=1, keepdim=True)
     radius = points.norm(dim=-1).amax(dim=1)
-    if (radius == 0).any():
-        raise UserError(f"all points of object {int((radius == 0).nonzero()[0])} coincide; repair its file")
     return points.div_(radius[:, None, None])  # our own copy; a large set is in memory twice at most
 
 
@@ -211,11 +212,10 @@ class Photographs(Dataset):
     def __init__(self, objects: Objects, size: int, seed: int | None = None, views: int | None = None):
         from torchvision.transforms import v2  # here: 160 MB and a second that depth views do not need
         bicubic, to_float = v2.InterpolationMode.BICUBIC, v2.ToDtype(torch.float32, scale=True)
-        resize = v2.Resize(size, bicubic)
         self.objects, self.size, self.seed, self.views = objects, size, seed, views
         self.to_tensor = v2.PILToTensor()
-        self.weak = v2.Compose([resize, v2.RandomCrop(size), to_float])
-        self.still = v2.Compose([resize, v2.CenterCrop(size), to_float])
+        self.weak = v2.Compose([v2.Resize(size, bicubic), v2.RandomCrop(size), to_float])
+        self.still = v2.Compose([v2.Resize(size, bicubic), v2.CenterCrop(size), to_float])
         self.strong = v2.Compose([v2.RandomResizedCrop(size, (0.3, 1.0), interpolation=bicubic),
                                   v2.RandomHorizontalFlip(), v2.RandAugment(2, 9), to_float])
 
@@ -247,11 +247,11 @@ def evenly_spaced(items: list, count: int) -> list:
     return [items[k] for k in chosen]
 
 
-def load_in_workers(photographs: Photographs, **batches):
-    """Items of Photographs in order, decoded by worker processes."""
+def load_in_workers(photographs: Photographs, batches: list):
+    """Items of Photographs in batches of these indices, decoded by worker processes."""
     # Without a generator of its own a DataLoader draws from the global one, and a resumed run would differ.
-    loader = DataLoader(photographs, num_workers=min(8, os.cpu_count()), generator=torch.Generator(),
-                        **batches)
+    loader = DataLoader(photographs, batch_sampler=batches, num_workers=min(8, os.cpu_count()),
+                        generator=torch.Generator())
     try:
         yield from loader
     except UserError as error:  # a worker's error comes with its whole traceback as the text
@@ -261,8 +261,8 @@ def load_in_workers(photographs: Photographs, **batches):
 def training_photographs(objects: Objects, batches: tuple, size: int, seed: int):
     """For each batch of indices its weak and strong images, or None where views are rendered."""
     if objects.images is None:
-        return repeat(None)
-    return load_in_workers(Photographs(objects, size, seed), batch_sampler=[b.tolist() for b in batches])
+        return [None] * len(batches)
+    return load_in_workers(Photographs(objects, size, seed), [index.tolist() for index in batches])
 
 
 def fixed_images(objects: Objects, views: int | None, size: int, batch_size: int, device):
@@ -272,8 +272,9 @@ def fixed_images(objects: Objects, views: int | None, size: int, batch_size: int
         for points in objects.points.split(batch_size):
             yield fixed_views(points.to(device), views or 6, size)
     else:
-        for images in load_in_workers(Photographs(objects, size, views=views), batch_size=None):
-            yield images[None].to(device)
+        photographs = Photographs(objects, size, views=views)
+        for images in load_in_workers(photographs, [[i] for i in range(len(objects))]):
+            yield images.to(device)
 
 
 # ------ Data sets -------------------------------------------------------------------------------------------
@@ -281,17 +282,15 @@ def fixed_images(objects: Objects, views: int | None, size: int, batch_size: int
 # (N, P, 3), or the list of the N files to read them from. download: True fetches all that may be fetched,
 # None only what is missing, small and free of forms, False nothing.
 
-# Classes in label order
+# Classes in label order; of CO3D folder -> class, of ShapeNet-55 WordNet number -> class
 MODELNET10 = tuple("bathtub,bed,chair,desk,dresser,monitor,night stand,sofa,table,toilet".split(","))
 SCANOBJECTNN = "bag bin box cabinet chair desk display door shelf table bed pillow sink sofa toilet".split()
 REDWOOD = "chair,table,trash container,bench,plant,sign,bicycle,motorcycle,sofa".split(",")
-# Folder -> name.
 CO3D = {name.removesuffix(" control").replace(" ", ""): name for name in (
     "bench,skateboard,backpack,laptop,cup,umbrella,teddy bear,bowl,cake,toy plane,remote control,orange,"
     "toaster,couch,apple,bottle,donut,hair dryer,hydrant,toy train,pizza,motorcycle,suitcase,banana,toilet,"
     "sandwich,keyboard,mouse,toy truck,handbag,broccoli,wine glass,microwave,baseball glove,book,carrot,"
     "ball,bicycle,chair,stop sign,vase,plant").split(",")}
-# WordNet number -> name.
 SHAPENET55 = dict(entry.split(" ", 1) for entry in (
     "02691156 airplane,02747177 trash bin,02773838 bag,02801938 basket,02808440 bathtub,02818832 bed,"
     "02828884 bench,02843684 birdhouse,02871439 bookshelf,02876657 bottle,02880940 bowl,02924116 bus,"
@@ -329,12 +328,12 @@ def load_modelnet(root: Path, split: str, download: bool | None, classes=None, v
     return objects
 
 
-def load_scanobjectnn(root: Path, split: str, download: bool | None, folder="main_split", suffix="") -> Objects:
+def load_scanobjectnn(root: Path, split: str, download: bool | None, part="main_split", suffix="") -> Objects:
     """ScanObjectNN, one of its variants: real indoor scans in its authors' h5 files."""
-    top, part = root / "scanobjectnn/h5_files", {"train": "training", "test": "test"}[split]
-    if download is not False and not top.exists():
-        unpack([fetch_published("scanobjectnn", root)], top, members=DOWNLOADS["scanobjectnn"]["members"])
-    clouds, labels, _ = read_h5(top / folder / f"{part}_objectdataset{suffix}.h5", len(SCANOBJECTNN))
+    folder, name = root / "scanobjectnn/h5_files", {"train": "training", "test": "test"}[split]
+    if download is not False and not folder.exists():
+        unpack([fetch_published("scanobjectnn", root)], folder, members=DOWNLOADS["scanobjectnn"]["members"])
+    clouds, labels, _ = read_h5(folder / part / f"{name}_objectdataset{suffix}.h5", len(SCANOBJECTNN))
     return Objects(clouds, labels, SCANOBJECTNN)
 
 
@@ -368,8 +367,7 @@ def load_redwood(root: Path, split: str, download: bool | None) -> Objects:
                  "of each object (of some 100 GB); README, Data, has the layout"):
         ids = json.loads(listed.read_text())
         labels = {name: k for k, key in enumerate(REDWOOD) for name in ids[key] if in_split(name, split)}
-    files = [*folder.glob("meshes/*.ply"), *folder.glob("points/*.npy")]
-    files = {file.stem: file for file in files}  # a cloud goes before a mesh
+    files = {file.stem: file for file in [*folder.glob("points/*.npy"), *folder.glob("meshes/*.ply")]}
     names = [name for name in labels if name in files]
     if not names:
         raise FileNotFoundError(f"no mesh in {folder / 'meshes'} of any id; --download fetches them")
@@ -395,31 +393,28 @@ def fetch_redwood(folder: Path):
 def load_co3d(root: Path, split: str, download: bool | None) -> Objects:
     """CO3D v2: co3d/CATEGORY/SEQUENCE/{pointcloud.ply, images/*.jpg} of 42 categories."""
     folder = root / "co3d"
-    for category in CO3D if download else ():
-        fetch_co3d(folder, category)
-    files, labels = [], []
-    for k, category in enumerate(CO3D):
-        found = sorted((folder / category).glob("*/pointcloud.ply"))
-        files += [file for file in found if in_split(file.parent.name, split)]
-        labels += [k] * (len(files) - len(labels))
-    if not files:
+    if download:
+        fetch_co3d(folder)
+    labels = {file: k for k, category in enumerate(CO3D)
+              for file in sorted((folder / category).glob("*/pointcloud.ply"))
+              if in_split(file.parent.name, split)}
+    if not labels:
         raise FileNotFoundError(f"no {folder}/CATEGORY/SEQUENCE/pointcloud.ply; --download fetches single "
                                 "sequences (8.9 GB, CC BY-NC 4.0); all: github.com/facebookresearch/co3d")
-    images = [sorted((file.parent / "images").glob("*.jpg")) for file in files]
-    return Objects(files, torch.tensor(labels), list(CO3D.values()),
-                   names=[file.parent.name for file in files], images=images if any(images) else None)
+    images = [sorted((file.parent / "images").glob("*.jpg")) for file in labels]
+    return Objects(list(labels), torch.tensor(list(labels.values())), list(CO3D.values()),
+                   names=[file.parent.name for file in labels], images=images if any(images) else None)
 
 
-def fetch_co3d(folder: Path, category: str):
-    """The single-sequence archives of a category, checked against CO3D's own list."""
-    if (folder / category).exists():
-        return
-    print(f"fetching CO3D's single sequences of {category} (CC BY-NC 4.0; 8.9 GB for all categories)")
+def fetch_co3d(folder: Path):
+    """The single-sequence archives of each category, checked against CO3D's own list."""
+    print("fetching CO3D's single sequences (CC BY-NC 4.0; 8.9 GB)")
     lists = "https://raw.githubusercontent.com/facebookresearch/co3d/main/co3d/co3d_sha256.json"
     files = "https://dl.fbaipublicfiles.com/co3dv2_231130"
     listed = json.loads(fetch(folder / "co3d_sha256.json", [lists]).read_text())["singlesequence"]
-    fetch_pieces(folder / category, {f"{files}/{name}_singlesequence.zip": listed[f"{name}.zip"]
-                                     for name in (f"{category}_000", f"{category}_001")})
+    for category in CO3D:
+        fetch_pieces(folder / category, {f"{files}/{name}_singlesequence.zip": listed[f"{name}.zip"]
+                                         for name in (f"{category}_000", f"{category}_001")})
 
 
 def load_shapenet55(root: Path, split: str, _download) -> Objects:
@@ -427,11 +422,9 @@ def load_shapenet55(root: Path, split: str, _download) -> Objects:
     listed = root / "ShapeNet-55" / f"{split}.txt"
     names = read_lines(listed, missing="it needs ShapeNet's form: https://huggingface.co/datasets/ShapeNet/"
                        "ShapeNetCore, files in Point-BERT's layout")
-    synsets = list(SHAPENET55)
-    strange = [name for name in names if name.split("-")[0] not in synsets]
-    if strange:
-        raise UserError(f"{strange[0]} in {listed} is of none of the 55 classes")
-    labels = torch.tensor([synsets.index(name.split("-")[0]) for name in names])
+    label_of = {synset: k for k, synset in enumerate(SHAPENET55)}
+    with reading(listed, "expected names that begin with the WordNet number of one of the 55 classes"):
+        labels = torch.tensor([label_of[name.split("-")[0]] for name in names])
     files = [root / "shapenet_pc" / name for name in names]
     return Objects(files, labels, list(SHAPENET55.values()), names=names)
 
@@ -465,26 +458,24 @@ def in_split(name: str, split: str) -> bool:
     return (hashlib.sha256(name.encode()).digest()[0] < 51) == (split == "test")
 
 
-# One row per data set: loader; the axis that points up in its files; templates around the names; and what
-# the original code trains it with: points per cloud, thresholds of joint-label and of images and points
-# apart, point weight, and, where they are not those of all sets, epochs and batch size.
-# up: of ModelNet its meshes'; of ScanObjectNN its repository's issue 33; Redwood and CO3D lie as a camera saw
-# them, y down, roughly.
+# One row per data set: loader; the axis that points up in its files (ModelNet: of its meshes; ScanObjectNN:
+# its repository's issue 33; Redwood and CO3D lie as a camera saw them, y down, roughly); templates around the
+# names; and what the original code trains it with: points per cloud, thresholds of joint-label and of images
+# and points apart, point weight, and, where they are not those of all sets, epochs and batch size.
 CAD = dict(up="z", templates="depth", points=2048, threshold=0.84, separate=(0.84, 0.84), point_weight=0.9)
 SCANS = dict(up="y", templates="depth", points=2048, threshold=0.82, separate=(0.6, 0.6), point_weight=1.0)
+PHOTO = dict(SCANS, up="-y", templates="photo", points=8192)
 DATASETS = {
     "shapes": dict(CAD, point_weight=1.0),
     "modelnet10": dict(CAD, load=partial(load_modelnet, classes=MODELNET10)),
     "modelnet40": dict(CAD, load=load_modelnet, separate=(0.8, 0.82)),
     "modelnet40-depth": dict(CAD, load=partial(load_modelnet, views=False)),
     "scanobjectnn-obj-only": dict(SCANS, separate=(0.8, 0.82),
-                                  load=partial(load_scanobjectnn, folder="main_split_nobg")),
+                                  load=partial(load_scanobjectnn, part="main_split_nobg")),
     "scanobjectnn-with-bg": dict(SCANS, load=load_scanobjectnn),
     "scanobjectnn-hardest": dict(SCANS, load=partial(load_scanobjectnn, suffix="_augmentedrot_scale75")),
-    "redwood": dict(SCANS, load=load_redwood, up="-y", templates="photo", points=8192,
-                    separate=(0.82, 0.82), batch_size=64),
-    "co3d": dict(SCANS, load=load_co3d, up="-y", templates="photo", points=8192, threshold=0.84,
-                 separate=(0.8, 0.82), point_weight=0.9, epochs=150),
+    "redwood": dict(PHOTO, load=load_redwood, separate=(0.82, 0.82), batch_size=64),
+    "co3d": dict(PHOTO, load=load_co3d, threshold=0.84, separate=(0.8, 0.82), point_weight=0.9, epochs=150),
     "shapenet55": dict(CAD, load=load_shapenet55, up="y", templates="3d", points=8192),
 }
 
@@ -518,9 +509,9 @@ def load_dataset(name: str, root: str | Path, split: str, points: int = 1024, do
         if isinstance(objects.points, list):
             objects.points = read_objects(objects.points, points, most, Path(root))
         if objects.points.shape[1] < points:
-            raise UserError(f"objects of {name} have {objects.points.shape[1]} points, --points is {points}; "
-                            "lower it")
-        objects.points = to_unit_sphere(to_z_up(objects.points[:, :most], up or row["up"]))
+            raise UserError(f"{name} has {objects.points.shape[1]} points, --points is {points}; lower it")
+        upright = to_z_up(objects.points[:, :most], up or row["up"])
+        objects.points = to_unit_sphere(upright, objects.names)
         if domain == "target":
             objects.points = scan(objects.points, points, seed=("train", "test").index(split))
     unusual = domain == ("source" if name == "shapes" else "target")
@@ -559,17 +550,13 @@ def read_object(path: Path, points: int, most: int | None = None) -> np.ndarray:
             raise ValueError(f"{cloud.shape[1]} columns, expected x y z")
     if len(cloud) < points:
         raise UserError(f"{path} has {len(cloud)} points, --points is {points}; lower it")
-    if not np.isfinite(cloud).all():
-        raise UserError(f"{path} has NaN or infinite coordinates; repair or remove it")
-    if not np.ptp(cloud, axis=0).any():
-        raise UserError(f"all points of {path} coincide; repair or remove it")
     return cloud if len(cloud) <= most else cloud[random.choice(len(cloud), most, replace=False)]
 
 
 def read_mesh(path: Path, count: int, random) -> np.ndarray:
     """Points on the surface of a mesh, by area; of a file without faces its points."""
     import trimesh  # here: only meshes need it
-    mesh = trimesh.load(path, process=False, **({"skip_materials": True} if path.suffix == ".obj" else {}))
+    mesh = trimesh.load(path, process=False, skip_materials=True)
     if isinstance(mesh, trimesh.Scene):
         mesh = mesh.to_mesh()
     points = mesh.vertices
@@ -611,14 +598,14 @@ def load_files(files: list[Path], points: int, up: str) -> tuple[Objects, int]:
     clouds, names = [], []
     for file in files:
         try:
-            clouds.append(read_object(file, points))
+            cloud = torch.from_numpy(read_object(file, points))[None]
+            clouds.append(to_unit_sphere(to_z_up(cloud, up), [file]))
             names.append(str(file))
         except (UserError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
     if not clouds:
         raise UserError(f"none of {len(files)} files could be read")
-    turned = to_z_up(torch.from_numpy(np.stack(clouds)), up)
-    return Objects(to_unit_sphere(turned), None, [], "files", names=names), len(files) - len(clouds)
+    return Objects(torch.cat(clouds), None, [], "files", names=names), len(files) - len(clouds)
 
 
 def find_photographs(folder: Path, names: list[str]) -> list | None:
@@ -666,23 +653,23 @@ def reading(path: Path, repair: str, missing: str = "README, Data, says what goe
 
 ULIP2 = "ULIP-2-PointBERT-8k-xyz-pc-slip_vit_b-objaverse-pretrained.pt"
 ULIP1 = "checkpoint_pointbert.pt"
-# file: its place below the data root (starts: the cache). hub: data set, file in it, revision. sha256 and
-# members (sha256 of files inside): where they are published.
+# file: its place below the data root (starts: the cache). sources: addresses, or of the Hugging Face hub data
+# set, file in it, revision. sha256 and members (sha256 of files inside): where they are published.
 DOWNLOADS = {
     "ulip2": dict(file=ULIP2, terms="BSD-3-Clause, 8k-point Objaverse model of ULIP-2",
-                  hub=("SFXX/ulip", f"ULIP-2/pretrained_models/{ULIP2}", None)),
+                  sources=[("SFXX/ulip", f"ULIP-2/pretrained_models/{ULIP2}", None)]),
     "ulip1": dict(file=ULIP1, terms="BSD-3-Clause, ULIP-1 on ShapeNet-55",
-                  hub=("SFXX/ulip", f"ULIP-1/pretrained_models/ckpt_zero-sho_classification/{ULIP1}", None)),
+                  sources=[("SFXX/ulip", f"ULIP-1/pretrained_models/ckpt_zero-sho_classification/{ULIP1}", None)]),
     "modelnet40": dict(
         file="modelnet40_ply_hdf5_2048.zip", terms="435 MB, for academic research only",
-        hub=("Msun/modelnet40", "modelnet40_ply_hdf5_2048.zip", "d5dc795541800feeb7a4b3bd3142729a0d2adf7a"),
-        urls=["https://shapenet.cs.stanford.edu/media/modelnet40_ply_hdf5_2048.zip"],
+        sources=[("Msun/modelnet40", "modelnet40_ply_hdf5_2048.zip", "d5dc795541800feeb7a4b3bd3142729a0d2adf7a"),
+                 "https://shapenet.cs.stanford.edu/media/modelnet40_ply_hdf5_2048.zip"],
         sha256="07670e237db72ece0f723b9abb571534c9ad655a6456b389646587dc72bb8bae"),
     "scanobjectnn": dict(
         file="scanobjectnn/h5_files.zip",
         terms="for research, terms at https://hkust-vgd.github.io/scanobjectnn/",
-        urls=["http://hkust-vgd.ust.hk/scanobjectnn/h5_files.zip",
-              "https://github.com/ma-xu/pointMLP-pytorch/releases/download/dataset/h5_files.zip"],
+        sources=["http://hkust-vgd.ust.hk/scanobjectnn/h5_files.zip",
+                 "https://github.com/ma-xu/pointMLP-pytorch/releases/download/dataset/h5_files.zip"],
         members={
             "h5_files/main_split/training_objectdataset.h5":
                 "d334dd3e44556606b0c38560a6a2ed6b191c2e2fe6588f22e3f154d5cbdf3cb1",
@@ -703,23 +690,23 @@ def fetch_published(name: str, root: Path, allowed: bool = True) -> Path:
         if not allowed:
             raise UserError(f"{path} is missing; put it there, or leave out --no-download")
         print(f"fetching {path.name} ({row['terms']})", flush=True)
-    return fetch(path, row.get("urls", ()), row.get("sha256"), row.get("hub"))
+    return fetch(path, row["sources"], row.get("sha256"))
 
 
-def fetch(path: Path, urls=(), sha256: str | None = None, hub: tuple | None = None) -> Path:
-    """`path` if it is there; else a file of the Hugging Face hub (data set, file, revision) in the hub's own
-    cache, or else `path`, fetched from a plain address. Bytes of another sha256 are refused and not kept.
-    Raises: UserError that names the file, where to put it, and what went wrong at each address."""
+def fetch(path: Path, sources: list, sha256: str | None = None) -> Path:
+    """`path` if it is there; else from the first source that has it: an address, fetched to `path`, or a file
+    of the Hugging Face hub, in the hub's own cache. Bytes of another sha256 are refused and not kept.
+    Raises: UserError that names the file, where to put it, and what went wrong at each source."""
     reasons = []
     with lock(path):
         if path.exists():
             return path
-        for source in (hub, *urls) if hub else urls:
+        for source in sources:
             try:
-                if source is not hub:
+                if isinstance(source, str):
                     torch.hub.download_url_to_file(source, str(path), hash_prefix=sha256)
                     return path
-                data_set, file, revision = hub
+                data_set, file, revision = source
                 found = Path(hf_hub_download(data_set, file, repo_type="dataset", revision=revision))
                 if sha256 in (None, hashlib.sha256(found.read_bytes()).hexdigest()):
                     return found
@@ -734,12 +721,6 @@ def lock(path: Path, timeout: float = -1) -> FileLock:
     """To hold (`with`) while `path` is made: another process waits, or raises filelock.Timeout."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path.with_name(f".{path.name}.lock"), timeout)
-
-
-def fetch_and_unpack(name: str, root: Path, folder: Path, download: bool | None):
-    """The archive DOWNLOADS[name], unpacked in `folder`, unless it is there or `download` is False."""
-    if download is not False and not folder.exists():
-        unpack([fetch_published(name, root)], folder, members=DOWNLOADS[name].get("members"))
 
 
 def fetch_pieces(folder: Path, urls: dict, choose=None):
