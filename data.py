@@ -1,8 +1,7 @@
 """Objects to learn from: depth views, weak and strong views, photographs, data sets, the procedural `shapes`.
 
 Coordinates are right-handed, z up, float32; every cloud is centred and scaled into the unit sphere.
-Angles are in radians. N objects, B batch, P points, V views.
-"""
+Angles are in radians. N objects, B batch, P points, V views."""
 import hashlib
 import json
 import math
@@ -10,7 +9,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 import zipfile
 import zlib
 from contextlib import contextmanager
@@ -64,12 +62,11 @@ def to_unit_sphere(points: Tensor, names: list | None = None) -> Tensor:
     """Centre each cloud on its mean, scale its farthest point to norm 1. (N, P, 3) -> (N, P, 3).
     Raises: UserError naming an object whose coordinates are not finite, or whose points all coincide."""
     names = names or range(len(points))
-    bad = ~points.sum(dim=(1, 2)).isfinite()  # a sum keeps NaN and infinity, and needs no second copy
-    if bad.any():
-        raise UserError(f"object {names[bad.int().argmax()]} has NaN or infinite coordinates; repair it")
-    bad = (points == points[:, :1]).all(dim=1).all(dim=1)
-    if bad.any():
-        raise UserError(f"all points of object {names[bad.int().argmax()]} coincide; repair its file")
+    problems = {"NaN or infinite coordinates": ~points.sum(dim=(1, 2)).isfinite(),  # without a second copy
+                "all its points in one place": (points == points[:, :1]).all(dim=1).all(dim=1)}
+    for problem, found in problems.items():
+        if found.any():
+            raise UserError(f"object {names[found.int().argmax()]} has {problem}; repair or remove its file")
     points = points - points.mean(dim=1, keepdim=True)
     radius = points.norm(dim=-1).amax(dim=1)
     return points.div_(radius[:, None, None])  # our own copy; a large set is in memory twice at most
@@ -88,18 +85,11 @@ def project(points: Tensor, azimuths: Tensor, elevations: Tensor) -> tuple[Tenso
     return right, cos_e * z + sin_e * away, sin_e * z - cos_e * away
 
 
-def max_pool(images: Tensor, size: int) -> Tensor:
-    """Maximum of each size x size window: (n, h, w) -> (n, h - size + 1, w - size + 1)."""
-    for _ in range(2):  # one axis after the other; a 1-D pool is ten times faster than a 2-D one on a CPU
-        images = F.max_pool1d(images, size, 1).transpose(1, 2)
-    return images
-
-
 def render_depth_views(points: Tensor, azimuths: Tensor, elevations: Tensor, size: int) -> Tensor:
     """Depth maps in PointCLIP V2's recipe: quantise, densify, smooth, squeeze (arXiv 2211.11682).
     The nearest point of each cell of a grid of 1.6 sqrt(P) cells a side wins, holes of up to four cells are
-    closed, edges smoothed. Points (B, P, 3) in the unit sphere, z up; azimuths, elevations (B, V). Returns
-    (B, V, 3, size, size) without gradient: near = 1, far = 0.2, background 0."""
+    closed, edges smoothed. Points (B, P, 3) in the unit sphere, z up; azimuths, elevations (B, V) or
+    (1, V). Returns (B, V, 3, size, size) without gradient: near = 1, far = 0.2, background 0."""
     batch, views, total = len(points), azimuths.shape[1], points.shape[1]
     grid = min(size, int(1.6 * total ** 0.5))
     with torch.no_grad():
@@ -109,8 +99,8 @@ def render_depth_views(points: Tensor, azimuths: Tensor, elevations: Tensor, siz
         bright = 0.6 + 0.4 * depth.clamp(-1, 1)
         image = points.new_zeros(batch, views, grid * grid)
         image = image.scatter_reduce(2, row * grid + column, bright, "amax")
-        image = max_pool(F.pad(image.view(-1, grid, grid), (2, 2, 2, 2)), 5)  # a closing, one cell wider
-        image = -max_pool(F.pad(-image, (1, 1, 1, 1)), 3)
+        image = F.max_pool2d(F.pad(image.view(-1, grid, grid), (2, 2, 2, 2)), 5, 1)  # a closing, a cell wider
+        image = -F.max_pool2d(F.pad(-image, (1, 1, 1, 1)), 3, 1)
         for _ in range(2):  # a Gaussian, one axis after the other
             wide = F.pad(image, (1, 1))
             image = (0.25 * wide[..., :-2] + 0.5 * image + 0.25 * wide[..., 2:]).transpose(1, 2)
@@ -121,8 +111,7 @@ def render_depth_views(points: Tensor, azimuths: Tensor, elevations: Tensor, siz
 
 def fixed_views(points: Tensor, views: int, size: int) -> Tensor:
     """Evaluation's views: azimuths evenly around, elevation 0.4. (B, P, 3) -> (B, V, 3, size, size)"""
-    azimuths = (torch.arange(views, device=points.device) + 0.5) * (2 * math.pi / views)
-    azimuths = azimuths.expand(len(points), -1)
+    azimuths = (torch.arange(views, device=points.device)[None] + 0.5) * (2 * math.pi / views)
     return render_depth_views(points, azimuths, torch.full_like(azimuths, 0.4), size)
 
 
@@ -176,13 +165,12 @@ def weak_points(points: Tensor) -> Tensor:
 def strong_points(points: Tensor) -> Tensor:
     """Scale U(0.5, 2), any yaw, shift U(-0.5, 0.5) x extent, jitter of sigma 0.01 (at most 0.05), dropout up
     to 0.875 [self-training]. A dropped point becomes the cloud's first, so that P stays. (B, P, 3)"""
-    n, total, _ = points.shape
-    device = points.device
+    n, device = len(points), points.device
     points = random_yaw(points) * (0.5 + 1.5 * torch.rand(n, 1, 1, device=device))
     low, high = points.aminmax(dim=1, keepdim=True)
     points = points + (high - low) * (torch.rand(n, 1, 3, device=device) - 0.5)
     points = points + (0.01 * torch.randn(points.shape, device=device)).clamp(-0.05, 0.05)
-    dropped = torch.rand(n, total, 1, device=device) < 0.875 * torch.rand(n, 1, 1, device=device)
+    dropped = torch.rand(n, points.shape[1], 1, device=device) < 0.875 * torch.rand(n, 1, 1, device=device)
     return torch.where(dropped, points[:, :1], points)
 
 
@@ -191,11 +179,10 @@ def draw_views(points: Tensor, size: int, photographs: tuple | None = None) -> d
     are crops of one random depth view (Deviation D22: a depth map has no colours for RandAugment, a smaller
     crop loses the object), or `photographs`, a pair that training_photographs gives."""
     if photographs is None:
-        images = random_view(points, size)
-        grey = images[:, :1]  # its three channels are one
-        weak = random_crop(grey, 0.85, aspect=1, flip=0)
-        strong = random_crop(grey, 0.6, aspect=4 / 3, flip=0.5)
-        photographs = weak.expand_as(images), strong.expand_as(images)
+        image = random_view(points, size)
+        grey = image[:, :1]  # its three channels are one
+        crops = random_crop(grey, 0.85, aspect=1, flip=0), random_crop(grey, 0.6, aspect=4 / 3, flip=0.5)
+        photographs = [crop.expand_as(image) for crop in crops]
     weak, strong = (images.to(points.device, non_blocking=True) for images in photographs)
     return {"weak_image": weak, "strong_image": strong,
             "weak_points": weak_points(points), "strong_points": strong_points(points)}
@@ -204,11 +191,10 @@ def draw_views(points: Tensor, size: int, photographs: tuple | None = None) -> d
 # ------ Photographs -----------------------------------------------------------------------------------------
 
 class Photographs(Dataset):
-    """Photographs or renderings of objects, decoded and cropped by the workers of a DataLoader.
-    Item i, with a `seed`: the weak (random crop [joint-label]) and the strong image (crop of 0.3 to 1, flip,
-    RandAugment of magnitude 9 [self-training]; Deviation D22) of one photograph of object i, each (3, size,
-    size). Without: centre crops (V, 3, size, size) of all, or of `views` evenly spaced ones. An object that
-    has no photograph gets depth views."""
+    """Photographs or renderings. Item i, with a `seed`: of one photograph of object i the weak (random crop
+    [joint-label]) and the strong image (crop of 0.3 to 1, flip, RandAugment of magnitude 9 [self-training];
+    Deviation D22), each (3, size, size). Without: centre crops (V, 3, size, size) of all photographs, or of
+    `views` evenly spaced ones. An object that has no photograph gets depth views."""
     def __init__(self, objects: Objects, size: int, seed: int | None = None, views: int | None = None):
         from torchvision.transforms import v2  # here: 160 MB and a second that depth views do not need
         bicubic, to_float = v2.InterpolationMode.BICUBIC, v2.ToDtype(torch.float32, scale=True)
@@ -218,9 +204,6 @@ class Photographs(Dataset):
         self.still = v2.Compose([v2.Resize(size, bicubic), v2.CenterCrop(size), to_float])
         self.strong = v2.Compose([v2.RandomResizedCrop(size, (0.3, 1.0), interpolation=bicubic),
                                   v2.RandomHorizontalFlip(), v2.RandAugment(2, 9), to_float])
-
-    def __len__(self):
-        return len(self.objects)
 
     def decode(self, path: Path) -> Tensor:
         with reading(path, "replace or remove it"):
@@ -315,8 +298,7 @@ def load_modelnet(root: Path, split: str, download: bool | None, classes=None, v
     clouds, labels, names = zip(*(read_h5(file, len(class_names)) for file in files))
     names = None if None in names else sum(names, [])
     if views and names is None and (folder / "views").is_dir():
-        raise UserError(f"{folder} has views, but no names of objects to find them by; expected `name` in "
-                        "the h5 files, or ply_data_SPLIT_N_id2file.json")
+        raise UserError(f"{folder} has views, but no names of objects; expected `name` in its h5 files")
     with reading(folder / f"{split}_files.txt", "expected files of equally many points"):
         objects = Objects(torch.cat(clouds), torch.cat(labels), class_names, names=names)
     if classes is not None:
@@ -349,8 +331,7 @@ def read_h5(path: Path, classes: int) -> tuple[Tensor, Tensor, list | None]:
             names = [Path(name).stem for name in json.loads(listed.read_text())]
         clouds = to_z_up(clouds, "y") if "normal" in file else clouds
         if clouds.shape[2:] != (3,) or not len(labels) == len(clouds) == len(names or clouds):
-            found = f"{len(labels)} labels, {len(names or labels)} names"
-            raise ValueError(f"data {tuple(clouds.shape)}, {found}")
+            raise ValueError(f"data {(*clouds.shape,)}, {len(labels)} labels, {len(names or labels)} names")
     if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
         raise UserError(f"label {labels.max()} in {path}, but there are {classes} classes; fetch it again")
     return clouds, labels, names
@@ -363,8 +344,7 @@ def load_redwood(root: Path, split: str, download: bool | None) -> Objects:
     if download:
         fetch_redwood(folder)
     listed = folder / "categories.json"
-    with reading(listed, "expected class -> ids", missing="--download fetches it, the meshes and 24 frames "
-                 "of each object (of some 100 GB); README, Data, has the layout"):
+    with reading(listed, "expected class -> ids", "--download fetches it, meshes and frames (some 100 GB)"):
         ids = json.loads(listed.read_text())
         labels = {name: k for k, key in enumerate(REDWOOD) for name in ids[key] if in_split(name, split)}
     files = {file.stem: file for file in [*folder.glob("points/*.npy"), *folder.glob("meshes/*.ply")]}
@@ -382,12 +362,9 @@ def fetch_redwood(folder: Path):
     files = "https://redwood-3dscan.b-cdn.net"
     ids, meshes = (json.loads(fetch(folder / name, [f"{lists}/{name}"]).read_text())
                    for name in ("categories.json", "meshes.json"))
-
-    def some_frames(members):
-        return evenly_spaced(sorted(member for member in members if member.endswith(".jpg")), 24)
     for name in sorted(set(meshes) & {name for key in REDWOOD for name in ids[key]}):
         fetch(folder / f"meshes/{name}.ply", [f"{files}/mesh/{name}.ply"])
-        fetch_pieces(folder / "images" / name, {f"{files}/rgbd/{name}.zip": None}, some_frames)
+        fetch_pieces(folder / "images" / name, {f"{files}/rgbd/{name}.zip": None}, frames=24)
 
 
 def load_co3d(root: Path, split: str, download: bool | None) -> Objects:
@@ -420,8 +397,7 @@ def fetch_co3d(folder: Path):
 def load_shapenet55(root: Path, split: str, _download) -> Objects:
     """Point-BERT's ShapeNet-55, for pre-training: ShapeNet-55/{train,test}.txt, shapenet_pc/*.npy."""
     listed = root / "ShapeNet-55" / f"{split}.txt"
-    names = read_lines(listed, missing="it needs ShapeNet's form: https://huggingface.co/datasets/ShapeNet/"
-                       "ShapeNetCore, files in Point-BERT's layout")
+    names = read_lines(listed, "it needs ShapeNet's form: https://huggingface.co/datasets/ShapeNet")
     label_of = {synset: k for k, synset in enumerate(SHAPENET55)}
     with reading(listed, "expected names that begin with the WordNet number of one of the 55 classes"):
         labels = torch.tensor([label_of[name.split("-")[0]] for name in names])
@@ -491,8 +467,7 @@ def load_dataset(name: str, root: str | Path, split: str, points: int = 1024, do
                  download: bool | None = None, up: str | None = None) -> Objects:
     """Objects of a data set or of a folder of one's own, z up, in the unit sphere; split "train" or "test".
     domain "target" shows objects as a scanner would (see scan), None as the data set has them; download: see
-    the loaders; up overrides the axis that points upwards in the files. Raises: UserError or OSError for what
-    is neither in DATASETS nor a folder, and for what is wrong in it."""
+    the loaders; up: the axis that points upwards in the files. Raises: UserError, OSError for wrong data."""
     folder, row = Path(name), dataset_row(name)
     if name not in DATASETS and not folder.is_dir():
         raise UserError(f"unknown data set {name!r}; one of {', '.join(DATASETS)}, or a folder of your own")
@@ -507,11 +482,10 @@ def load_dataset(name: str, root: str | Path, split: str, points: int = 1024, do
             objects = load_folder(folder, split)
         most = 3 * points if domain == "target" else points  # a scan loses a quarter of its cloud
         if isinstance(objects.points, list):
-            objects.points = read_objects(objects.points, points, most, Path(root))
+            objects.points = read_objects(objects.points, points, most)
         if objects.points.shape[1] < points:
             raise UserError(f"{name} has {objects.points.shape[1]} points, --points is {points}; lower it")
-        upright = to_z_up(objects.points[:, :most], up or row["up"])
-        objects.points = to_unit_sphere(upright, objects.names)
+        objects.points = to_unit_sphere(to_z_up(objects.points[:, :most], up or row["up"]), objects.names)
         if domain == "target":
             objects.points = scan(objects.points, points, seed=("train", "test").index(split))
     unusual = domain == ("source" if name == "shapes" else "target")
@@ -574,23 +548,14 @@ def read_text(path: Path) -> np.ndarray:
     return np.loadtxt(text[first.start():].splitlines(), usecols=(0, 1, 2), ndmin=2)
 
 
-def read_objects(files: list[Path], points: int, most: int, root: Path) -> Tensor:
-    """Clouds of one size, at least `points` and at most `most`: of each file, read once. -> (N, P, 3)
-    They are kept in ROOT/sampled, under a hash of the files' names, sizes and times."""
-    known = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    digest = hashlib.sha256(json.dumps([points, most, known]).encode()).hexdigest()[:16]
-    kept = root / "sampled" / f"{digest}.npy"
-    if not kept.exists():
-        bar = tqdm(files, "reading", unit="object", disable=None)  # None: only where a person looks on
-        clouds = [read_object(path, points, most) for path in bar]
-        count, random = min(map(len, clouds)), np.random.default_rng(0)
-        clouds = [cloud if len(cloud) == count else cloud[random.choice(len(cloud), count, replace=False)]
-                  for cloud in clouds]
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as file:
-            np.save(file, np.stack(clouds))
-        os.replace(file.name, kept)
-    return torch.from_numpy(np.load(kept, allow_pickle=False))
+def read_objects(files: list[Path], points: int, most: int) -> Tensor:
+    """Clouds of one size, at least `points` and at most `most`, one of each file. -> (N, P, 3)"""
+    bar = tqdm(files, "reading", unit="object", disable=None)  # None: only where a person looks on
+    clouds = [read_object(path, points, most) for path in bar]
+    count, random = min(map(len, clouds)), np.random.default_rng(0)
+    clouds = [cloud if len(cloud) == count else cloud[random.choice(len(cloud), count, replace=False)]
+              for cloud in clouds]
+    return torch.from_numpy(np.stack(clouds))
 
 
 def load_files(files: list[Path], points: int, up: str) -> tuple[Objects, int]:
@@ -628,9 +593,9 @@ def find_photographs(folder: Path, names: list[str]) -> list | None:
     return [found[name] for name in names]
 
 
-def read_lines(path: Path, **advice) -> list[str]:
+def read_lines(path: Path, missing: str = "README, Data, says what goes there") -> list[str]:
     """Lines of a text file that has to be there and say something, without empty ones."""
-    with reading(path, "expected lines of text", **advice):
+    with reading(path, "expected lines of text", missing):
         lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{path} is empty; README, Data, says what is in it")
@@ -656,21 +621,19 @@ ULIP1 = "checkpoint_pointbert.pt"
 # file: its place below the data root (starts: the cache). sources: addresses, or of the Hugging Face hub data
 # set, file in it, revision. sha256 and members (sha256 of files inside): where they are published.
 DOWNLOADS = {
-    "ulip2": dict(file=ULIP2, terms="BSD-3-Clause, 8k-point Objaverse model of ULIP-2",
-                  sources=[("SFXX/ulip", f"ULIP-2/pretrained_models/{ULIP2}", None)]),
-    "ulip1": dict(file=ULIP1, terms="BSD-3-Clause, ULIP-1 on ShapeNet-55",
-                  sources=[("SFXX/ulip", f"ULIP-1/pretrained_models/ckpt_zero-sho_classification/{ULIP1}", None)]),
+    "ulip2": dict(file=ULIP2, terms="BSD-3-Clause, 8k-point Objaverse model of ULIP-2", sources=[
+        ("SFXX/ulip", f"ULIP-2/pretrained_models/{ULIP2}", None)]),
+    "ulip1": dict(file=ULIP1, terms="BSD-3-Clause, ULIP-1 on ShapeNet-55", sources=[
+        ("SFXX/ulip", f"ULIP-1/pretrained_models/ckpt_zero-sho_classification/{ULIP1}", None)]),
     "modelnet40": dict(
-        file="modelnet40_ply_hdf5_2048.zip", terms="435 MB, for academic research only",
-        sources=[("Msun/modelnet40", "modelnet40_ply_hdf5_2048.zip", "d5dc795541800feeb7a4b3bd3142729a0d2adf7a"),
-                 "https://shapenet.cs.stanford.edu/media/modelnet40_ply_hdf5_2048.zip"],
+        file="modelnet40_ply_hdf5_2048.zip", terms="435 MB, for academic research only", sources=[
+            ("Msun/modelnet40", "modelnet40_ply_hdf5_2048.zip", "d5dc795541800feeb7a4b3bd3142729a0d2adf7a"),
+            "https://shapenet.cs.stanford.edu/media/modelnet40_ply_hdf5_2048.zip"],
         sha256="07670e237db72ece0f723b9abb571534c9ad655a6456b389646587dc72bb8bae"),
     "scanobjectnn": dict(
-        file="scanobjectnn/h5_files.zip",
-        terms="for research, terms at https://hkust-vgd.github.io/scanobjectnn/",
-        sources=["http://hkust-vgd.ust.hk/scanobjectnn/h5_files.zip",
-                 "https://github.com/ma-xu/pointMLP-pytorch/releases/download/dataset/h5_files.zip"],
-        members={
+        file="scanobjectnn/h5_files.zip", terms="for research: hkust-vgd.github.io/scanobjectnn", sources=[
+            "http://hkust-vgd.ust.hk/scanobjectnn/h5_files.zip",
+            "https://github.com/ma-xu/pointMLP-pytorch/releases/download/dataset/h5_files.zip"], members={
             "h5_files/main_split/training_objectdataset.h5":
                 "d334dd3e44556606b0c38560a6a2ed6b191c2e2fe6588f22e3f154d5cbdf3cb1",
             "h5_files/main_split/test_objectdataset.h5":
@@ -723,18 +686,18 @@ def lock(path: Path, timeout: float = -1) -> FileLock:
     return FileLock(path.with_name(f".{path.name}.lock"), timeout)
 
 
-def fetch_pieces(folder: Path, urls: dict, choose=None):
+def fetch_pieces(folder: Path, urls: dict, frames: int | None = None):
     """The archives {address: sha256 or None}, unpacked in `folder`, unless it is there (see unpack)."""
     if not folder.exists():
         archives = [fetch(folder.parent / url.split("/")[-1], [url], sha256) for url, sha256 in urls.items()]
-        unpack(archives, folder, choose)
+        unpack(archives, folder, frames)
         for archive in archives:
             archive.unlink(missing_ok=True)
 
 
-def unpack(archives: list[Path], folder: Path, choose=None, members: dict | None = None):
-    """Unpack zips, or the names `choose` takes from theirs. `folder` appears whole, or not at all. A zip may
-    hold the folder itself or what goes into it. members: sha256 of files in it.
+def unpack(archives: list[Path], folder: Path, frames: int | None = None, members: dict | None = None):
+    """Unpack zips that hold `folder` or what goes into it. It appears whole, or not at all. frames: take only
+    so many .jpg, evenly spaced, and no other file; members: sha256 of files in the zips.
     Raises: UserError naming the archive that is broken or not its authors'."""
     part = folder.with_name(f".{folder.name}.part")
     with lock(folder):
@@ -744,15 +707,15 @@ def unpack(archives: list[Path], folder: Path, choose=None, members: dict | None
         try:
             for archive in archives:
                 with zipfile.ZipFile(archive) as file:
-                    file.extractall(part, choose(file.namelist()) if choose else None)  # leaves `..` out
+                    names = [name for name in file.namelist() if frames is None or name.endswith(".jpg")]
+                    file.extractall(part, evenly_spaced(sorted(names), frames or len(names)))  # without `..`
             for name, sha256 in (members or {}).items():
                 if hashlib.sha256((part / name).read_bytes()).hexdigest() != sha256:
                     raise ValueError(f"{name} is not its authors' (sha256)")
             inner = part / folder.name
             os.replace(inner if inner.is_dir() else part, folder)
         except Exception as error:  # zip files break in many ways, each with a type of its own
-            raise UserError(f"cannot unpack {archive}: {error!r}; if it is broken, remove it, and the same "
-                            "command fetches it again") from error
+            raise UserError(f"cannot unpack {archive}: {error!r}; once removed it is fetched anew") from error
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
@@ -985,26 +948,24 @@ PROGRAMS = bathtub, bed, chair, desk, dresser, monitor, night_stand, sofa, table
 def sample_parts(parts: list, count: int, rng) -> np.ndarray:
     """Points spread over the surfaces of all parts by nearly equal area. -> (count, 3)"""
     kind, centre, size, tilt, taper = (np.array(values) for values in zip(*parts))
-    a, b, c = size.T / 2
-    faces = np.stack([b * c, a * c, a * b], axis=1)
+    faces = size[:, [1, 0, 0]] * size[:, [2, 2, 1]] / 4
     scale = {"box": 8.0, "tube": 2 * math.pi, "ball": 4 / 3 * math.pi, "bowl": 2 / 3 * math.pi}
     area = faces.sum(axis=1) * (1 + taper) / 2 * [scale[k] for k in kind]
     which = rng.choice(len(parts), count, p=area / area.sum())
-    is_box, is_tube, is_bowl = ((kind == k)[which] for k in ("box", "tube", "bowl"))
     # A box: one coordinate moves to a face. The least of three waiting times chooses it by its area.
-    cube, every = rng.uniform(-1, 1, (count, 3)), np.arange(count)
-    face = (rng.exponential(size=(count, 3)) / faces[which]).argmin(axis=1)
-    z, angle = cube[:, 2].copy(), rng.uniform(0, 2 * math.pi, count)
-    cube[every, face] = np.sign(cube[every, face])
+    spread = rng.uniform(-1, 1, (count, 3))
+    face = (rng.exponential(size=(count, 3)) / faces[which]).argmin(axis=1)[:, None]
+    cube = np.where(np.arange(3) == face, np.sign(spread), spread)
     # A tube: its upper and lower face are discs, the others mantle. A ball is rings, a bowl its lower ones.
-    circle = np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    disc = circle * np.where(face == 2, np.sqrt(rng.random(count)), 1)[:, None]
-    width = 1 + (taper[which] - 1) * (cube[:, 2] + 1) / 2
-    flat = np.where(is_tube[:, None], disc, cube[:, :2]) * width[:, None]
-    solid = (is_box | is_tube)[:, None]
-    flat = np.where(solid, flat, circle * np.sqrt(1 - z ** 2)[:, None])
-    z = np.where(solid[:, 0], cube[:, 2], np.where(is_bowl, -np.abs(z), z))
-    points = np.column_stack([flat, z]) * size[which] / 2
+    angle = rng.uniform(0, 2 * math.pi, (count, 1))
+    circle = np.hstack([np.cos(angle), np.sin(angle)])
+    disc = circle * np.where(face == 2, np.sqrt(rng.random((count, 1))), 1)
+    ring = circle * np.sqrt(1 - spread[:, 2:] ** 2)
+    kind = kind[which, None]
+    width = 1 + (taper[which, None] - 1) * (cube[:, 2:] + 1) / 2
+    flat = np.select([kind == "box", kind == "tube"], [cube[:, :2] * width, disc * width], ring)
+    z = np.select([kind == "ball", kind == "bowl"], [spread[:, 2:], -np.abs(spread[:, 2:])], cube[:, 2:])
+    points = np.hstack([flat, z]) * size[which] / 2
     axes = rotate_about_xyz(torch.eye(3).expand(len(parts), 3, 3), torch.from_numpy(tilt)).numpy()
     return centre[which] + np.einsum("ni,nij->nj", points, axes[which])
 
@@ -1047,9 +1008,7 @@ def scan(points: Tensor, count: int, seed: int) -> Tensor:
 def sample_shapes(count: int, seed: int, domain: str = "source", points: int = 1024) -> Objects:
     """The procedural set, the same for a seed: object i is of class i mod 10, upright, turned by any yaw.
     domain "source": clean, whole objects. "target": the same programs as a scanner sees them (see scan)."""
-    if domain not in ("source", "target"):
-        raise ValueError(f"domain {domain!r}; one of source, target")
-    dense = points if domain == "source" else 3 * points
+    dense = {"source": points, "target": 3 * points}[domain]
     clouds, angles = torch.empty(count, dense, 3), torch.zeros(count, 3)
     for i in range(count):
         rng = Chance(np.random.PCG64([seed, domain == "target", i]))
