@@ -73,7 +73,6 @@ def to_unit_sphere(points: Tensor, names: list | None = None) -> Tensor:
 
 
 # ------ Depth views -----------------------------------------------------------------------------------------
-
 def project(points: Tensor, azimuths: Tensor, elevations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Orthographic camera coordinates: right, up, towards the camera, each (B, V, P), from points (B, P, 3).
     azimuths, elevations (B, V): where the camera stands; azimuth 0 looks along +y, from -y."""
@@ -123,7 +122,6 @@ def random_view(points: Tensor, size: int) -> Tensor:
 
 
 # ------ Weak and strong views, drawn anew per object on the objects' device; inputs are left untouched ------
-
 def random_crop(images: Tensor, smallest: float, aspect: float, flip: float) -> Tensor:
     """Random resized crop: an area share U(smallest, 1), an aspect ratio 1/aspect to aspect, and a mirror
     image with probability `flip`. (B, channels, H, W) in [0, 1] -> the same"""
@@ -189,7 +187,6 @@ def draw_views(points: Tensor, size: int, photographs: tuple | None = None) -> d
 
 
 # ------ Photographs -----------------------------------------------------------------------------------------
-
 class Photographs(Dataset):
     """Photographs or renderings. Item i, with a `seed`: of one photograph of object i the weak (random crop
     [joint-label]) and the strong image (crop of 0.3 to 1, flip, RandAugment of magnitude 9 [self-training];
@@ -298,7 +295,7 @@ def load_modelnet(root: Path, split: str, download: bool | None, classes=None, v
     clouds, labels, names = zip(*(read_h5(file, len(class_names)) for file in files))
     names = None if None in names else sum(names, [])
     if views and names is None and (folder / "views").is_dir():
-        raise UserError(f"{folder} has views, but no names of objects; expected `name` in its h5 files")
+        raise UserError(f"{folder} has views, but no names of objects; expected h5 files with `name`")
     with reading(folder / f"{split}_files.txt", "expected files of equally many points"):
         objects = Objects(torch.cat(clouds), torch.cat(labels), class_names, names=names)
     if classes is not None:
@@ -330,8 +327,9 @@ def read_h5(path: Path, classes: int) -> tuple[Tensor, Tensor, list | None]:
         if names is None and listed.is_file():
             names = [Path(name).stem for name in json.loads(listed.read_text())]
         clouds = to_z_up(clouds, "y") if "normal" in file else clouds
+        found = f"data {tuple(clouds.shape)}, {len(labels)} labels, {len(names or labels)} names"
         if clouds.shape[2:] != (3,) or not len(labels) == len(clouds) == len(names or clouds):
-            raise ValueError(f"data {(*clouds.shape,)}, {len(labels)} labels, {len(names or labels)} names")
+            raise ValueError(found)
     if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
         raise UserError(f"label {labels.max()} in {path}, but there are {classes} classes; fetch it again")
     return clouds, labels, names
@@ -344,7 +342,7 @@ def load_redwood(root: Path, split: str, download: bool | None) -> Objects:
     if download:
         fetch_redwood(folder)
     listed = folder / "categories.json"
-    with reading(listed, "expected class -> ids", "--download fetches it, meshes and frames (some 100 GB)"):
+    with reading(listed, "expected class -> ids", "--download fetches all (100 GB); README has the layout"):
         ids = json.loads(listed.read_text())
         labels = {name: k for k, key in enumerate(REDWOOD) for name in ids[key] if in_split(name, split)}
     files = {file.stem: file for file in [*folder.glob("points/*.npy"), *folder.glob("meshes/*.ply")]}
@@ -397,7 +395,7 @@ def fetch_co3d(folder: Path):
 def load_shapenet55(root: Path, split: str, _download) -> Objects:
     """Point-BERT's ShapeNet-55, for pre-training: ShapeNet-55/{train,test}.txt, shapenet_pc/*.npy."""
     listed = root / "ShapeNet-55" / f"{split}.txt"
-    names = read_lines(listed, "it needs ShapeNet's form: https://huggingface.co/datasets/ShapeNet")
+    names = read_lines(listed, "needs ShapeNet's form: https://huggingface.co/datasets/ShapeNet/ShapeNetCore")
     label_of = {synset: k for k, synset in enumerate(SHAPENET55)}
     with reading(listed, "expected names that begin with the WordNet number of one of the 55 classes"):
         labels = torch.tensor([label_of[name.split("-")[0]] for name in names])
@@ -495,7 +493,6 @@ def load_dataset(name: str, root: str | Path, split: str, points: int = 1024, do
 
 
 # ------ Files of single objects -----------------------------------------------------------------------------
-
 UP = {"z": ([0, 1, 2], [1, 1, 1]), "y": ([2, 0, 1], [1, 1, 1]), "-y": ([0, 2, 1], [1, 1, -1])}
 MESHES = (".off", ".obj", ".ply", ".stl", ".glb")
 CLOUDS = (".npy", ".txt", ".xyz", ".csv")
@@ -615,9 +612,8 @@ def reading(path: Path, repair: str, missing: str = "README, Data, says what goe
 
 
 # ------ Fetching: the hub's copy first, then plain addresses ------------------------------------------------
-
-ULIP2 = "ULIP-2-PointBERT-8k-xyz-pc-slip_vit_b-objaverse-pretrained.pt"
 ULIP1 = "checkpoint_pointbert.pt"
+ULIP2 = "ULIP-2-PointBERT-8k-xyz-pc-slip_vit_b-objaverse-pretrained.pt"
 # file: its place below the data root (starts: the cache). sources: addresses, or of the Hugging Face hub data
 # set, file in it, revision. sha256 and members (sha256 of files inside): where they are published.
 DOWNLOADS = {
@@ -703,26 +699,24 @@ def unpack(archives: list[Path], folder: Path, frames: int | None = None, member
     with lock(folder):
         if folder.exists():
             return
-        shutil.rmtree(part, ignore_errors=True)  # a killed process left it
         try:
             for archive in archives:
                 with zipfile.ZipFile(archive) as file:
                     names = [name for name in file.namelist() if frames is None or name.endswith(".jpg")]
-                    file.extractall(part, evenly_spaced(sorted(names), frames or len(names)))  # without `..`
+                    file.extractall(part, evenly_spaced(sorted(names), frames or len(names)))  # strips `..`
             for name, sha256 in (members or {}).items():
                 if hashlib.sha256((part / name).read_bytes()).hexdigest() != sha256:
                     raise ValueError(f"{name} is not its authors' (sha256)")
             inner = part / folder.name
             os.replace(inner if inner.is_dir() else part, folder)
         except Exception as error:  # zip files break in many ways, each with a type of its own
-            raise UserError(f"cannot unpack {archive}: {error!r}; once removed it is fetched anew") from error
-        finally:
+            raise UserError(f"cannot unpack {archive}: {error!r}; to fetch it again, remove it") from error
+        finally:  # what a killed process leaves is overwritten the next time
             shutil.rmtree(part, ignore_errors=True)
 
 
 # ------ shapes: ten classes of furniture, each a short program of solids ------------------------------------
 # Lengths are roughly metres, the front faces -y. A piece of furniture is a list of parts; + joins pieces.
-
 def part(kind: str, centre, size, tilt=(0.0, 0.0, 0.0), taper=1.0) -> list:
     """A piece of one solid: kind box, tube (elliptic), ball or bowl (lower half of a ball); full extents
     `size`, turned by `tilt` about x, y, z around its centre. A box's or tube's top is `taper` its bottom."""
