@@ -295,7 +295,7 @@ def load_modelnet(root: Path, split: str, download: bool | None, classes=None, v
     clouds, labels, names = zip(*(read_h5(file, len(class_names)) for file in files))
     names = None if None in names else sum(names, [])
     if views and names is None and (folder / "views").is_dir():
-        raise UserError(f"{folder} has views, but no names of objects; expected h5 files with `name`")
+        raise UserError(f"{folder} has views, but no names of objects; expected h5 `name` or *_id2file.json")
     with reading(folder / f"{split}_files.txt", "expected files of equally many points"):
         objects = Objects(torch.cat(clouds), torch.cat(labels), class_names, names=names)
     if classes is not None:
