@@ -1,8 +1,7 @@
 """Objects to learn from: depth views, weak and strong views, photographs, data sets, the procedural `shapes`.
 
 Coordinates are right-handed, z up, float32; every cloud is centred and scaled into the unit sphere.
-Angles are in radians. N objects, B batch, P points, V views.
-"""
+Angles are in radians. N objects, B batch, P points, V views."""
 import hashlib
 import json
 import math
@@ -10,13 +9,11 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 import zipfile
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 
 import h5py
@@ -61,22 +58,21 @@ class Objects:
                        names=[self.names[i] for i in index])
 
 
-def to_unit_sphere(points: Tensor) -> Tensor:
+def to_unit_sphere(points: Tensor, names: list | None = None) -> Tensor:
     """Centre each cloud on its mean, scale its farthest point to norm 1. (N, P, 3) -> (N, P, 3).
     Raises: UserError naming an object whose coordinates are not finite, or whose points all coincide."""
-    bad = ~points.sum(dim=(1, 2)).isfinite()  # a sum keeps NaN and infinity, and needs no second copy
-    if bad.any():
-        raise UserError(f"object {int(bad.nonzero()[0])} has NaN or infinite coordinates; repair it")
+    names = names or range(len(points))
+    problems = {"NaN or infinite coordinates": ~points.sum(dim=(1, 2)).isfinite(),  # without a second copy
+                "all its points in one place": (points == points[:, :1]).all(dim=1).all(dim=1)}
+    for problem, found in problems.items():
+        if found.any():
+            raise UserError(f"object {names[found.int().argmax()]} has {problem}; repair or remove its file")
     points = points - points.mean(dim=1, keepdim=True)
     radius = points.norm(dim=-1).amax(dim=1)
-    if (radius == 0).any():
-        raise UserError(f"all points of object {int((radius == 0).nonzero()[0])} coincide; repair its file")
     return points.div_(radius[:, None, None])  # our own copy; a large set is in memory twice at most
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Depth views
-
+# ------ Depth views -----------------------------------------------------------------------------------------
 def project(points: Tensor, azimuths: Tensor, elevations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Orthographic camera coordinates: right, up, towards the camera, each (B, V, P), from points (B, P, 3).
     azimuths, elevations (B, V): where the camera stands; azimuth 0 looks along +y, from -y."""
@@ -88,18 +84,11 @@ def project(points: Tensor, azimuths: Tensor, elevations: Tensor) -> tuple[Tenso
     return right, cos_e * z + sin_e * away, sin_e * z - cos_e * away
 
 
-def max_pool(images: Tensor, size: int) -> Tensor:
-    """Maximum of each size x size window: (n, h, w) -> (n, h - size + 1, w - size + 1)."""
-    for _ in range(2):  # one axis after the other; a 1-D pool is ten times faster than a 2-D one on a CPU
-        images = F.max_pool1d(images, size, 1).transpose(1, 2)
-    return images
-
-
 def render_depth_views(points: Tensor, azimuths: Tensor, elevations: Tensor, size: int) -> Tensor:
     """Depth maps in PointCLIP V2's recipe: quantise, densify, smooth, squeeze (arXiv 2211.11682).
     The nearest point of each cell of a grid of 1.6 sqrt(P) cells a side wins, holes of up to four cells are
-    closed, edges smoothed. Points (B, P, 3) in the unit sphere, z up; azimuths, elevations (B, V). Returns
-    (B, V, 3, size, size) without gradient: near = 1, far = 0.2, background 0."""
+    closed, edges smoothed. Points (B, P, 3) in the unit sphere, z up; azimuths, elevations (B, V) or
+    (1, V). Returns (B, V, 3, size, size) without gradient: near = 1, far = 0.2, background 0."""
     batch, views, total = len(points), azimuths.shape[1], points.shape[1]
     grid = min(size, int(1.6 * total ** 0.5))
     with torch.no_grad():
@@ -109,8 +98,8 @@ def render_depth_views(points: Tensor, azimuths: Tensor, elevations: Tensor, siz
         bright = 0.6 + 0.4 * depth.clamp(-1, 1)
         image = points.new_zeros(batch, views, grid * grid)
         image = image.scatter_reduce(2, row * grid + column, bright, "amax")
-        image = max_pool(F.pad(image.view(-1, grid, grid), (2, 2, 2, 2)), 5)  # a closing, one cell wider
-        image = -max_pool(F.pad(-image, (1, 1, 1, 1)), 3)
+        image = F.max_pool2d(F.pad(image.view(-1, grid, grid), (2, 2, 2, 2)), 5, 1)  # a closing, a cell wider
+        image = -F.max_pool2d(F.pad(-image, (1, 1, 1, 1)), 3, 1)
         for _ in range(2):  # a Gaussian, one axis after the other
             wide = F.pad(image, (1, 1))
             image = (0.25 * wide[..., :-2] + 0.5 * image + 0.25 * wide[..., 2:]).transpose(1, 2)
@@ -121,8 +110,7 @@ def render_depth_views(points: Tensor, azimuths: Tensor, elevations: Tensor, siz
 
 def fixed_views(points: Tensor, views: int, size: int) -> Tensor:
     """Evaluation's views: azimuths evenly around, elevation 0.4. (B, P, 3) -> (B, V, 3, size, size)"""
-    azimuths = (torch.arange(views, device=points.device) + 0.5) * (2 * math.pi / views)
-    azimuths = azimuths.expand(len(points), -1)
+    azimuths = (torch.arange(views, device=points.device)[None] + 0.5) * (2 * math.pi / views)
     return render_depth_views(points, azimuths, torch.full_like(azimuths, 0.4), size)
 
 
@@ -133,9 +121,7 @@ def random_view(points: Tensor, size: int) -> Tensor:
     return render_depth_views(points, azimuth, elevation, size)[:, 0]
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Weak and strong views, drawn anew per object on the objects' device. Inputs are left untouched.
-
+# ------ Weak and strong views, drawn anew per object on the objects' device; inputs are left untouched ------
 def random_crop(images: Tensor, smallest: float, aspect: float, flip: float) -> Tensor:
     """Random resized crop: an area share U(smallest, 1), an aspect ratio 1/aspect to aspect, and a mirror
     image with probability `flip`. (B, channels, H, W) in [0, 1] -> the same"""
@@ -177,13 +163,12 @@ def weak_points(points: Tensor) -> Tensor:
 def strong_points(points: Tensor) -> Tensor:
     """Scale U(0.5, 2), any yaw, shift U(-0.5, 0.5) x extent, jitter of sigma 0.01 (at most 0.05), dropout up
     to 0.875 [self-training]. A dropped point becomes the cloud's first, so that P stays. (B, P, 3)"""
-    n, total, _ = points.shape
-    device = points.device
+    n, device = len(points), points.device
     points = random_yaw(points) * (0.5 + 1.5 * torch.rand(n, 1, 1, device=device))
     low, high = points.aminmax(dim=1, keepdim=True)
     points = points + (high - low) * (torch.rand(n, 1, 3, device=device) - 0.5)
     points = points + (0.01 * torch.randn(points.shape, device=device)).clamp(-0.05, 0.05)
-    dropped = torch.rand(n, total, 1, device=device) < 0.875 * torch.rand(n, 1, 1, device=device)
+    dropped = torch.rand(n, points.shape[1], 1, device=device) < 0.875 * torch.rand(n, 1, 1, device=device)
     return torch.where(dropped, points[:, :1], points)
 
 
@@ -192,38 +177,30 @@ def draw_views(points: Tensor, size: int, photographs: tuple | None = None) -> d
     are crops of one random depth view (Deviation D22: a depth map has no colours for RandAugment, a smaller
     crop loses the object), or `photographs`, a pair that training_photographs gives."""
     if photographs is None:
-        images = random_view(points, size)
-        grey = images[:, :1]  # its three channels are one
-        weak = random_crop(grey, 0.85, aspect=1, flip=0)
-        strong = random_crop(grey, 0.6, aspect=4 / 3, flip=0.5)
-        photographs = weak.expand_as(images), strong.expand_as(images)
+        image = random_view(points, size)
+        grey = image[:, :1]  # its three channels are one
+        crops = random_crop(grey, 0.85, aspect=1, flip=0), random_crop(grey, 0.6, aspect=4 / 3, flip=0.5)
+        photographs = [crop.expand_as(image) for crop in crops]
     weak, strong = (images.to(points.device, non_blocking=True) for images in photographs)
     return {"weak_image": weak, "strong_image": strong,
             "weak_points": weak_points(points), "strong_points": strong_points(points)}
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Photographs
-
+# ------ Photographs -----------------------------------------------------------------------------------------
 class Photographs(Dataset):
-    """Photographs or renderings of objects, decoded and cropped by the workers of a DataLoader.
-    Item i, with a `seed`: the weak (random crop [joint-label]) and the strong image (crop of 0.3 to 1, flip,
-    RandAugment of magnitude 9 [self-training]; Deviation D22) of one photograph of object i, each (3, size,
-    size). Without: centre crops (V, 3, size, size) of all, or of `views` evenly spaced ones. An object that
-    has no photograph gets depth views."""
+    """Photographs or renderings. Item i, with a `seed`: of one photograph of object i the weak (random crop
+    [joint-label]) and the strong image (crop of 0.3 to 1, flip, RandAugment of magnitude 9 [self-training];
+    Deviation D22), each (3, size, size). Without: centre crops (V, 3, size, size) of all photographs, or of
+    `views` evenly spaced ones. An object that has no photograph gets depth views."""
     def __init__(self, objects: Objects, size: int, seed: int | None = None, views: int | None = None):
         from torchvision.transforms import v2  # here: 160 MB and a second that depth views do not need
         bicubic, to_float = v2.InterpolationMode.BICUBIC, v2.ToDtype(torch.float32, scale=True)
-        resize = v2.Resize(size, bicubic)
         self.objects, self.size, self.seed, self.views = objects, size, seed, views
         self.to_tensor = v2.PILToTensor()
-        self.weak = v2.Compose([resize, v2.RandomCrop(size), to_float])
-        self.still = v2.Compose([resize, v2.CenterCrop(size), to_float])
+        self.weak = v2.Compose([v2.Resize(size, bicubic), v2.RandomCrop(size), to_float])
+        self.still = v2.Compose([v2.Resize(size, bicubic), v2.CenterCrop(size), to_float])
         self.strong = v2.Compose([v2.RandomResizedCrop(size, (0.3, 1.0), interpolation=bicubic),
                                   v2.RandomHorizontalFlip(), v2.RandAugment(2, 9), to_float])
-
-    def __len__(self):
-        return len(self.objects)
 
     def decode(self, path: Path) -> Tensor:
         with reading(path, "replace or remove it"):
@@ -250,11 +227,11 @@ def evenly_spaced(items: list, count: int) -> list:
     return [items[k] for k in chosen]
 
 
-def load_in_workers(photographs: Photographs, **batches):
-    """Items of Photographs in order, decoded by worker processes."""
+def load_in_workers(photographs: Photographs, batches: list):
+    """Items of Photographs in batches of these indices, decoded by worker processes."""
     # Without a generator of its own a DataLoader draws from the global one, and a resumed run would differ.
-    loader = DataLoader(photographs, num_workers=min(8, os.cpu_count()), generator=torch.Generator(),
-                        **batches)
+    loader = DataLoader(photographs, batch_sampler=batches, num_workers=min(8, os.cpu_count()),
+                        generator=torch.Generator())
     try:
         yield from loader
     except UserError as error:  # a worker's error comes with its whole traceback as the text
@@ -264,8 +241,8 @@ def load_in_workers(photographs: Photographs, **batches):
 def training_photographs(objects: Objects, batches: tuple, size: int, seed: int):
     """For each batch of indices its weak and strong images, or None where views are rendered."""
     if objects.images is None:
-        return repeat(None)
-    return load_in_workers(Photographs(objects, size, seed), batch_sampler=[b.tolist() for b in batches])
+        return [None] * len(batches)
+    return load_in_workers(Photographs(objects, size, seed), [index.tolist() for index in batches])
 
 
 def fixed_images(objects: Objects, views: int | None, size: int, batch_size: int, device):
@@ -275,26 +252,25 @@ def fixed_images(objects: Objects, views: int | None, size: int, batch_size: int
         for points in objects.points.split(batch_size):
             yield fixed_views(points.to(device), views or 6, size)
     else:
-        for images in load_in_workers(Photographs(objects, size, views=views), batch_size=None):
-            yield images[None].to(device)
+        photographs = Photographs(objects, size, views=views)
+        for images in load_in_workers(photographs, [[i] for i in range(len(objects))]):
+            yield images.to(device)
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Data sets. A loader takes (root, split, points, most, download) and gives clouds as they are in the files,
-# of at least `points` and at most `most` points. download: True fetches all that may be fetched, None only
-# what is missing, small and free of forms, False nothing.
+# ------ Data sets -------------------------------------------------------------------------------------------
+# A loader takes (root, split, download) and gives Objects as they lie in the files, whose `points` are clouds
+# (N, P, 3), or the list of the N files to read them from. download: True fetches all that may be fetched,
+# None only what is missing, small and free of forms, False nothing.
 
-# Classes in label order
+# Classes in label order; of CO3D folder -> class, of ShapeNet-55 WordNet number -> class
 MODELNET10 = tuple("bathtub,bed,chair,desk,dresser,monitor,night stand,sofa,table,toilet".split(","))
 SCANOBJECTNN = "bag bin box cabinet chair desk display door shelf table bed pillow sink sofa toilet".split()
 REDWOOD = "chair,table,trash container,bench,plant,sign,bicycle,motorcycle,sofa".split(",")
-# Folder -> name.
 CO3D = {name.removesuffix(" control").replace(" ", ""): name for name in (
     "bench,skateboard,backpack,laptop,cup,umbrella,teddy bear,bowl,cake,toy plane,remote control,orange,"
     "toaster,couch,apple,bottle,donut,hair dryer,hydrant,toy train,pizza,motorcycle,suitcase,banana,toilet,"
     "sandwich,keyboard,mouse,toy truck,handbag,broccoli,wine glass,microwave,baseball glove,book,carrot,"
     "ball,bicycle,chair,stop sign,vase,plant").split(",")}
-# WordNet number -> name.
 SHAPENET55 = dict(entry.split(" ", 1) for entry in (
     "02691156 airplane,02747177 trash bin,02773838 bag,02801938 basket,02808440 bathtub,02818832 bed,"
     "02828884 bench,02843684 birdhouse,02871439 bookshelf,02876657 bottle,02880940 bowl,02924116 bus,"
@@ -308,26 +284,20 @@ SHAPENET55 = dict(entry.split(" ", 1) for entry in (
     "04468005 train,04530566 watercraft,04554684 washer").split(","))
 
 
-def load_shapes(split: str, points: int, domain: str) -> Objects:
-    """2,000 train or 500 test objects of the procedural set."""
-    count, seed = {"train": (2000, 1), "test": (500, 2)}[split]
-    return replace(sample_shapes(count, seed, domain, points), split=split)
-
-
-def load_modelnet(root: Path, split: str, points: int, most: int, download: bool | None = None,
-                  classes: tuple | None = None, views: bool = True) -> Objects:
+def load_modelnet(root: Path, split: str, download: bool | None, classes=None, views=True) -> Objects:
     """ModelNet40, or some of its classes, in the official h5 layout; renderings from its `views` folder."""
     folder = root / "modelnet40_ply_hdf5_2048"
-    fetch_and_unpack("modelnet40", root, folder, download)
+    if download is not False and not folder.exists():
+        unpack([fetch_published("modelnet40", root)], folder)
     class_names = [line.replace("_", " ") for line in read_lines(folder / "shape_names.txt")]
     # The lists hold paths of the machine they were made on.
     files = [folder / Path(line).name for line in read_lines(folder / f"{split}_files.txt")]
-    clouds, labels, names = zip(*(read_h5(file, points, most, len(class_names)) for file in files))
+    clouds, labels, names = zip(*(read_h5(file, len(class_names)) for file in files))
     names = None if None in names else sum(names, [])
     if views and names is None and (folder / "views").is_dir():
-        raise UserError(f"{folder} has views, but no names of objects to find them by; expected `name` in "
-                        "the h5 files, or ply_data_SPLIT_N_id2file.json")
-    objects = Objects(torch.cat(clouds), torch.cat(labels), class_names, split=split, names=names)
+        raise UserError(f"{folder} has views, but no names of objects; expected h5 `name` or *_id2file.json")
+    with reading(folder / f"{split}_files.txt", "expected files of equally many points"):
+        objects = Objects(torch.cat(clouds), torch.cat(labels), class_names, names=names)
     if classes is not None:
         index = torch.tensor([list(classes).index(name) if name in classes else -1 for name in class_names])
         objects.labels, objects.class_names = index[objects.labels], list(classes)
@@ -337,54 +307,49 @@ def load_modelnet(root: Path, split: str, points: int, most: int, download: bool
     return objects
 
 
-def load_scanobjectnn(root: Path, split: str, points: int, most: int, download: bool | None = None,
-                      folder: str = "main_split", suffix: str = "") -> Objects:
+def load_scanobjectnn(root: Path, split: str, download: bool | None, part="main_split", suffix="") -> Objects:
     """ScanObjectNN, one of its variants: real indoor scans in its authors' h5 files."""
-    top, part = root / "scanobjectnn/h5_files", {"train": "training", "test": "test"}[split]
-    fetch_and_unpack("scanobjectnn", root, top, download)
-    path = top / folder / f"{part}_objectdataset{suffix}.h5"
-    clouds, labels, _ = read_h5(path, points, most, len(SCANOBJECTNN))
-    return Objects(clouds, labels, SCANOBJECTNN, split=split)
+    folder, name = root / "scanobjectnn/h5_files", {"train": "training", "test": "test"}[split]
+    if download is not False and not folder.exists():
+        unpack([fetch_published("scanobjectnn", root)], folder, members=DOWNLOADS["scanobjectnn"]["members"])
+    clouds, labels, _ = read_h5(folder / part / f"{name}_objectdataset{suffix}.h5", len(SCANOBJECTNN))
+    return Objects(clouds, labels, SCANOBJECTNN)
 
 
-def read_h5(path: Path, points: int, most: int, classes: int) -> tuple[Tensor, Tensor, list | None]:
-    """The first `most` points of clouds (N, P, 3), labels (N,) and, if there are any, names of an h5 file.
+def read_h5(path: Path, classes: int) -> tuple[Tensor, Tensor, list | None]:
+    """Clouds (N, P, 3), labels (N,) and, if there are any, names of an h5 file.
     PointNet's own files are y up, told by their normals, and turned. Raises: UserError naming the file."""
     with reading(path, "expected data (N, P, 3) and label; fetch it again"), h5py.File(path) as file:
-        clouds = torch.from_numpy(file["data"][:, :most].astype(np.float32))
+        clouds = torch.from_numpy(file["data"][:].astype(np.float32))
         labels = torch.from_numpy(file["label"][:].reshape(-1).astype(np.int64))
         names = [name.decode() for name in file["name"]] if "name" in file else None
         listed = path.with_name(f"{path.stem[:-1]}_{path.stem[-1]}_id2file.json")  # PointNet's names
         if names is None and listed.is_file():
             names = [Path(name).stem for name in json.loads(listed.read_text())]
         clouds = to_z_up(clouds, "y") if "normal" in file else clouds
+        found = f"data {tuple(clouds.shape)}, {len(labels)} labels, {len(names or labels)} names"
         if clouds.shape[2:] != (3,) or not len(labels) == len(clouds) == len(names or clouds):
-            found = f"{len(labels)} labels, {len(names or labels)} names"
-            raise ValueError(f"data {tuple(clouds.shape)}, {found}")
-    if clouds.shape[1] < points:
-        raise UserError(f"{path} has {clouds.shape[1]} points, --points is {points}; lower it")
+            raise ValueError(found)
     if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
         raise UserError(f"label {labels.max()} in {path}, but there are {classes} classes; fetch it again")
     return clouds, labels, names
 
 
-def load_redwood(root: Path, split: str, points: int, most: int, download: bool | None = None) -> Objects:
+def load_redwood(root: Path, split: str, download: bool | None) -> Objects:
     """Redwood's scans of nine classes: redwood/{meshes/ID.ply | points/ID.npy}, redwood/images/ID/*.jpg;
     redwood/categories.json maps a class to its ids. Those without a mesh or cloud are left out."""
     folder = root / "redwood"
-    listed = folder / "categories.json"
     if download:
         fetch_redwood(folder)
-    with reading(listed, "expected class -> ids", missing="--download fetches it, the meshes and 24 frames "
-                 "of each object (of some 100 GB); README, Data, has the layout"):
+    listed = folder / "categories.json"
+    with reading(listed, "expected class -> ids", "--download fetches all (100 GB); README has the layout"):
         ids = json.loads(listed.read_text())
-        ids = [(name, k) for k, key in enumerate(REDWOOD) for name in ids[key] if in_split(name, split)]
-    files = {name: file for name, _ in ids for file in (folder / f"points/{name}.npy",
-                                                        folder / f"meshes/{name}.ply") if file.is_file()}
-    if not files:
+        labels = {name: k for k, key in enumerate(REDWOOD) for name in ids[key] if in_split(name, split)}
+    files = {file.stem: file for file in [*folder.glob("points/*.npy"), *folder.glob("meshes/*.ply")]}
+    names = [name for name in labels if name in files]
+    if not names:
         raise FileNotFoundError(f"no mesh in {folder / 'meshes'} of any id; --download fetches them")
-    clouds, names = read_objects(list(files.values()), points, most, root), list(files)
-    return Objects(clouds, torch.tensor([k for name, k in ids if name in files]), REDWOOD, split=split,
+    return Objects([files[name] for name in names], torch.tensor([labels[name] for name in names]), REDWOOD,
                    names=names, images=find_photographs(folder / "images", names))
 
 
@@ -395,80 +360,71 @@ def fetch_redwood(folder: Path):
     files = "https://redwood-3dscan.b-cdn.net"
     ids, meshes = (json.loads(fetch(folder / name, [f"{lists}/{name}"]).read_text())
                    for name in ("categories.json", "meshes.json"))
-
-    def some_frames(members):
-        return evenly_spaced(sorted(member for member in members if member.endswith(".jpg")), 24)
     for name in sorted(set(meshes) & {name for key in REDWOOD for name in ids[key]}):
         fetch(folder / f"meshes/{name}.ply", [f"{files}/mesh/{name}.ply"])
-        fetch_pieces(folder / "images" / name, {f"{files}/rgbd/{name}.zip": None}, some_frames)
+        fetch_pieces(folder / "images" / name, {f"{files}/rgbd/{name}.zip": None}, frames=24)
 
 
-def load_co3d(root: Path, split: str, points: int, most: int, download: bool | None = None) -> Objects:
+def load_co3d(root: Path, split: str, download: bool | None) -> Objects:
     """CO3D v2: co3d/CATEGORY/SEQUENCE/{pointcloud.ply, images/*.jpg} of 42 categories."""
     folder = root / "co3d"
-    for category in CO3D if download else ():
-        fetch_co3d(folder, category)
-    files = {file: k for k, category in enumerate(CO3D)
-             for file in sorted((folder / category).glob("*/pointcloud.ply"))
-             if in_split(file.parent.name, split)}
-    if not files:
+    if download:
+        fetch_co3d(folder)
+    labels = {file: k for k, category in enumerate(CO3D)
+              for file in sorted((folder / category).glob("*/pointcloud.ply"))
+              if in_split(file.parent.name, split)}
+    if not labels:
         raise FileNotFoundError(f"no {folder}/CATEGORY/SEQUENCE/pointcloud.ply; --download fetches single "
                                 "sequences (8.9 GB, CC BY-NC 4.0); all: github.com/facebookresearch/co3d")
-    images = [sorted((file.parent / "images").glob("*.jpg")) for file in files]
-    return Objects(read_objects(list(files), points, most, root), torch.tensor(list(files.values())),
-                   list(CO3D.values()), split=split,
-                   names=[file.parent.name for file in files], images=images if any(images) else None)
+    images = [sorted((file.parent / "images").glob("*.jpg")) for file in labels]
+    return Objects(list(labels), torch.tensor(list(labels.values())), list(CO3D.values()),
+                   names=[file.parent.name for file in labels], images=images if any(images) else None)
 
 
-def fetch_co3d(folder: Path, category: str):
-    """The single-sequence archives of a category, checked against CO3D's own list."""
-    if (folder / category).exists():
-        return
-    print(f"fetching CO3D's single sequences of {category} (CC BY-NC 4.0; 8.9 GB for all categories)")
+def fetch_co3d(folder: Path):
+    """The single-sequence archives of each category, checked against CO3D's own list."""
+    print("fetching CO3D's single sequences (CC BY-NC 4.0; 8.9 GB)")
     lists = "https://raw.githubusercontent.com/facebookresearch/co3d/main/co3d/co3d_sha256.json"
     files = "https://dl.fbaipublicfiles.com/co3dv2_231130"
     listed = json.loads(fetch(folder / "co3d_sha256.json", [lists]).read_text())["singlesequence"]
-    fetch_pieces(folder / category, {f"{files}/{name}_singlesequence.zip": listed[f"{name}.zip"]
-                                     for name in (f"{category}_000", f"{category}_001")})
+    for category in CO3D:
+        fetch_pieces(folder / category, {f"{files}/{name}_singlesequence.zip": listed[f"{name}.zip"]
+                                         for name in (f"{category}_000", f"{category}_001")})
 
 
-def load_shapenet55(root: Path, split: str, points: int, most: int, download: bool | None = None) -> Objects:
+def load_shapenet55(root: Path, split: str, _download) -> Objects:
     """Point-BERT's ShapeNet-55, for pre-training: ShapeNet-55/{train,test}.txt, shapenet_pc/*.npy."""
     listed = root / "ShapeNet-55" / f"{split}.txt"
-    names = read_lines(listed, missing="it needs ShapeNet's form: https://huggingface.co/datasets/ShapeNet/"
-                       "ShapeNetCore, files in Point-BERT's layout")
-    synsets = list(SHAPENET55)
-    strange = [name for name in names if name.split("-")[0] not in synsets]
-    if strange:
-        raise UserError(f"{strange[0]} in {listed} is of none of the 55 classes")
-    labels = torch.tensor([synsets.index(name.split("-")[0]) for name in names])
-    clouds = read_objects([root / "shapenet_pc" / name for name in names], points, most, root)
-    return Objects(clouds, labels, list(SHAPENET55.values()), split=split, names=names)
+    names = read_lines(listed, "needs ShapeNet's form: https://huggingface.co/datasets/ShapeNet/ShapeNetCore")
+    label_of = {synset: k for k, synset in enumerate(SHAPENET55)}
+    with reading(listed, "expected names that begin with the WordNet number of one of the 55 classes"):
+        labels = torch.tensor([label_of[name.split("-")[0]] for name in names])
+    files = [root / "shapenet_pc" / name for name in names]
+    return Objects(files, labels, list(SHAPENET55.values()), names=names)
 
 
-def load_folder(folder: Path, root: Path, split: str, points: int, most: int, _download) -> Objects:
+def load_folder(folder: Path, split: str) -> Objects:
     """A folder of the user's own: classes.txt, {train,test}/[CLASS/]OBJECT.EXT, views/OBJECT/*.jpg if any.
-    Without class folders there are no labels; without `test` the training objects stand for it."""
-    listed, split = folder / "classes.txt", split if (folder / split).is_dir() else "train"
+    Without class folders there are no labels."""
+    listed, inside = folder / "classes.txt", folder / split
     class_names = read_lines(listed)
-    if len(set(class_names)) < len(class_names) or len(class_names) < 2:
+    if len(set(class_names)) < max(2, len(class_names)):
         raise UserError(f"{listed} has {class_names}; expected two or more different names")
-    files = sorted(file for file in (folder / split).glob("**/*") if file.suffix.lower() in CLOUDS + MESHES)
+    files = sorted(file for file in inside.rglob("*") if file.suffix.lower() in CLOUDS + MESHES)
     if not files:
-        raise FileNotFoundError(f"no objects in {folder / split}; expected files {' '.join(CLOUDS + MESHES)}")
-    owners = [file.parent.name if file.parent != folder / split else None for file in files]
-    strange = set(owners) - set(class_names) - {None}
-    if strange or (None in owners and set(owners) != {None}):
-        raise UserError(f"{folder / split} has objects in {sorted(strange) or 'folders and outside'}; "
+        raise FileNotFoundError(f"no objects in {inside}; expected files {' '.join(CLOUDS + MESHES)}")
+    owners = [file.parent.name for file in files if file.parent != inside]
+    strange = sorted(set(owners) - set(class_names))
+    if strange or 0 < len(owners) < len(files):
+        raise UserError(f"{inside} has objects in {strange or 'folders and outside'}; "
                         f"expected folders named as in {listed}, or none at all")
-    labels = None if None in owners else torch.tensor([class_names.index(owner) for owner in owners])
+    labels = torch.tensor([class_names.index(owner) for owner in owners]) if owners else None
     names = [file.stem for file in files]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"two objects of {folder / split} are called {twice}; rename one")
-    return Objects(read_objects(files, points, most, root), labels,
-                   [name.replace("_", " ") for name in class_names], split=split, names=names,
-                   images=find_photographs(folder / "views", names))
+        raise UserError(f"two objects of {inside} are called {twice}; rename one")
+    class_names = [name.replace("_", " ") for name in class_names]
+    return Objects(files, labels, class_names, names=names, images=find_photographs(folder / "views", names))
 
 
 def in_split(name: str, split: str) -> bool:
@@ -476,64 +432,67 @@ def in_split(name: str, split: str) -> bool:
     return (hashlib.sha256(name.encode()).digest()[0] < 51) == (split == "test")
 
 
-# One row per data set: loader; the axis that points up in its files; templates around the names; and what
-# the original code trains it with: points per cloud, thresholds of joint-label and of images and points
-# apart, point weight, and, where they are not those of all sets, epochs and batch size.
-# up: of ModelNet its meshes'; of ScanObjectNN its repository's issue 33; Redwood and CO3D lie as a camera saw
-# them, y down, roughly.
+# One row per data set: loader; the axis that points up in its files (ModelNet: of its meshes; ScanObjectNN:
+# its repository's issue 33; Redwood and CO3D lie as a camera saw them, y down, roughly); templates around the
+# names; and what the original code trains it with: points per cloud, thresholds of joint-label and of images
+# and points apart, point weight, and, where they are not those of all sets, epochs and batch size.
 CAD = dict(up="z", templates="depth", points=2048, threshold=0.84, separate=(0.84, 0.84), point_weight=0.9)
 SCANS = dict(up="y", templates="depth", points=2048, threshold=0.82, separate=(0.6, 0.6), point_weight=1.0)
+PHOTO = dict(SCANS, up="-y", templates="photo", points=8192)
 DATASETS = {
     "shapes": dict(CAD, point_weight=1.0),
     "modelnet10": dict(CAD, load=partial(load_modelnet, classes=MODELNET10)),
     "modelnet40": dict(CAD, load=load_modelnet, separate=(0.8, 0.82)),
     "modelnet40-depth": dict(CAD, load=partial(load_modelnet, views=False)),
     "scanobjectnn-obj-only": dict(SCANS, separate=(0.8, 0.82),
-                                  load=partial(load_scanobjectnn, folder="main_split_nobg")),
+                                  load=partial(load_scanobjectnn, part="main_split_nobg")),
     "scanobjectnn-with-bg": dict(SCANS, load=load_scanobjectnn),
     "scanobjectnn-hardest": dict(SCANS, load=partial(load_scanobjectnn, suffix="_augmentedrot_scale75")),
-    "redwood": dict(SCANS, load=load_redwood, up="-y", templates="photo", points=8192,
-                    separate=(0.82, 0.82), batch_size=64),
-    "co3d": dict(SCANS, load=load_co3d, up="-y", templates="photo", points=8192, threshold=0.84,
-                 separate=(0.8, 0.82), point_weight=0.9, epochs=150),
+    "redwood": dict(PHOTO, load=load_redwood, separate=(0.82, 0.82), batch_size=64),
+    "co3d": dict(PHOTO, load=load_co3d, threshold=0.84, separate=(0.8, 0.82), point_weight=0.9, epochs=150),
     "shapenet55": dict(CAD, load=load_shapenet55, up="y", templates="3d", points=8192),
 }
-# A folder of one's own: nobody knows its shares and sizes; the values are ScanObjectNN's, being scans.
-FOLDER = dict(SCANS, up="z", separate=(0.82, 0.82))
 
 
 def dataset_row(name: str) -> dict:
-    """The row of DATASETS for a data set, or FOLDER for a folder; one with `views` has photographs."""
+    """The row of DATASETS for a data set. A folder of one's own, whose shares and sizes nobody knows, has
+    ScanObjectNN's values, being scans; one with `views` has photographs."""
     templates = "photo" if (Path(name) / "views").is_dir() else "depth"
-    return DATASETS.get(name) or dict(FOLDER, templates=templates)
+    return DATASETS.get(name) or dict(SCANS, up="z", separate=(0.82, 0.82), templates=templates)
 
 
 def load_dataset(name: str, root: str | Path, split: str, points: int = 1024, domain: str | None = None,
                  download: bool | None = None, up: str | None = None) -> Objects:
     """Objects of a data set or of a folder of one's own, z up, in the unit sphere; split "train" or "test".
     domain "target" shows objects as a scanner would (see scan), None as the data set has them; download: see
-    the loaders; up overrides the axis that points upwards in the files. Raises: UserError or OSError for what
-    is neither in DATASETS nor a folder, and for what is wrong in it."""
-    if name not in DATASETS and not Path(name).is_dir():
+    the loaders; up: the axis that points upwards in the files. Raises: UserError, OSError for wrong data."""
+    folder, row = Path(name), dataset_row(name)
+    if name not in DATASETS and not folder.is_dir():
         raise UserError(f"unknown data set {name!r}; one of {', '.join(DATASETS)}, or a folder of your own")
     if name == "shapes":
-        objects = load_shapes(split, points, domain or "target")
+        count, seed = {"train": (2000, 1), "test": (500, 2)}[split]
+        objects = sample_shapes(count, seed, domain or "target", points)
     else:
+        if name in DATASETS:
+            objects = row["load"](Path(root), split, download)
+        else:
+            split = split if (folder / split).is_dir() else "train"  # without `test`, those of `train`
+            objects = load_folder(folder, split)
         most = 3 * points if domain == "target" else points  # a scan loses a quarter of its cloud
-        row = dataset_row(name)
-        load = row.get("load", partial(load_folder, Path(name)))
-        objects = load(Path(root), split, points, most, download)
-        objects.points = to_unit_sphere(to_z_up(objects.points, up or row["up"]))
+        if isinstance(objects.points, list):
+            objects.points = read_objects(objects.points, points, most)
+        if objects.points.shape[1] < points:
+            raise UserError(f"{name} has {objects.points.shape[1]} points, --points is {points}; lower it")
+        objects.points = to_unit_sphere(to_z_up(objects.points[:, :most], up or row["up"]), objects.names)
         if domain == "target":
-            objects.points = scan(objects.points, points, seed=("train", "test").index(objects.split))
+            objects.points = scan(objects.points, points, seed=("train", "test").index(split))
     unusual = domain == ("source" if name == "shapes" else "target")
-    objects.name = Path(name).name + f"-{domain}" * unusual
+    objects.name = f"{folder.name}-{domain}" if unusual else folder.name
+    objects.split = split
     return objects
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Files of single objects
-
+# ------ Files of single objects -----------------------------------------------------------------------------
 UP = {"z": ([0, 1, 2], [1, 1, 1]), "y": ([2, 0, 1], [1, 1, 1]), "-y": ([0, 2, 1], [1, 1, -1])}
 MESHES = (".off", ".obj", ".ply", ".stl", ".glb")
 CLOUDS = (".npy", ".txt", ".xyz", ".csv")
@@ -562,17 +521,13 @@ def read_object(path: Path, points: int, most: int | None = None) -> np.ndarray:
             raise ValueError(f"{cloud.shape[1]} columns, expected x y z")
     if len(cloud) < points:
         raise UserError(f"{path} has {len(cloud)} points, --points is {points}; lower it")
-    if not np.isfinite(cloud).all():
-        raise UserError(f"{path} has NaN or infinite coordinates; repair or remove it")
-    if not np.ptp(cloud, axis=0).any():
-        raise UserError(f"all points of {path} coincide; repair or remove it")
     return cloud if len(cloud) <= most else cloud[random.choice(len(cloud), most, replace=False)]
 
 
 def read_mesh(path: Path, count: int, random) -> np.ndarray:
     """Points on the surface of a mesh, by area; of a file without faces its points."""
     import trimesh  # here: only meshes need it
-    mesh = trimesh.load(path, process=False, **({"skip_materials": True} if path.suffix == ".obj" else {}))
+    mesh = trimesh.load(path, process=False, skip_materials=True)
     if isinstance(mesh, trimesh.Scene):
         mesh = mesh.to_mesh()
     points = mesh.vertices
@@ -590,23 +545,14 @@ def read_text(path: Path) -> np.ndarray:
     return np.loadtxt(text[first.start():].splitlines(), usecols=(0, 1, 2), ndmin=2)
 
 
-def read_objects(files: list[Path], points: int, most: int, root: Path) -> Tensor:
-    """Clouds of one size, at least `points` and at most `most`: of each file, read once. -> (N, P, 3)
-    They are kept in ROOT/sampled, under a hash of the files' names, sizes and times."""
-    known = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    digest = hashlib.sha256(json.dumps([points, most, known]).encode()).hexdigest()[:16]
-    kept = root / "sampled" / f"{digest}.npy"
-    if not kept.exists():
-        bar = tqdm(files, "reading", unit="object", disable=None)  # None: only where a person looks on
-        clouds = [read_object(path, points, most) for path in bar]
-        count, random = min(map(len, clouds)), np.random.default_rng(0)
-        clouds = [cloud if len(cloud) == count else cloud[random.choice(len(cloud), count, replace=False)]
-                  for cloud in clouds]
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as file:
-            np.save(file, np.stack(clouds))
-        os.replace(file.name, kept)
-    return torch.from_numpy(np.load(kept, allow_pickle=False))
+def read_objects(files: list[Path], points: int, most: int) -> Tensor:
+    """Clouds of one size, at least `points` and at most `most`, one of each file. -> (N, P, 3)"""
+    bar = tqdm(files, "reading", unit="object", disable=None)  # None: only where a person looks on
+    clouds = [read_object(path, points, most) for path in bar]
+    count, random = min(map(len, clouds)), np.random.default_rng(0)
+    clouds = [cloud if len(cloud) == count else cloud[random.choice(len(cloud), count, replace=False)]
+              for cloud in clouds]
+    return torch.from_numpy(np.stack(clouds))
 
 
 def load_files(files: list[Path], points: int, up: str) -> tuple[Objects, int]:
@@ -614,14 +560,14 @@ def load_files(files: list[Path], points: int, up: str) -> tuple[Objects, int]:
     clouds, names = [], []
     for file in files:
         try:
-            clouds.append(read_object(file, points))
+            cloud = torch.from_numpy(read_object(file, points))[None]
+            clouds.append(to_unit_sphere(to_z_up(cloud, up), [file]))
             names.append(str(file))
         except (UserError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
     if not clouds:
         raise UserError(f"none of {len(files)} files could be read")
-    turned = to_z_up(torch.from_numpy(np.stack(clouds)), up)
-    return Objects(to_unit_sphere(turned), None, [], "files", names=names), len(files) - len(clouds)
+    return Objects(torch.cat(clouds), None, [], "files", names=names), len(files) - len(clouds)
 
 
 def find_photographs(folder: Path, names: list[str]) -> list | None:
@@ -644,9 +590,9 @@ def find_photographs(folder: Path, names: list[str]) -> list | None:
     return [found[name] for name in names]
 
 
-def read_lines(path: Path, **advice) -> list[str]:
+def read_lines(path: Path, missing: str = "README, Data, says what goes there") -> list[str]:
     """Lines of a text file that has to be there and say something, without empty ones."""
-    with reading(path, "expected lines of text", **advice):
+    with reading(path, "expected lines of text", missing):
         lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{path} is empty; README, Data, says what is in it")
@@ -665,29 +611,25 @@ def reading(path: Path, repair: str, missing: str = "README, Data, says what goe
         raise UserError(f"cannot read {path}: {str(error) or repr(error)}; {repair}") from error
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Fetching: the hub's copy first, then plain addresses
-
-ULIP2 = "ULIP-2-PointBERT-8k-xyz-pc-slip_vit_b-objaverse-pretrained.pt"
+# ------ Fetching: the hub's copy first, then plain addresses ------------------------------------------------
 ULIP1 = "checkpoint_pointbert.pt"
-# file: its place below the data root (starts: the cache). hub: data set, file in it, revision. sha256 and
-# members (sha256 of files inside): where they are published.
+ULIP2 = "ULIP-2-PointBERT-8k-xyz-pc-slip_vit_b-objaverse-pretrained.pt"
+# file: its place below the data root (starts: the cache). sources: addresses, or of the Hugging Face hub data
+# set, file in it, revision. sha256 and members (sha256 of files inside): where they are published.
 DOWNLOADS = {
-    "ulip2": dict(file=ULIP2, terms="BSD-3-Clause, 8k-point Objaverse model of ULIP-2",
-                  hub=("SFXX/ulip", f"ULIP-2/pretrained_models/{ULIP2}", None)),
-    "ulip1": dict(file=ULIP1, terms="BSD-3-Clause, ULIP-1 on ShapeNet-55",
-                  hub=("SFXX/ulip", f"ULIP-1/pretrained_models/ckpt_zero-sho_classification/{ULIP1}", None)),
+    "ulip2": dict(file=ULIP2, terms="BSD-3-Clause, 8k-point Objaverse model of ULIP-2", sources=[
+        ("SFXX/ulip", f"ULIP-2/pretrained_models/{ULIP2}", None)]),
+    "ulip1": dict(file=ULIP1, terms="BSD-3-Clause, ULIP-1 on ShapeNet-55", sources=[
+        ("SFXX/ulip", f"ULIP-1/pretrained_models/ckpt_zero-sho_classification/{ULIP1}", None)]),
     "modelnet40": dict(
-        file="modelnet40_ply_hdf5_2048.zip", terms="435 MB, for academic research only",
-        hub=("Msun/modelnet40", "modelnet40_ply_hdf5_2048.zip", "d5dc795541800feeb7a4b3bd3142729a0d2adf7a"),
-        urls=["https://shapenet.cs.stanford.edu/media/modelnet40_ply_hdf5_2048.zip"],
+        file="modelnet40_ply_hdf5_2048.zip", terms="435 MB, for academic research only", sources=[
+            ("Msun/modelnet40", "modelnet40_ply_hdf5_2048.zip", "d5dc795541800feeb7a4b3bd3142729a0d2adf7a"),
+            "https://shapenet.cs.stanford.edu/media/modelnet40_ply_hdf5_2048.zip"],
         sha256="07670e237db72ece0f723b9abb571534c9ad655a6456b389646587dc72bb8bae"),
     "scanobjectnn": dict(
-        file="scanobjectnn/h5_files.zip",
-        terms="for research, terms at https://hkust-vgd.github.io/scanobjectnn/",
-        urls=["http://hkust-vgd.ust.hk/scanobjectnn/h5_files.zip",
-              "https://github.com/ma-xu/pointMLP-pytorch/releases/download/dataset/h5_files.zip"],
-        members={
+        file="scanobjectnn/h5_files.zip", terms="for research: hkust-vgd.github.io/scanobjectnn", sources=[
+            "http://hkust-vgd.ust.hk/scanobjectnn/h5_files.zip",
+            "https://github.com/ma-xu/pointMLP-pytorch/releases/download/dataset/h5_files.zip"], members={
             "h5_files/main_split/training_objectdataset.h5":
                 "d334dd3e44556606b0c38560a6a2ed6b191c2e2fe6588f22e3f154d5cbdf3cb1",
             "h5_files/main_split/test_objectdataset.h5":
@@ -707,23 +649,23 @@ def fetch_published(name: str, root: Path, allowed: bool = True) -> Path:
         if not allowed:
             raise UserError(f"{path} is missing; put it there, or leave out --no-download")
         print(f"fetching {path.name} ({row['terms']})", flush=True)
-    return fetch(path, row.get("urls", ()), row.get("sha256"), row.get("hub"))
+    return fetch(path, row["sources"], row.get("sha256"))
 
 
-def fetch(path: Path, urls=(), sha256: str | None = None, hub: tuple | None = None) -> Path:
-    """`path` if it is there; else a file of the Hugging Face hub (data set, file, revision) in the hub's own
-    cache, or else `path`, fetched from a plain address. Bytes of another sha256 are refused and not kept.
-    Raises: UserError that names the file, where to put it, and what went wrong at each address."""
+def fetch(path: Path, sources: list, sha256: str | None = None) -> Path:
+    """`path` if it is there; else from the first source that has it: an address, fetched to `path`, or a file
+    of the Hugging Face hub, in the hub's own cache. Bytes of another sha256 are refused and not kept.
+    Raises: UserError that names the file, where to put it, and what went wrong at each source."""
     reasons = []
     with lock(path):
         if path.exists():
             return path
-        for source in (hub, *urls) if hub else urls:
+        for source in sources:
             try:
-                if source is not hub:
+                if isinstance(source, str):
                     torch.hub.download_url_to_file(source, str(path), hash_prefix=sha256)
                     return path
-                data_set, file, revision = hub
+                data_set, file, revision = source
                 found = Path(hf_hub_download(data_set, file, repo_type="dataset", revision=revision))
                 if sha256 in (None, hashlib.sha256(found.read_bytes()).hexdigest()):
                     return found
@@ -740,73 +682,60 @@ def lock(path: Path, timeout: float = -1) -> FileLock:
     return FileLock(path.with_name(f".{path.name}.lock"), timeout)
 
 
-def fetch_and_unpack(name: str, root: Path, folder: Path, download: bool | None):
-    """The archive DOWNLOADS[name], unpacked in `folder`, unless it is there or `download` is False."""
-    if download is not False and not folder.exists():
-        unpack([fetch_published(name, root)], folder, members=DOWNLOADS[name].get("members"))
-
-
-def fetch_pieces(folder: Path, urls: dict, choose=None):
+def fetch_pieces(folder: Path, urls: dict, frames: int | None = None):
     """The archives {address: sha256 or None}, unpacked in `folder`, unless it is there (see unpack)."""
     if not folder.exists():
         archives = [fetch(folder.parent / url.split("/")[-1], [url], sha256) for url, sha256 in urls.items()]
-        unpack(archives, folder, choose)
+        unpack(archives, folder, frames)
         for archive in archives:
             archive.unlink(missing_ok=True)
 
 
-def unpack(archives: list[Path], folder: Path, choose=None, members: dict | None = None):
-    """Unpack zips, or the names `choose` takes from theirs. `folder` appears whole, or not at all. A zip may
-    hold the folder itself or what goes into it. members: sha256 of files in it.
+def unpack(archives: list[Path], folder: Path, frames: int | None = None, members: dict | None = None):
+    """Unpack zips that hold `folder` or what goes into it. It appears whole, or not at all. frames: take only
+    so many .jpg, evenly spaced, and no other file; members: sha256 of files in the zips.
     Raises: UserError naming the archive that is broken or not its authors'."""
     part = folder.with_name(f".{folder.name}.part")
     with lock(folder):
         if folder.exists():
             return
-        shutil.rmtree(part, ignore_errors=True)  # a killed process left it
         try:
             for archive in archives:
                 with zipfile.ZipFile(archive) as file:
-                    file.extractall(part, choose(file.namelist()) if choose else None)  # leaves `..` out
+                    names = [name for name in file.namelist() if frames is None or name.endswith(".jpg")]
+                    file.extractall(part, evenly_spaced(sorted(names), frames or len(names)))  # strips `..`
             for name, sha256 in (members or {}).items():
                 if hashlib.sha256((part / name).read_bytes()).hexdigest() != sha256:
                     raise ValueError(f"{name} is not its authors' (sha256)")
             inner = part / folder.name
             os.replace(inner if inner.is_dir() else part, folder)
         except Exception as error:  # zip files break in many ways, each with a type of its own
-            raise UserError(f"cannot unpack {archive}: {error!r}; if it is broken, remove it, and the same "
-                            "command fetches it again") from error
-        finally:
+            raise UserError(f"cannot unpack {archive}: {error!r}; to fetch it again, remove it") from error
+        finally:  # what a killed process leaves is overwritten the next time
             shutil.rmtree(part, ignore_errors=True)
 
 
-# -----------------------------------------------------------------------------------------------------------
-# shapes: ten classes of furniture, each a short program of solids. Lengths are roughly metres, the front
-# faces -y. A piece of furniture is a list of parts; + joins pieces.
-
-def part(kind: str, centre, size, tilt=(0.0, 0.0, 0.0), taper=1.0) -> tuple:
-    """One solid: kind box, tube (elliptic), ball or bowl (lower half of a ball); full extents `size`, turned
-    by `tilt` about x, y, z around its centre. The top of a box or tube is `taper` times its bottom."""
-    return kind, centre, size, tilt, taper
+# ------ shapes: ten classes of furniture, each a short program of solids ------------------------------------
+# Lengths are roughly metres, the front faces -y. A piece of furniture is a list of parts; + joins pieces.
+def part(kind: str, centre, size, tilt=(0.0, 0.0, 0.0), taper=1.0) -> list:
+    """A piece of one solid: kind box, tube (elliptic), ball or bowl (lower half of a ball); full extents
+    `size`, turned by `tilt` about x, y, z around its centre. A box's or tube's top is `taper` its bottom."""
+    return [(kind, centre, size, tilt, taper)]
 
 
-def alone(kind: str, *shape, **taper) -> list:
-    return [part(kind, *shape, **taper)]
-
-
-box, tube, ball, bowl = (partial(alone, kind) for kind in ("box", "tube", "ball", "bowl"))
+box, tube, ball, bowl = (partial(part, kind) for kind in ("box", "tube", "ball", "bowl"))
 LEFT, RIGHT, CORNERS = (-1, 1), (1, 1), ((1, 1), (1, -1), (-1, 1), (-1, -1))
 
 
 def mirrored(piece: list, *places) -> list:
     """The piece at each place: as it stands (1, 1), mirrored to the left (-1, 1), to the front (1, -1)."""
-    return [part(kind, (s * x, t * y, z), size, (t * a, s * b, s * t * c), taper)
+    return [(kind, (s * x, t * y, z), size, (t * a, s * b, s * t * c), taper)
             for s, t in places for kind, (x, y, z), size, (a, b, c), taper in piece]
 
 
 def row(piece: list, n: int, x=0.0, y=0.0, z=0.0) -> list:
     """n copies, each a step (x, y, z) from the last; their middle is where the piece stood."""
-    return [part(kind, (cx + i * x, cy + i * y, cz + i * z), *rest)
+    return [(kind, (cx + i * x, cy + i * y, cz + i * z), *rest)
             for i in np.arange(n) - (n - 1) / 2 for kind, (cx, cy, cz), *rest in piece]
 
 
@@ -838,8 +767,8 @@ def pedestal(u, h, reach) -> list:
     """A central column on a disc or on four or six spokes."""
     n, thick = u.integers(2, 4), u(0.04, 0.14)
     disc = tube((0, 0, 0.02), (2 * reach, 2 * reach, 0.04), taper=u(0.3, 1))
-    star = [part("box", (0, 0, 0.04), (2 * reach, 0.05, 0.05), (0, 0, math.pi * i / n)) for i in range(n)]
-    return tube((0, 0, h / 2), (thick, thick, h), taper=u(0.6, 1.4)) + u.pick(disc, star)
+    spokes = [box((0, 0, 0.04), (2 * reach, 0.05, 0.05), (0, 0, math.pi * i / n)) for i in range(n)]
+    return tube((0, 0, h / 2), (thick, thick, h), taper=u(0.6, 1.4)) + u.pick(disc, sum(spokes, []))
 
 
 def drawers(u, w, d, h, rows, columns, x=0.0, z=0.0) -> list:
@@ -860,9 +789,9 @@ def back_rest(u, w, h, y, z, thick) -> list:
     posts += box((0, y + over, z + h), (w, thick, 0.06), tilt)
     upright = row(box(centre, (0.35 * w / n, 0.7 * thick, h), tilt), n, x=w / n)
     level = row(box(centre, (w, 0.7 * thick, 0.45 * h / n), tilt), n, y=over / n, z=h / n)
-    curve = [part("box", (0.6 * w * math.sin(a), y - 0.5 * w * (1 - math.cos(a)), z + h / 2),
-                  (0.24 * w, thick, h), (-lean, 0, -a)) for a in np.linspace(-0.7, 0.7, 5)]
-    return u.pick(panel, posts + upright, posts + level, curve)
+    curve = [box((0.6 * w * math.sin(a), y - 0.5 * w * (1 - math.cos(a)), z + h / 2),
+                 (0.24 * w, thick, h), (-lean, 0, -a)) for a in np.linspace(-0.7, 0.7, 5)]
+    return u.pick(panel, posts + upright, posts + level, sum(curve, []))
 
 
 def bathtub(u):
@@ -1013,26 +942,24 @@ PROGRAMS = bathtub, bed, chair, desk, dresser, monitor, night_stand, sofa, table
 def sample_parts(parts: list, count: int, rng) -> np.ndarray:
     """Points spread over the surfaces of all parts by nearly equal area. -> (count, 3)"""
     kind, centre, size, tilt, taper = (np.array(values) for values in zip(*parts))
-    a, b, c = size.T / 2
-    faces = np.stack([b * c, a * c, a * b], axis=1)
+    faces = size[:, [1, 0, 0]] * size[:, [2, 2, 1]] / 4
     scale = {"box": 8.0, "tube": 2 * math.pi, "ball": 4 / 3 * math.pi, "bowl": 2 / 3 * math.pi}
     area = faces.sum(axis=1) * (1 + taper) / 2 * [scale[k] for k in kind]
     which = rng.choice(len(parts), count, p=area / area.sum())
-    is_box, is_tube, is_bowl = ((kind == k)[which] for k in ("box", "tube", "bowl"))
     # A box: one coordinate moves to a face. The least of three waiting times chooses it by its area.
-    cube, every = rng.uniform(-1, 1, (count, 3)), np.arange(count)
-    face = (rng.exponential(size=(count, 3)) / faces[which]).argmin(axis=1)
-    z, angle = cube[:, 2].copy(), rng.uniform(0, 2 * math.pi, count)
-    cube[every, face] = np.sign(cube[every, face])
+    spread = rng.uniform(-1, 1, (count, 3))
+    face = (rng.exponential(size=(count, 3)) / faces[which]).argmin(axis=1)[:, None]
+    cube = np.where(np.arange(3) == face, np.sign(spread), spread)
     # A tube: its upper and lower face are discs, the others mantle. A ball is rings, a bowl its lower ones.
-    circle = np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    disc = circle * np.where(face == 2, np.sqrt(rng.random(count)), 1)[:, None]
-    width = 1 + (taper[which] - 1) * (cube[:, 2] + 1) / 2
-    flat = np.where(is_tube[:, None], disc, cube[:, :2]) * width[:, None]
-    solid = (is_box | is_tube)[:, None]
-    flat = np.where(solid, flat, circle * np.sqrt(1 - z ** 2)[:, None])
-    z = np.where(solid[:, 0], cube[:, 2], np.where(is_bowl, -np.abs(z), z))
-    points = np.column_stack([flat, z]) * size[which] / 2
+    angle = rng.uniform(0, 2 * math.pi, (count, 1))
+    circle = np.hstack([np.cos(angle), np.sin(angle)])
+    disc = circle * np.where(face == 2, np.sqrt(rng.random((count, 1))), 1)
+    ring = circle * np.sqrt(1 - spread[:, 2:] ** 2)
+    kind = kind[which, None]
+    width = 1 + (taper[which, None] - 1) * (cube[:, 2:] + 1) / 2
+    flat = np.select([kind == "box", kind == "tube"], [cube[:, :2] * width, disc * width], ring)
+    z = np.select([kind == "ball", kind == "bowl"], [spread[:, 2:], -np.abs(spread[:, 2:])], cube[:, 2:])
+    points = np.hstack([flat, z]) * size[which] / 2
     axes = rotate_about_xyz(torch.eye(3).expand(len(parts), 3, 3), torch.from_numpy(tilt)).numpy()
     return centre[which] + np.einsum("ni,nij->nj", points, axes[which])
 
@@ -1075,9 +1002,7 @@ def scan(points: Tensor, count: int, seed: int) -> Tensor:
 def sample_shapes(count: int, seed: int, domain: str = "source", points: int = 1024) -> Objects:
     """The procedural set, the same for a seed: object i is of class i mod 10, upright, turned by any yaw.
     domain "source": clean, whole objects. "target": the same programs as a scanner sees them (see scan)."""
-    if domain not in ("source", "target"):
-        raise ValueError(f"domain {domain!r}; one of source, target")
-    dense = points if domain == "source" else 3 * points
+    dense = {"source": points, "target": 3 * points}[domain]
     clouds, angles = torch.empty(count, dense, 3), torch.zeros(count, 3)
     for i in range(count):
         rng = Chance(np.random.PCG64([seed, domain == "target", i]))
