@@ -13,6 +13,7 @@ import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -66,20 +67,25 @@ def views_and_labels(count=8, points=128):
     return views, {"image": labels, "point": labels}
 
 
+def write_own(folder, labelled=True) -> Path:
+    """A folder of objects of one's own, 128 points each, in folders of their classes or without."""
+    for split, count, seed in (("train", 48, 1), ("test", 20, 2)):
+        objects = data.sample_shapes(count, seed, points=128)
+        for i, (cloud, label) in enumerate(zip(objects.points, objects.labels)):
+            owner = NAMES[label].replace(" ", "_") if labelled else ""
+            (folder / split / owner).mkdir(parents=True, exist_ok=True)
+            np.save(folder / split / owner / f"{split}{i}.npy", cloud)
+    (folder / "classes.txt").write_text("\n".join(NAMES).replace(" ", "_"))
+    return folder
+
+
 def small_flags(folder, *more) -> list[str]:
     """Options of a run of seconds into folder/out, on objects and from an untrained start in `folder`, which
     are made if they are not there."""
     own, start = folder / "own", folder / "start.pt"
     if not start.exists():
-        for split, count, seed in (("train", 48, 1), ("test", 20, 2)):
-            objects = data.sample_shapes(count, seed, points=128)
-            for i, (cloud, label) in enumerate(zip(objects.points, objects.labels)):
-                path = own / split / NAMES[label] / f"{split}{i}.npy"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                np.save(path, cloud)
-        (own / "classes.txt").write_text("\n".join(NAMES))
-        model, text = models.random_tiny(0, groups=8, group_size=8)
-        models.save_start(model, text, {}, start)
+        write_own(own)
+        models.save_start(*models.random_tiny(0, groups=8, group_size=8), {}, start)
     flags = ["--dataset", own, "--data-root", folder, "--points", 128, "--views", 2, "--device", "cpu"]
     flags += ["--start-checkpoint", start, "--batch-size", 16, "--epochs", 2, "--threshold", 0.12]
     flags += ["--w-fair", 2, "--out", folder / "out"]
@@ -602,8 +608,8 @@ def test_an_archive_is_unpacked_once_inside_its_folder_and_whole_or_not_at_all(t
         patch.setattr(data.os, "replace", None)  # as if the process ended before
         data.unpack([odd], folder)
     assert not folder.exists() and not list(tmp_path.rglob("*.txt"))
-    (folder.parent / ".set.part").mkdir()  # left by a killed process
-    (folder.parent / ".set.part/half.txt").write_text("1")
+    (folder.parent / ".set.part/set").mkdir(parents=True)  # left by a killed process
+    (folder.parent / ".set.part/set/half.txt").write_text("1")
 
     def slowly(names):
         time.sleep(0.2)
@@ -612,11 +618,12 @@ def test_an_archive_is_unpacked_once_inside_its_folder_and_whole_or_not_at_all(t
         assert [*pool.map(data.unpack, 2 * [[odd]], 2 * [folder], 2 * [slowly])] == [None, None]
     assert (folder / "a.txt").read_text() == "1" and not list(tmp_path.rglob("half.txt"))
     assert all(folder in path.parents for path in tmp_path.rglob("*.txt"))
+    assert_named_if_broken(odd, lambda path: data.unpack([path], tmp_path / f"{random.random()}"))
 
 
 # -------------------------------------------------------------------------------------------- data and views
 
-def test_shapes_are_the_same_for_a_seed_and_lie_in_the_unit_sphere():
+def test_shapes_are_the_same_for_a_seed_in_the_unit_sphere_and_made_of_surfaces():
     for domain in ("source", "target"):
         a, b, c = (data.sample_shapes(20, seed, domain, points=300) for seed in (5, 5, 6))
         assert torch.equal(a.points, b.points) and not torch.equal(a.points, c.points)
@@ -624,31 +631,24 @@ def test_shapes_are_the_same_for_a_seed_and_lie_in_the_unit_sphere():
         assert torch.allclose(a.points.norm(dim=-1).amax(dim=1), torch.ones(20), atol=1e-5)
         assert torch.allclose(a.points.mean(dim=1), torch.zeros(20, 3), atol=1e-5)
     assert a.class_names == NAMES
-
-
-@pytest.mark.parametrize("kind, above", [("box", 1 / 2), ("tube", 1 / 2), ("ball", 1 / 2), ("bowl", 0.0)])
-def test_points_of_a_solid_lie_on_its_surface(kind, above):
-    solid = data.part(kind, (0, 0, 5), (2, 2, 2))
-    points = data.sample_parts([solid], 4000, np.random.default_rng(0)) - [0, 0, 5]
-    radius = {"box": np.abs(points).max(1), "tube": np.maximum(np.hypot(*points.T[:2]), np.abs(points[:, 2]))}
-    assert np.allclose(radius.get(kind, np.linalg.norm(points, axis=1)), 1)
-    assert (points[:, 2] > 1e-9).mean() == pytest.approx(above, abs=0.04)
+    for kind, above in (("box", 0.5), ("tube", 0.5), ("ball", 0.5), ("bowl", 0.0)):
+        solid = data.part(kind, (0, 0, 5), (2, 2, 2))
+        points = data.sample_parts([solid], 4000, np.random.default_rng(0)) - [0, 0, 5]
+        flat, up = np.hypot(*points.T[:2]), np.abs(points[:, 2])
+        radius = {"box": np.abs(points).max(axis=1), "tube": np.maximum(flat, up)}
+        assert np.allclose(radius.get(kind, np.hypot(flat, up)), 1)
+        assert (points[:, 2] > 1e-9).mean() == pytest.approx(above, abs=0.04)
 
 
 def test_a_camera_sees_the_near_half_of_a_sphere_and_a_scan_is_one_sided():
     torch.manual_seed(0)
-    shell = F.normalize(torch.randn(1, 6000, 3), dim=-1)
+    shell = F.normalize(torch.randn(20, 6000, 3), dim=-1)
     angle = torch.tensor([[0.0, 2.0]]), torch.tensor([[0.0, 0.5]])
-    seen = data.seen_from(torch.cat([shell, 0.5 * shell], dim=1), *angle)
-    depth = data.project(shell, *angle)[2]
-    outer, inner = seen.split(6000, dim=2)
+    outer, inner = data.seen_from(torch.cat([shell[:1], 0.5 * shell[:1]], dim=1), *angle).split(6000, dim=2)
+    depth = data.project(shell[:1], *angle)[2]
     assert outer[depth > 0.5].all() and not outer[depth < -0.2].any() and inner.float().mean() < 0.02
-    scanned = data.scan(F.normalize(torch.randn(20, 9000, 3), dim=-1), 3000, seed=0)
-    centred = scanned - (scanned.amax(dim=1, keepdim=True) + scanned.amin(dim=1, keepdim=True)) / 2
-    sector = ((torch.atan2(centred[..., 1], centred[..., 0]) / math.pi + 1) * 6).long().clamp(0, 11)
-    share = F.one_hot(sector, 12).float().mean(dim=1).sort(dim=1).values
-    # Of a whole sphere the emptiest quarter around would hold about as much as the fullest.
-    assert (share[:, :3].sum(dim=1) / share[:, -3:].sum(dim=1)).mean() < 0.5
+    low, high = data.scan(shell, 2000, seed=0).aminmax(dim=1)  # its mean is 0
+    assert ((low + high) / 2)[:, :2].norm(dim=-1).mean() > 0.07  # a whole sphere's middle lies in its mean
     furniture = data.sample_shapes(40, 0, points=2000).points
     azimuths = torch.tensor([[-1.0, 0.0, 1.0]]).expand(40, -1)
     lost = ~data.seen_from(furniture, azimuths, torch.full_like(azimuths, 0.5)).any(dim=1)
@@ -713,14 +713,6 @@ def test_views_are_new_in_range_and_strong_ones_zoom_and_shift_more_than_weak_on
     assert dropped.max() <= 0.95 and dropped.std() > 0.1
 
 
-def test_clouds_are_turned_upright_and_not_mirrored():
-    for up, axis, direction in (("z", 2, 1), ("y", 1, 1), ("-y", 1, -1)):
-        stood = data.to_z_up(torch.eye(3)[None], up)[0]
-        assert stood[axis].tolist() == [0, 0, direction]  # what pointed upwards now points along z
-        assert torch.linalg.det(stood) == pytest.approx(1.0)  # a rotation
-    assert options("--up=-y").up == "-y"
-
-
 def write_h5(path, labels, clouds=1, **more):
     """An h5 file of LEANING times `clouds`, larger from object to object."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -734,12 +726,10 @@ def write_h5(path, labels, clouds=1, **more):
 def write_modelnet(root):
     folder = root / "modelnet40_ply_hdf5_2048"
     folder.mkdir(parents=True)
-    names = ["airplane", "bathtub", "bed", "chair", "desk", "dresser", "monitor", "night_stand", "sofa",
-             "table", "toilet"]
-    (folder / "shape_names.txt").write_text("\n".join(names) + "\n")
+    (folder / "shape_names.txt").write_text("\n".join(["airplane", *NAMES]).replace(" ", "_"))
     for split, files in (("train", 2), ("test", 1)):
         listed = [f"data/{folder.name}/ply_data_{split}{i}.h5" for i in range(files)]
-        (folder / f"{split}_files.txt").write_text("\n".join(listed) + "\n")
+        (folder / f"{split}_files.txt").write_text("\n".join(listed))
         for line in listed:
             write_h5(folder / Path(line).name, np.arange(12)[:, None] % 11)
     return folder
@@ -770,18 +760,17 @@ def test_modelnet_is_read_in_the_h5_layout_and_pointnets_own_files_are_turned_an
     assert objects.images[7][1].name == "object_7.obj_v1.png"
     assert load("modelnet40-depth").images is None
     assert ten.names == [f"object_{i}" for i in range(1, 11)] and len(ten.images) == 10
+    assert_named_if_broken(folder / "ply_data_test0.h5", lambda path: data.read_h5(path, 64, 64, 11)[0][0])
 
 
 @pytest.mark.skipif(not MODELNET.exists(), reason="needs the real ModelNet40")
 def test_the_real_modelnet_has_its_counts_and_stands_upright():
-    forty = data.load_dataset("modelnet40", MODELNET.parent, "test")
-    ten = data.load_dataset("modelnet10", MODELNET.parent, "test")
+    forty, ten = (data.load_dataset(name, MODELNET.parent, "test") for name in ("modelnet40", "modelnet10"))
     assert (len(forty), len(forty.class_names), len(ten), ten.class_names) == (2468, 40, 908, NAMES)
     assert forty.labels.bincount().max() == 100 and len(ten.names) == 908
-    tables = ten.points[ten.labels == NAMES.index("table")]
-    assert (tables[..., 2] > 0).float().mean() > 0.55  # most of a table is its top
-    airplanes = forty.points[forty.labels == 0]
-    assert (airplanes.amax(dim=1) - airplanes.amin(dim=1)).mean(dim=0).argmin() == 2  # and planes are flat
+    assert (ten.points[ten.labels == 8][..., 2] > 0).float().mean() > 0.55  # most of a table is its top
+    low, high = forty.points[forty.labels == 0].aminmax(dim=1)
+    assert (high - low).mean(dim=0).argmin() == 2  # and aeroplanes are flat
 
 
 def write_pictures(folder, *names, size=(40, 30)):
@@ -795,52 +784,72 @@ def upright(axes, signs=(1, 1, 1)):
     return data.to_unit_sphere(torch.from_numpy(LEANING[None, :64][..., axes]) * torch.tensor(signs))
 
 
-def test_redwood_co3d_and_shapenet_are_read_in_their_layouts(tmp_path):
-    ids, words = [f"{i:05d}" for i in range(60)], {"teddybear": "teddy bear", "bench": "bench"}
-    for folder in ("redwood/points", "redwood/meshes", "ShapeNet-55", "shapenet_pc"):
+def test_redwood_and_co3d_are_fetched_piece_by_piece_and_read_and_so_is_shapenet(tmp_path, monkeypatch):
+    ids, fetched = [f"{i:05d}" for i in range(60)], {}
+    lists = {"categories.json": {name: ids[k::9] for k, name in enumerate(data.REDWOOD)} | {"amp": ["7"]},
+             "meshes.json": [*ids[1:-1], "7"],  # without the first, which is a cloud, and the last
+             "co3d_sha256.json": {"singlesequence": {f"{c}_00{k}.zip": k for c in data.CO3D for k in (0, 1)}}}
+    for folder in ("redwood/points", "ShapeNet-55", "shapenet_pc"):
         (tmp_path / folder).mkdir(parents=True)
-    categories = {name: ids[k::9] for k, name in enumerate(data.REDWOOD)} | {"amp": ["77777"]}
-    (tmp_path / "redwood/categories.json").write_text(json.dumps(categories))
-    for name in ids[:-1]:  # the last one has no mesh
-        np.save(tmp_path / f"redwood/points/{name}.npy", LEANING[:64])
-        write_pictures(tmp_path / f"redwood/images/{name}/rgb", "a.jpg", "b.jpg")
-    for name in (f"{word}_{k}" for word in words for k in range(8)):
-        folder = tmp_path / "co3d" / name.split("_")[0] / name
-        write_pictures(folder / "images", "a.jpg", "b.jpg")
-        trimesh.PointCloud(LEANING[:64]).export(folder / "pointcloud.ply")
+    for file in ("redwood/points/00000", "shapenet_pc/03001627-a", "shapenet_pc/02691156-b"):
+        np.save(tmp_path / f"{file}.npy", LEANING[:64])
     for split, names in (("train", "03001627-a.npy\n02691156-b.npy\n"), ("test", "02691156-b.npy\n")):
         (tmp_path / f"ShapeNet-55/{split}.txt").write_text(names)
-    for name in ("03001627-a", "02691156-b"):
-        np.save(tmp_path / f"shapenet_pc/{name}.npy", LEANING[:64])
+    cloud = trimesh.PointCloud(LEANING[:64]).export(file_type="ply")
+
+    def fetch(path, urls, sha256=None):
+        fetched[urls[0].rsplit("/", 1)[1]] = sha256
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.name in lists:
+            path.write_text(json.dumps(lists[path.name]))
+        elif path.suffix == ".ply":
+            path.write_bytes(cloud)
+        elif path.stem in ids:
+            write_zip(path, dict.fromkeys(["depth/1.png", *(f"rgb/{i:03d}.jpg" for i in range(50))], ""))
+        else:
+            folder = f"{path.stem.split('_')[0]}/{path.stem}"
+            write_zip(path, {f"{folder}/pointcloud.ply": cloud, f"{folder}/images/a.jpg": "", "LICENSE": ""})
+        return path
+    monkeypatch.setattr(data, "fetch", fetch)
     y_up, y_down = upright([2, 0, 1]), upright([0, 2, 1], (1, 1, -1))
-    for name, count, classes, stood, named in (
-            ("redwood", 59, 9, y_down, lambda name: data.REDWOOD[int(name) % 9]),
-            ("co3d", 16, 42, y_down, lambda name: words[name.split("_")[0]]),
-            ("shapenet55", 2, 55, y_up, lambda name: "chair" if "-a" in name else "airplane")):
-        train, test = (data.load_dataset(name, tmp_path, split, points=64) for split in ("train", "test"))
-        assert len({*train.names, *test.names}) == count and len(train) > len(test) > 0
-        for objects in (train, test):
+    for name, count, classes, shots, stood, named in (
+            ("redwood", 59, 9, {0, 24}, y_down, lambda name: data.REDWOOD[int(name) % 9]),
+            ("co3d", 84, 42, {1}, y_down, lambda name: data.CO3D[name.split("_")[0]]),
+            ("shapenet55", 2, 55, None, y_up, lambda name: "chair" if "-a" in name else "airplane")):
+        both = [data.load_dataset(name, tmp_path, split, 64, download=True) for split in ("train", "test")]
+        assert len({*both[0].names, *both[1].names}) == count and len(both[0]) > len(both[1]) > 0
+        for objects in both:
             assert [objects.class_names[k] for k in objects.labels] == list(map(named, objects.names))
             assert len(objects.class_names) == classes
             assert torch.allclose(objects.points, stood.expand(len(objects), -1, -1), atol=1e-5)
-            for one, paths in zip(objects.names, objects.images or ()):
-                assert [path.name for path in paths] == ["a.jpg", "b.jpg"] and one in paths[0].parts
+            assert not shots or {len(paths) for paths in objects.images} <= shots
+            assert all(one in path.parts for one, paths in zip(objects.names, objects.images or ())
+                       for path in paths)
+    assert (tmp_path / "redwood/images/00001/rgb/049.jpg").exists()  # 24 of 50 frames, first and last too
+    assert not {"7.ply", "00059.ply"} & fetched.keys() and fetched["bench_001_singlesequence.zip"] == 1
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".zip", ".part")]
 
 
-def write_folder(root, classes=("mug", "night_stand"), labelled=True, count=4, test=True):
-    root.mkdir()
-    (root / "classes.txt").write_text("\n".join(classes) + "\n")
-    for split in ("train", "test")[:1 + test]:
-        for k, name in enumerate(classes):
-            folder = root / split / name if labelled else root / split
-            folder.mkdir(parents=True, exist_ok=True)
-            for i in range(count):
-                np.save(folder / f"{split}{k}{i}.npy", LEANING * (1 + i))
-    return root
+def assert_named_if_broken(path, read):
+    """Cut off or changed anywhere, a file is read or an error names it. Ten thousand were tried once."""
+    chance, whole, refused = random.Random(0), path.read_bytes(), 0
+    for _ in range(20):
+        broken = bytearray(whole[:chance.choice([len(whole), chance.randrange(len(whole))])])
+        for _ in range(min(4, len(broken))):
+            broken[chance.randrange(len(broken))] = chance.randrange(256)
+        path.write_bytes(broken)
+        try:
+            found = read(path)
+        except (UserError, OSError) as error:
+            assert path.name in str(error)
+            refused += 1
+        else:
+            assert found is None or found.shape == (64, 3)
+    assert refused > 4
 
 
 @pytest.mark.parametrize("extension", data.CLOUDS + data.MESHES)
-def test_objects_of_every_format_are_read_the_same_every_time(tmp_path, extension):
+def test_objects_of_every_format_are_read_the_same_every_time_or_named(tmp_path, extension):
     path, half = tmp_path / f"object{extension}", np.array([2, 1, 0.5])
     if extension == ".glb":  # a scene: a unit box and how it is stretched; its y is up
         scene, half = trimesh.Scene(), half[[2, 0, 1]]
@@ -863,38 +872,45 @@ def test_objects_of_every_format_are_read_the_same_every_time(tmp_path, extensio
     else:
         away = np.linalg.norm(points[:, None] - LEANING[None], axis=-1)
         assert away.min(axis=1).max() < 1e-4 and len(set(away.argmin(axis=1))) == 200  # chosen, none twice
+    assert_named_if_broken(path, lambda path: data.read_object(path, 64))
 
 
-def test_a_folder_of_ones_own_is_read_with_and_without_labels(tmp_path, monkeypatch):
-    named, bare = tmp_path / "named", write_folder(tmp_path / "bare", labelled=False, test=False)
-    write_folder(named)
-    write_pictures(bare / "views/train00", "1.png", "2.jpg")
+def test_a_folder_of_ones_own_is_read_with_and_without_labels_and_set_upright(tmp_path, monkeypatch):
+    named, bare = write_own(tmp_path / "named"), write_own(tmp_path / "bare", labelled=False)
+    shutil.rmtree(bare / "test")
+    write_pictures(bare / "views/train0", "1.png", "2.jpg")
 
     def load(folder, points=64, **more):
         return data.load_dataset(str(folder), tmp_path, "test", points, **more)
-    objects, lying = load(named), load(named, up="y")
-    assert objects.labels.tolist() == [0] * 4 + [1] * 4 and objects.class_names == ["mug", "night stand"]
-    assert objects.names[0] == "test00" and objects.name == "named" and objects.split == "test"
-    assert torch.allclose(objects.points.norm(dim=-1).amax(dim=1), torch.ones(8), atol=1e-5)
-    assert torch.allclose(lying.points, objects.points[..., [2, 0, 1]], atol=1e-6)
+    objects = load(named)
+    assert objects.class_names == NAMES and [k // 2 for k in range(20)] == objects.labels.tolist()
+    assert objects.names[:2] == ["test0", "test10"] and (objects.name, objects.split) == ("named", "test")
+    assert torch.allclose(objects.points.norm(dim=-1).amax(dim=1), torch.ones(20), atol=1e-5)
+    for up, axis, sign in (("z", 2, 1), ("y", 1, 1), ("-y", 1, -1)):
+        lying = load(named, up=options(f"--up={up}").up)
+        turn = torch.linalg.lstsq(objects.points[0], lying.points[0]).solution
+        assert turn[axis].tolist() == pytest.approx([0, 0, sign], abs=1e-4)  # what pointed up is along z now
+        assert torch.linalg.det(turn) == pytest.approx(1, abs=1e-4)  # a rotation, no mirror image
     objects = load(bare)
-    assert objects.labels is None and len(objects) == 8 and objects.split == "train"
-    assert [len(paths) for paths in objects.images] == [2] + [0] * 7
+    assert objects.labels is None and len(objects) == 48 and objects.split == "train"
+    assert [len(paths) for paths in objects.images] == [2] + [0] * 47
     assert [data.dataset_row(str(root))["templates"] for root in (bare, named)] == ["photo", "depth"]
     scanned, scan = [], data.scan  # a scan loses points: it takes more of a file than are asked for
     monkeypatch.setattr(data, "scan", lambda points, *more, **named: (
         scanned.append(points.shape[1]) or scan(points, *more, **named)))
-    for points in (64, 300):
-        assert load(named, points, domain="target").points.shape == (8, points, 3)
-    assert scanned == [3 * 64, 500]
+    for points in (32, 100):
+        assert load(named, points, domain="target").points.shape == (20, points, 3)
+    assert scanned == [3 * 32, 128]
 
 
-def test_photographs_and_depth_views_take_one_path(tmp_path):
-    root = write_folder(tmp_path / "own", labelled=False)
-    write_pictures(root / "views/train00", *[f"{k}.png" for k in range(5)])
-    objects, batches = data.load_dataset(str(root), tmp_path, "train", points=64), torch.arange(8).split(4)
-    (weak, strong), again, other = (next(iter(data.training_photographs(objects, batches, 32, seed)))
-                                    for seed in (1, 1, 2))
+def test_photographs_and_depth_views_take_one_path_and_a_broken_picture_is_named(tmp_path):
+    root = write_own(tmp_path / "own", labelled=False)
+    write_pictures(root / "views/train0", *[f"{k}.png" for k in range(5)])
+    objects = data.load_dataset(str(root), tmp_path, "train", points=64).pick(torch.arange(8))
+
+    def draw(seed):
+        return data.training_photographs(objects, torch.arange(8).split(4), 32, seed)
+    (weak, strong), again, other = (next(iter(draw(seed))) for seed in (1, 1, 2))
     assert torch.equal(strong, again[1]) and not torch.equal(strong, other[1])
     views = data.draw_views(objects.points[:4], 32, (weak, strong))
     for name in ("weak_image", "strong_image"):
@@ -905,60 +921,37 @@ def test_photographs_and_depth_views_take_one_path(tmp_path):
         stills = list(data.fixed_images(objects, count, 32, 4, "cpu"))
         assert stills[0][0, :, 0, 0, 0].mul(255).round().tolist() == reds  # all its photographs, or some
         assert [len(images[0]) for images in stills[1:]] == [count or 6] * 7  # and depth views
+    odd = bytearray(objects.images[0][0].read_bytes())
+    odd[29] ^= 1  # a wrong sum, which Pillow calls a SyntaxError
+    for content in (b"not a picture", odd):
+        for path in objects.images[0]:
+            path.write_bytes(content)
+        for images in (draw(1), data.fixed_images(objects, None, 32, 4, "cpu")):
+            with pytest.raises(UserError, match="^cannot read .*[0-4].png: .*; replace or remove it$"):
+                next(iter(images))
 
 
-def test_redwood_and_co3d_are_fetched_piece_by_piece(tmp_path, monkeypatch):
-    parts, fetched = ["bench_000_singlesequence", "bench_001_singlesequence"], []
-    lists = {"categories": {name: ["1"] if name == "sign" else [] for name in data.REDWOOD},
-             "meshes": ["1", "2"],
-             "co3d_sha256": {"singlesequence": {f"bench_00{k}.zip": k for k in (0, 1)}}}
-    members = {"1": [f"rgb/{i:03d}.jpg" for i in range(50)] + ["depth/1.png"]}
-    members |= {part: [f"bench/{part}/pointcloud.ply", "LICENSE"] for part in parts}
-
-    def fetch(path, urls, expected=None):
-        fetched.append((urls[0].rsplit("/", 1)[1], expected))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".zip":
-            return write_zip(path, dict.fromkeys(members[path.stem], ""))
-        path.write_text(json.dumps(lists.get(path.stem)))
-        return path
-    monkeypatch.setattr(data, "fetch", fetch)
-    data.fetch_redwood(tmp_path / "redwood")
-    data.fetch_co3d(tmp_path / "co3d", "bench")
-    assert fetched == [("categories.json", None), ("meshes.json", None), ("1.ply", None), ("1.zip", None),
-                       ("co3d_sha256.json", None), *[(f"{part}.zip", k) for k, part in enumerate(parts)]]
-    kept = sorted(path.name for path in (tmp_path / "redwood/images/1/rgb").iterdir())
-    assert len(kept) == 24 and kept[0] == "000.jpg" and kept[-1] == "049.jpg"
-    assert sorted(path.name for path in (tmp_path / "co3d/bench").iterdir()) == parts
-    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".zip", ".part")]
-
-
-@pytest.mark.parametrize("name, file", [
-    ("modelnet40", ""), ("scanobjectnn-obj-only", "main_split_nobg/{}_objectdataset.h5"),
-    ("scanobjectnn-with-bg", "main_split/{}_objectdataset.h5"),
-    ("scanobjectnn-hardest", "main_split/{}_objectdataset_augmentedrot_scale75.h5")])
-def test_a_missing_data_set_is_fetched_checked_unpacked_and_read(tmp_path, monkeypatch, capsys, name, file):
-    made, root, row = tmp_path / "made", tmp_path / "root", dict(data.DOWNLOADS[name.split("-")[0]], hub=None)
-    if file:
-        for member in [*row["members"], f"h5_files/{file.format('training')}"]:
-            write_h5(made / member, np.arange(30 if "training" in member else 15) % 15)
-        row["members"] = {member: sha256_of(made / member) for member in row["members"]}
-    else:
-        write_modelnet(made)
-    files = {path.relative_to(made): path.read_bytes() for path in made.rglob("*.*")}
-    archive = write_zip(tmp_path / "a.zip", files)
-    row |= {"urls": [archive.as_uri()], "sha256": sha256_of(archive)}
-    monkeypatch.setitem(data.DOWNLOADS, name.split("-")[0], row)
-    with pytest.raises(FileNotFoundError, match="README, Data"):
-        data.load_dataset(name, root, "test", points=64, download=False)
-    test = data.load_dataset(name, root, "test", points=64)
-    assert row["terms"] in capsys.readouterr().out  # said before it is fetched
-    train = data.load_dataset(name, root, "train", points=64, download=False)
-    assert (len(test), len(train)) == ((15, 30) if file else (12, 24))
-    if file:  # its y was up
-        assert torch.allclose(test.points, upright([2, 0, 1]).expand(15, -1, -1), atol=1e-5)
-        assert test.labels.tolist() == list(range(15))
-        assert test.class_names[:2] == ["bag", "bin"] and test.class_names[14] == "toilet"
+def test_missing_data_sets_are_fetched_checked_unpacked_and_read(tmp_path, monkeypatch, capsys):
+    root, made, top = tmp_path / "root", tmp_path / "made", tmp_path / "made/scanobjectnn/h5_files"
+    write_modelnet(made / "modelnet40")
+    for k, (folder, suffix) in enumerate((("main_split_nobg", ""), ("main_split", ""),
+                                          ("main_split", "_augmentedrot_scale75"))):
+        for part, count in (("training", 30 + k), ("test", 15 + k)):
+            write_h5(top / folder / f"{part}_objectdataset{suffix}.h5", np.arange(count) % 15)
+    for key in ("modelnet40", "scanobjectnn"):
+        archive, row = Path(shutil.make_archive(tmp_path / key, "zip", made / key)), data.DOWNLOADS[key]
+        members = {member: sha256_of(made / key / member) for member in row.get("members", ())}
+        row = row | dict(hub=None, urls=[archive.as_uri()], sha256=sha256_of(archive), members=members)
+        monkeypatch.setitem(data.DOWNLOADS, key, row)
+    for name, counts in (("modelnet40", (24, 12)), ("scanobjectnn-obj-only", (30, 15)),
+                         ("scanobjectnn-with-bg", (31, 16)), ("scanobjectnn-hardest", (32, 17))):
+        train, test = (data.load_dataset(name, root, split, points=64) for split in ("train", "test"))
+        assert (len(train), len(test)) == counts
+    assert test.labels.tolist() == [*range(15), 0, 1]
+    assert test.class_names[:2] == ["bag", "bin"] and test.class_names[14] == "toilet"
+    assert torch.allclose(test.points, upright([2, 0, 1]).expand(17, -1, -1), atol=1e-5)  # its y was up
+    said = capsys.readouterr().out
+    assert all(data.DOWNLOADS[key]["terms"] in said for key in ("modelnet40", "scanobjectnn"))
 
 
 BAD_DATA = [  # data set, a file of it, what comes in its place (None: nothing), what the one line says
@@ -979,73 +972,33 @@ BAD_DATA = [  # data set, a file of it, what comes in its place (None: nothing),
     ("own", "classes.txt", b"mug\nmug\n", "two or more different names"),
     ("own", "test/cup/a.npy", LEANING, r"objects in \['cup'\]; expected folders"),
     ("own", "test/a.npy", LEANING, "objects in .*folders and outside"),
-    ("own", "test/night_stand/test00.npy", LEANING, "two objects .*called test00"),
-    ("own", "test/mug/test00.npy", LEANING[:20], "test00.npy has 20 points, --points is 64; lower"),
-    ("own", "test/mug/test00.npy", LEANING * np.inf, "test00.npy has NaN or infinite"),
-    ("own", "test/mug/test00.npy", LEANING * 0 + 1, "all points of .*test00.npy coincide"),
-    ("own", "test/mug/test00.npy", LEANING[:, :2], "cannot read .*test00.npy.*2 columns"),
-    ("own", "views/stranger/a.png", b"x", "no picture of any object.*views/test00"),
+    ("own", "test/bed/test0.npy", LEANING, "two objects .*called test0;"),
+    ("own", "test/bed/test1.npy", LEANING[:20], "test1.npy has 20 points, --points is 64; lower"),
+    ("own", "test/bed/test1.npy", LEANING * np.inf, "test1.npy has NaN or infinite"),
+    ("own", "test/bed/test1.npy", LEANING * 0 + 1, "all points of .*test1.npy coincide"),
+    ("own", "test/bed/test1.npy", LEANING[:, :2], "cannot read .*test1.npy.*2 columns"),
+    ("own", "views/stranger/a.png", b"x", "no picture of any object.*views/test0"),
+    ("empty", "classes.txt", b"mug\ncup\n", "no objects in .*empty/train; expected files"),
 ]
 
 
 @pytest.mark.parametrize("name, file, content, says", BAD_DATA)
 def test_bad_data_is_one_line_that_names_it_and_exit_code_2(tmp_path, capsys, name, file, content, says):
-    if file:
-        folder = write_modelnet(tmp_path) if name == "modelnet40" else write_folder(tmp_path / "own")
-        path, name = folder / file, name if name == "modelnet40" else str(folder)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if content is None:
-            path.unlink()
-        elif isinstance(content, dict):
-            write_h5(path, **content)
-        elif isinstance(content, bytes):
-            path.write_bytes(content)
-        else:
-            np.save(path, content)
+    if name == "own":
+        write_own(tmp_path / name)
+    folder = write_modelnet(tmp_path) if name == "modelnet40" else tmp_path / name
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    if content is None:
+        (folder / file).unlink()
+    elif isinstance(content, dict):
+        write_h5(folder / file, **content)
+    elif isinstance(content, np.ndarray):
+        np.save(folder / file, content)
+    elif file:
+        (folder / file).write_bytes(content)
+    name = str(folder) if name in ("own", "empty") else name
     said = one_line(capsys, lambda: data.load_dataset(name, tmp_path, "test", 64, download=False))
     assert re.match(f"error: .*{says}", said)
-
-
-def test_no_broken_file_is_read_wrongly_or_ends_in_a_traceback(tmp_path):
-    """A few cuts and changed bytes of each kind of file; ten thousand were tried once."""
-    chance, refused, cloud = random.Random(0), 0, tmp_path / "cloud"
-    for extension in data.MESHES:
-        trimesh.creation.box((4, 2, 1)).export(f"{cloud}{extension}")
-    np.save(f"{cloud}.npy", LEANING)
-    np.savetxt(f"{cloud}.txt", LEANING)
-    write_h5(tmp_path / "cloud0.h5", [0, 1])
-    write_zip(tmp_path / "cloud.zip", {"hello.txt": "hello " * 40})
-    others = {".h5": lambda path: data.read_h5(path, 64, 64, 11)[0][0],
-              ".zip": lambda path: data.unpack([path], tmp_path / f"out/{chance.random()}")}
-    paths = list(tmp_path.iterdir())
-    for path in paths:
-        whole = path.read_bytes()
-        for _ in range(30):
-            broken = bytearray(whole[:chance.choice([len(whole), chance.randrange(len(whole))])])
-            for _ in range(min(4, len(broken))):
-                broken[chance.randrange(len(broken))] = chance.randrange(256)
-            path.write_bytes(broken)
-            try:
-                found = others.get(path.suffix, lambda path: data.read_object(path, 64))(path)
-            except (UserError, OSError) as error:
-                assert path.name in str(error)
-                refused += 1
-            else:
-                assert found is None or found.shape == (64, 3)
-    assert refused > 10 * len(paths)
-
-
-def test_a_picture_that_is_none_ends_in_one_line(tmp_path):
-    write_pictures(tmp_path, "a.png")
-    odd = bytearray((tmp_path / "a.png").read_bytes())
-    odd[29] ^= 1  # a wrong sum, which Pillow calls a SyntaxError
-    objects = data.Objects(torch.zeros(1, 64, 3), None, [], images=[[tmp_path / "a.png"]])
-    for content in (b"not a picture", odd):
-        (tmp_path / "a.png").write_bytes(content)
-        for images in (data.fixed_images(objects, None, 32, 4, "cpu"),
-                       data.training_photographs(objects, (torch.tensor([0]),), 32, 0)):
-            with pytest.raises(UserError, match="^cannot read .*a.png: .*; replace or remove it$"):
-                next(iter(images))
 
 
 # -------------------------------------------------------------------------------------------------- training
@@ -1080,13 +1033,12 @@ def assert_equal(a, b):
 
 @pytest.mark.parametrize("kind", ["finished", "photographed"])
 def test_true_labels_do_not_touch_training(tmp_path, monkeypatch, request, kind):
-    folder, load = request.getfixturevalue(kind)[0], train.load_dataset
+    folder = request.getfixturevalue(kind)[0]
 
-    def run(out, change, *more):
+    def run(out, relabel, *more):
         def relabelled(*given):
-            objects = load(*given)
-            objects.labels = change(objects.labels)
-            return objects
+            objects = data.load_dataset(*given)
+            return replace(objects, labels=relabel(objects.labels))
         monkeypatch.setattr(train, "load_dataset", relabelled)
         results = small_run(folder, "--out", tmp_path / out, *more)
         return results, same(weights(folder / "out"), weights(tmp_path / out))
@@ -1118,58 +1070,46 @@ def test_a_run_that_stops_and_goes_on_equals_one_that_does_not(tmp_path, monkeyp
         log.write("a line a killed process left behind")
     on = small_run(folder, "--out", out, "--grad-checkpointing")  # which changes memory only
     assert on["seconds"] > 1000  # of all its processes
-    assert_equal(folder / "out", out)
+
+    def fewer(*given):
+        return data.load_dataset(*given).pick(torch.arange(15))
+
+    def renamed(*given):
+        return replace(data.load_dataset(*given), class_names=["pouffe", *NAMES[1:]])
+    for name, value, says in (("load_dataset", fewer, "other options.*objects.*48 -> 15"),
+                              ("load_dataset", renamed, "cannot continue .*last.pt: .*'bathtub'.*'pouffe'"),
+                              ("CODE", "edited", "last.pt was made by other code .*--no-resume .*--out")):
+        with pytest.raises(UserError, match=says), monkeypatch.context() as patch:
+            patch.setattr(train, name, value)
+            small_run(folder, "--out", out)
+    with train.sole_use(out / "last.pt"), pytest.raises(UserError, match=f"another process writes to {out};"):
+        small_run(folder, "--out", out)
     with pytest.raises(UserError, match="other options.*seed"):
         small_run(folder, "--out", out, "--seed", "3")
-    monkeypatch.setattr(train, "CODE", "edited")
-    with pytest.raises(UserError, match="last.pt was made by other code .*--no-resume .*--out"):
-        small_run(folder, "--out", out)
-
-
-def test_a_run_does_not_continue_on_other_data(tmp_path):
-    small_run(tmp_path, "--epochs", 1)
-    for split in ("train", "test"):
-        (tmp_path / f"own/{split}/bathtub").rename(tmp_path / f"own/{split}/pouffe")
-    (tmp_path / "own/classes.txt").write_text("\n".join(["pouffe", *NAMES[1:]]))
-    with pytest.raises(UserError, match="cannot continue .*last.pt: .*classes .*'bathtub'.*'pouffe'"):
-        small_run(tmp_path, "--epochs", 1)
-    (tmp_path / "own/train/pouffe/train0.npy").unlink()
-    with pytest.raises(UserError, match="other options.*objects.*48 -> 47"):
-        small_run(tmp_path, "--epochs", 1)
+    assert_equal(folder / "out", out)  # which no refused run has touched
 
 
 def test_a_run_killed_at_any_moment_continues_to_the_bit(tmp_path):
     """KILLS=50 kills more often. A run that gets to its end is compared and begins anew."""
     moments, kills, last = random.Random(0), 0, int(os.environ.get("KILLS", 3))
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole, parts, log = (tmp_path / name for name in ("whole", "parts", "parts/log.jsonl"))
     command = [sys.executable, HERE / "train.py", *small_flags(tmp_path, "--epochs", 16, "--log-every", 3)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "--out", whole], check=True, capture_output=True, env=env)
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    subprocess.run([*command, "--out", whole], check=True, **quiet)
     while kills < last or parts.exists():
-        run = subprocess.Popen([*command, "--out", parts], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                               env=env)
+        before = log.stat().st_mtime if log.exists() else 0
+        run = subprocess.Popen([*command, "--out", parts], **quiet)
         if kills < last:
-            log = parts / "log.jsonl"
-            before = log.stat().st_mtime if log.exists() else 0
             while run.poll() is None and not (log.exists() and log.stat().st_mtime > before):
                 time.sleep(0.01)
             time.sleep(moments.uniform(0, 2))
             run.kill()
-        code, said = run.wait(), run.stderr.read()
-        assert code in (0, -signal.SIGKILL), said
-        kills += code != 0
-        if (parts / "last.pt").exists():
-            models.read_file(parts / "last.pt", "student", "teacher", "optimizer", "log_bytes")
-        if code == 0:
+        said = run.communicate()[1]
+        assert run.returncode in (0, -signal.SIGKILL), said
+        kills += run.returncode != 0
+        if run.returncode == 0:
             assert_equal(whole, parts)
             shutil.rmtree(parts)
-
-
-def test_two_runs_do_not_write_to_one_folder(tmp_path, finished):
-    said = f"another process writes to {tmp_path};"
-    with train.sole_use(tmp_path / "last.pt"), pytest.raises(UserError, match=said):
-        small_run(finished[0], "--out", tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [".last.pt.lock"]
 
 
 def test_two_processes_equal_one_and_share_a_batch_evenly(tmp_path, monkeypatch, finished):
@@ -1180,7 +1120,6 @@ def test_two_processes_equal_one_and_share_a_batch_evenly(tmp_path, monkeypatch,
     for which in ("teacher", "student"):
         one, two = weights(folder / "out", which), weights(tmp_path, which)
         assert all(torch.allclose(one[name], two[name], rtol=0, atol=1e-4) for name in one)
-    assert not same(one, models.read_file(folder / "start.pt")["model"])
     logs = [map(json.loads, outcome(out)[1]) for out in (folder / "out", tmp_path)]
     for one, two in zip(*logs, strict=True):
         numbers = [name for name, value in one.items() if isinstance(value, (int, float, list))]
@@ -1234,12 +1173,6 @@ def test_what_a_user_can_put_right_is_one_line_and_a_bug_keeps_its_traceback(cap
             fail()
 
 
-def test_out_of_memory_names_the_batch_size_and_what_to_lower(tmp_path, monkeypatch, finished):
-    monkeypatch.setattr(train, "train_step", lambda *_: torch.empty(2 ** 60))
-    with pytest.raises(UserError, match="out of memory at --batch-size 16; lower it, --groups or"):
-        small_run(finished[0], "--out", tmp_path)
-
-
 @pytest.mark.parametrize("script, flag", [("train.py", "--start-checkpoint"), ("eval.py", "--checkpoint")])
 def test_both_scripts_end_in_one_line_and_exit_code_2(tmp_path, script, flag):
     (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
@@ -1274,19 +1207,21 @@ def test_a_single_modality_trains_only_itself(modality, absent):
     assert all(parameter.grad is None for parameter in idle.parameters())
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step_and_every_term(tmp_path, monkeypatch, finished):
-    shutil.copytree(finished[0] / "out", tmp_path / "out")
-    before, real = (tmp_path / "out/last.pt").read_bytes(), train.train_step
+def test_a_step_that_fails_says_why_and_leaves_the_last_checkpoint(tmp_path, monkeypatch, finished):
+    out = shutil.copytree(finished[0] / "out", tmp_path / "out")
+    before, real = (out / "last.pt").read_bytes(), train.train_step
 
     def interrupt(*given):  # Ctrl-C in the very step that spoils the weights
         os.kill(os.getpid(), signal.SIGINT)
         return real(*given)
     monkeypatch.setattr(train, "fairness_loss", lambda logits, shares: logits.sum() / 0)
-    for step in (real, interrupt):
+    infinite = "not finite at step 0: .*'self_image': [0-9].*'cross': [0-9]"
+    for step, says in ((real, infinite), (interrupt, infinite),
+                       (lambda *_: torch.empty(2 ** 60), "out of memory at --batch-size 16; lower it")):
         monkeypatch.setattr(train, "train_step", step)
-        with pytest.raises(UserError, match="not finite at step 0: .*'self_image': [0-9].*'cross': [0-9]"):
-            small_run(finished[0], "--out", tmp_path / "out", "--no-resume")
-        assert (tmp_path / "out/last.pt").read_bytes() == before
+        with pytest.raises(UserError, match=says):
+            small_run(finished[0], "--out", out, "--no-resume")
+        assert (out / "last.pt").read_bytes() == before
 
 
 def test_auto_takes_bfloat16_where_it_gains_and_a_run_keeps_its_choice(tmp_path, monkeypatch, capsys):
@@ -1338,11 +1273,10 @@ def test_one_batch_overfits():
     views, labels = views_and_labels(10, 256)
     for _ in range(120):
         terms = train.student_terms(student, views, labels, args)
-        loss = terms["self_image"] + terms["self_point"]
+        history.append(terms["self_image"] + terms["self_point"])
         optimizer.zero_grad()
-        loss.backward()
+        history[-1].backward()
         optimizer.step()
-        history.append(loss.item())
     assert sum(history[-5:]) / 5 < 0.3 * history[0]
 
 
@@ -1534,9 +1468,9 @@ def test_eval_names_a_start_by_any_words_and_writes_all_it_knows(tmp_path, capsy
 def test_a_sheet_of_a_data_set_is_drawn(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    write_folder(tmp_path / "runs/x")
+    write_own(tmp_path / "runs/x")
     assert train.parse_args(["--dataset", "runs/x"]).out == Path("runs/x-ulip2")
-    for argv in (["--dataset", "runs/x", "--points", "500"], ["--domain", "source"]):
+    for argv in (["--dataset", "runs/x", "--points", "100"], ["--domain", "source"]):
         evaluation.main([*argv, "--preview", "sheet"])
         assert Image.open("sheet.png").size[0] > 800
         os.remove("sheet.png")
