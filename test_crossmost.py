@@ -217,7 +217,7 @@ def test_losses_of_hidden_tokens_see_these_only_and_the_target_carries_no_gradie
     assert global_local_alignment_loss(cls, tokens, hidden & False).item() == 0
 
 
-def test_groups_equal_brute_force_and_follow_a_translation_and_masks_hide_blocks_of_the_documented_share():
+def test_groups_equal_brute_force_and_follow_a_translation_and_masks_are_blocks():
     points = torch.randn(2, 60, 3)
     for cloud, chosen in zip(points, farthest_point_sample(points, 12)):
         expected = [0]
