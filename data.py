@@ -97,9 +97,11 @@ def render_depth_views(points: Tensor, azimuths: Tensor, elevations: Tensor, siz
         row = ((0.5 - v * 0.48) * grid).long().clamp(0, grid - 1)
         bright = 0.6 + 0.4 * depth.clamp(-1, 1)
         image = points.new_zeros(batch, views, grid * grid)
-        image = image.scatter_reduce(2, row * grid + column, bright, "amax")
-        image = F.max_pool2d(F.pad(image.view(-1, grid, grid), (2, 2, 2, 2)), 5, 1)  # a closing, a cell wider
-        image = -F.max_pool2d(F.pad(-image, (1, 1, 1, 1)), 3, 1)
+        image = image.scatter_reduce(2, row * grid + column, bright, "amax").view(-1, grid, grid)
+        for _ in range(2):  # a closing, one cell wider; on a CPU 1-D pools are much faster than a 2-D one
+            image = F.max_pool1d(F.pad(image, (2, 2)), 5, 1).transpose(1, 2)
+        for _ in range(2):
+            image = -F.max_pool1d(F.pad(-image, (1, 1)), 3, 1).transpose(1, 2)
         for _ in range(2):  # a Gaussian, one axis after the other
             wide = F.pad(image, (1, 1))
             image = (0.25 * wide[..., :-2] + 0.5 * image + 0.25 * wide[..., 2:]).transpose(1, 2)
@@ -612,15 +614,14 @@ def reading(path: Path, repair: str, missing: str = "README, Data, says what goe
 
 
 # ------ Fetching: the hub's copy first, then plain addresses ------------------------------------------------
-ULIP1 = "checkpoint_pointbert.pt"
 ULIP2 = "ULIP-2-PointBERT-8k-xyz-pc-slip_vit_b-objaverse-pretrained.pt"
 # file: its place below the data root (starts: the cache). sources: addresses, or of the Hugging Face hub data
 # set, file in it, revision. sha256 and members (sha256 of files inside): where they are published.
 DOWNLOADS = {
     "ulip2": dict(file=ULIP2, terms="BSD-3-Clause, 8k-point Objaverse model of ULIP-2", sources=[
         ("SFXX/ulip", f"ULIP-2/pretrained_models/{ULIP2}", None)]),
-    "ulip1": dict(file=ULIP1, terms="BSD-3-Clause, ULIP-1 on ShapeNet-55", sources=[
-        ("SFXX/ulip", f"ULIP-1/pretrained_models/ckpt_zero-sho_classification/{ULIP1}", None)]),
+    "ulip1": dict(file="checkpoint_pointbert.pt", terms="BSD-3-Clause, ULIP-1 on ShapeNet-55", sources=[(
+        "SFXX/ulip", "ULIP-1/pretrained_models/ckpt_zero-sho_classification/checkpoint_pointbert.pt", None)]),
     "modelnet40": dict(
         file="modelnet40_ply_hdf5_2048.zip", terms="435 MB, for academic research only", sources=[
             ("Msun/modelnet40", "modelnet40_ply_hdf5_2048.zip", "d5dc795541800feeb7a4b3bd3142729a0d2adf7a"),
@@ -629,7 +630,8 @@ DOWNLOADS = {
     "scanobjectnn": dict(
         file="scanobjectnn/h5_files.zip", terms="for research: hkust-vgd.github.io/scanobjectnn", sources=[
             "http://hkust-vgd.ust.hk/scanobjectnn/h5_files.zip",
-            "https://github.com/ma-xu/pointMLP-pytorch/releases/download/dataset/h5_files.zip"], members={
+            "https://github.com/ma-xu/pointMLP-pytorch/releases/download/dataset/h5_files.zip"],
+        members={
             "h5_files/main_split/training_objectdataset.h5":
                 "d334dd3e44556606b0c38560a6a2ed6b191c2e2fe6588f22e3f154d5cbdf3cb1",
             "h5_files/main_split/test_objectdataset.h5":
@@ -699,11 +701,14 @@ def unpack(archives: list[Path], folder: Path, frames: int | None = None, member
     with lock(folder):
         if folder.exists():
             return
+        shutil.rmtree(part, ignore_errors=True)  # a killed process left it
         try:
             for archive in archives:
                 with zipfile.ZipFile(archive) as file:
-                    names = [name for name in file.namelist() if frames is None or name.endswith(".jpg")]
-                    file.extractall(part, evenly_spaced(sorted(names), frames or len(names)))  # strips `..`
+                    names = sorted(file.namelist())
+                    if frames:
+                        names = evenly_spaced([name for name in names if name.endswith(".jpg")], frames)
+                    file.extractall(part, names)  # strips `..`
             for name, sha256 in (members or {}).items():
                 if hashlib.sha256((part / name).read_bytes()).hexdigest() != sha256:
                     raise ValueError(f"{name} is not its authors' (sha256)")
@@ -711,7 +716,7 @@ def unpack(archives: list[Path], folder: Path, frames: int | None = None, member
             os.replace(inner if inner.is_dir() else part, folder)
         except Exception as error:  # zip files break in many ways, each with a type of its own
             raise UserError(f"cannot unpack {archive}: {error!r}; to fetch it again, remove it") from error
-        finally:  # what a killed process leaves is overwritten the next time
+        finally:
             shutil.rmtree(part, ignore_errors=True)
 
 
