@@ -438,20 +438,20 @@ def in_split(name: str, split: str) -> bool:
 # its repository's issue 33; Redwood and CO3D lie as a camera saw them, y down, roughly); templates around the
 # names; and what the original code trains it with: points per cloud, thresholds of joint-label and of images
 # and points apart, point weight, and, where they are not those of all sets, epochs and batch size.
-CAD = dict(up="z", templates="depth", points=2048, threshold=0.84, separate=(0.84, 0.84), point_weight=0.9)
-SCANS = dict(up="y", templates="depth", points=2048, threshold=0.82, separate=(0.6, 0.6), point_weight=1.0)
+CAD = dict(up="z", templates="depth", points=2048, threshold=[0.84], separate=[0.84, 0.84], point_weight=0.9)
+SCANS = dict(up="y", templates="depth", points=2048, threshold=[0.82], separate=[0.6, 0.6], point_weight=1.0)
 PHOTO = dict(SCANS, up="-y", templates="photo", points=8192)
 DATASETS = {
     "shapes": dict(CAD, point_weight=1.0),
     "modelnet10": dict(CAD, load=partial(load_modelnet, classes=MODELNET10)),
-    "modelnet40": dict(CAD, load=load_modelnet, separate=(0.8, 0.82)),
+    "modelnet40": dict(CAD, load=load_modelnet, separate=[0.8, 0.82]),
     "modelnet40-depth": dict(CAD, load=partial(load_modelnet, views=False)),
-    "scanobjectnn-obj-only": dict(SCANS, separate=(0.8, 0.82),
+    "scanobjectnn-obj-only": dict(SCANS, separate=[0.8, 0.82],
                                   load=partial(load_scanobjectnn, part="main_split_nobg")),
     "scanobjectnn-with-bg": dict(SCANS, load=load_scanobjectnn),
     "scanobjectnn-hardest": dict(SCANS, load=partial(load_scanobjectnn, suffix="_augmentedrot_scale75")),
-    "redwood": dict(PHOTO, load=load_redwood, separate=(0.82, 0.82), batch_size=64),
-    "co3d": dict(PHOTO, load=load_co3d, threshold=0.84, separate=(0.8, 0.82), point_weight=0.9, epochs=150),
+    "redwood": dict(PHOTO, load=load_redwood, separate=[0.82, 0.82], batch_size=64),
+    "co3d": dict(PHOTO, load=load_co3d, threshold=[0.84], separate=[0.8, 0.82], point_weight=0.9, epochs=150),
     "shapenet55": dict(CAD, load=load_shapenet55, up="y", templates="3d", points=8192),
 }
 
@@ -460,7 +460,7 @@ def dataset_row(name: str) -> dict:
     """The row of DATASETS for a data set. A folder of one's own, whose shares and sizes nobody knows, has
     ScanObjectNN's values, being scans; one with `views` has photographs."""
     templates = "photo" if (Path(name) / "views").is_dir() else "depth"
-    return DATASETS.get(name) or dict(SCANS, up="z", separate=(0.82, 0.82), templates=templates)
+    return DATASETS.get(name) or dict(SCANS, up="z", separate=[0.82, 0.82], templates=templates)
 
 
 def load_dataset(name: str, root: str | Path, split: str, points: int = 1024, domain: str | None = None,

@@ -13,19 +13,16 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from data import (DATASETS, UP, Objects, UserError, dataset_row, draw_views, fixed_images, load_dataset,
-                  load_files, read_lines, training_photographs)
-from model import (OTHER_GROUPS, STARTS, TEMPLATES, CrossMoST, build_model, describe_start, group_points,
-                   hide_groups, hide_patches, load_checkpoint, start_file, whole_file)
-
-matplotlib.use("Agg")  # draws into files; no screen needed
-import matplotlib.pyplot as plt  # noqa: E402
+                  load_files, read_lines, reading, training_photographs)
+from model import (OTHER_GROUPS, STARTS, TEMPLATES, CrossMoST, build_model, hide_patches, load_checkpoint,
+                   read_start, start_file, whole_file)
 
 MODALITIES = ("image", "point", "joint")
 
@@ -57,40 +54,36 @@ def to_probs(logits: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"image": image, "point": point, "joint": (image + point) / 2}
 
 
-def predict(model: CrossMoST, objects: Objects, views: int | None = None) -> dict[str, Tensor]:
-    """Class probabilities of every object: {"image", "point", "joint"}, each (N, C), on the CPU."""
-    return to_probs(embed(model, objects, views))
+def evaluate(model: CrossMoST, objects: Objects, views: int | None = None,
+             predictions: Path | None = None) -> dict:
+    """What assess says of the model's probabilities. predictions: a file for write_predictions."""
+    probs = to_probs(embed(model, objects, views))
+    if predictions:
+        with whole_file(predictions) as path:
+            write_predictions(path, objects, probs)
+    return assess(probs, objects)
 
 
-def evaluate(model: CrossMoST, objects: Objects, views: int | None = None) -> dict:
-    """What accuracy returns. Raises: UserError if the objects have no labels or other classes."""
-    if objects.labels is None:
-        raise UserError(f"{objects.name} has no labels; accuracy cannot be measured")
-    return accuracy(predict(model, objects, views), objects)
-
-
-def accuracy(probs: dict[str, Tensor], objects: Objects) -> dict:
-    """Top-1 in percent: {"image", "point", "joint", "per_class": {name: {"image", ...}}} of probabilities."""
-    correct = {name: (p.argmax(dim=-1) == objects.labels).double() for name, p in probs.items()}
-    per_class = {}
-    for k, name in enumerate(objects.class_names):
-        if (objects.labels == k).any():
-            per_class[name] = {m: percent(correct[m][objects.labels == k].mean()) for m in MODALITIES}
-    return {**{m: percent(correct[m].mean()) for m in MODALITIES}, "per_class": per_class}
-
-
-def percent(share) -> float:
-    """A share in [0, 1] as a percentage with two decimals."""
-    return round(100 * float(share), 2)
-
-
-def opinions(probs: dict[str, Tensor], class_names: list[str]) -> dict:
-    """What can be said without labels, in percent: the agreement of the two modalities, and the share of the
-    objects that bears each name."""
+def assess(probs: dict[str, Tensor], objects: Objects) -> dict:
+    """What probabilities (N, C) tell, in percent: "agreement" of image and point, "shares" of joint names;
+    with labels top-1 accuracy "image", "point", "joint", and "per_class": {name: {"image", ...}}."""
+    def percent(hits: Tensor) -> float:
+        return round(100 * hits.double().mean().item(), 2)
     named = {m: p.argmax(dim=-1) for m, p in probs.items()}
-    shares = named["joint"].bincount(minlength=len(class_names)).double() / len(named["joint"])
-    return {"agreement": percent((named["image"] == named["point"]).double().mean()),
-            "shares": {name: percent(share) for name, share in zip(class_names, shares)}}
+    found = {"agreement": percent(named["image"] == named["point"]),
+             "shares": {name: percent(named["joint"] == k) for k, name in enumerate(objects.class_names)}}
+    if objects.labels is not None:
+        correct = {m: named[m] == objects.labels for m in MODALITIES}
+        found |= {m: percent(correct[m]) for m in MODALITIES}
+        members = {name: objects.labels == k for k, name in enumerate(objects.class_names)}
+        found["per_class"] = {name: {m: percent(correct[m][own]) for m in MODALITIES}
+                              for name, own in members.items() if own.any()}
+    return found
+
+
+def top_one(found: dict) -> dict | None:
+    """Of what assess returns accuracy only, None without labels."""
+    return {m: found[m] for m in MODALITIES} if "joint" in found else None
 
 
 def predict_by_cache(model: CrossMoST, unlabelled: Objects, objects: Objects, views: int | None = None,
@@ -99,7 +92,7 @@ def predict_by_cache(model: CrossMoST, unlabelled: Objects, objects: Objects, vi
 
     The `shots` unlabelled objects of each predicted class with the highest joint confidence are its keys;
     logits_m + s sum_k exp(-sharpness (1 - f_m . f_mk)) onehot(y_k) / shots, in each modality m, with the
-    model's logit scale s. shots and sharpness are Tip-Adapter's (arXiv 2111.03930). Returns as predict."""
+    model's logit scale s. shots and sharpness are Tip-Adapter's (arXiv 2111.03930). Returns as to_probs."""
     cached, out = embed(model, unlabelled, views), embed(model, objects, views)
     confidence, labels = to_probs(cached)["joint"].max(dim=-1)
     by_confidence = confidence.argsort(descending=True)
@@ -113,15 +106,13 @@ def predict_by_cache(model: CrossMoST, unlabelled: Objects, objects: Objects, vi
     return to_probs(out)
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Tables
-
+# ------ Tables ----------------------------------------------------------------------------------------------
 def table(results: dict, every_class_of: str | None = None) -> str:
-    """The closing table: a row for each of zero_shot, cache, student, teacher that `results` holds; below it
-    the mean over classes, and every class, of one of these."""
+    """The closing table: a row for each of zero_shot, cache, student, teacher that `results` has accuracy of;
+    below it the mean over classes, and every class, of one of these."""
     what = f"{results['dataset']} {results['split']}, {results['objects']} objects"
     rows = {key.replace("_", "-"): results[key] for key in ("zero_shot", "cache", "student", "teacher")
-            if results.get(key)}
+            if "joint" in (results.get(key) or ())}
     if not rows:
         return f"{what} without labels"
     if every_class_of:
@@ -135,21 +126,15 @@ def table(results: dict, every_class_of: str | None = None) -> str:
 
 def collect(folder: Path, assets: Path) -> str:
     """Gather FOLDER/**/results.json into ASSETS/results.json, and their tables into ASSETS/tables.md.
-
     Returns the short table. Raises: UserError or OSError for files that are not as they should be."""
     runs = {}
     for path in sorted(folder.glob("**/results.json")):
-        try:
+        with reading(path, "expected results of train.py or eval.py --rival, each kind once; remove it"):
             run = json.loads(path.read_text())
-            if not (run.get("teacher") or run.get("cache")):
-                continue  # no labels, nothing to compare
-            tables([run])
-            other = runs.setdefault((run["dataset"], setting(run), run["seed"]), run)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is no results.json of train.py or eval.py: {error!r}; "
-                            "run it again, or remove it") from error
-        if other is not run:
-            raise UserError(f"{path} has the options and seed of another run there; move one elsewhere")
+            if run["zero_shot"]:  # else there were no labels
+                tables([run])
+                if runs.setdefault((run["dataset"], setting(run), run["seed"]), run) is not run:
+                    raise ValueError("another run there has its options and seed")
     if not runs:
         raise FileNotFoundError(f"no results.json with accuracy below {folder}; README, Results, makes some")
     short, full = tables([*runs.values()])
@@ -170,52 +155,41 @@ def setting(run: dict) -> str:
 
 
 def tables(runs: list[dict]) -> tuple[str, str]:
-    """Many runs as Markdown: the short table (joint accuracy and gap, a column for each data set), and a
-    document with a table for each data set. Rows are settings, in the order of `runs`, over their seeds.
+    """Many runs as Markdown: a short table (joint accuracy, a column for each data set), and a document with
+    a whole table for each data set. A row is a setting, a cell start -> end over its seeds.
 
-    gap: the share of the way from a run's own start to its ceiling, --labels truth, in joint accuracy."""
-    sets, labels = {}, dict.fromkeys(["zero-shot start", "Cross-MoST", *map(setting, runs)])
+    gap: how much of the way from a run's start to its ceiling, --labels truth with its seed, was made."""
+    def markdown(cells):
+        return f"| {' | '.join(cells)} |"
+    sets, short = {}, {label: {} for label in ["Cross-MoST", *map(setting, runs)]}
     for run in runs:
         run = {**run, "end": run.get("teacher") or run["cache"]}
         sets.setdefault(run["dataset"], {}).setdefault(setting(run), {})[run["seed"]] = run
     commits = ", ".join(sorted({run.get("commit", "unknown") for run in runs}))
     full = [f"# Results\n\nMade by `python eval.py --runs FOLDER` from runs of commit {commits}.",
-            "Top-1 accuracy in percent after the last epoch, mean ± standard deviation over seeds; of the "
-            "teacher,\nwhere it is not said. gap: the share of the way from the start to `--labels truth`."]
-    cells = {label: [] for label in labels}
+            "Top-1 accuracy in percent: zero-shot start -> teacher after the last epoch, mean ± standard\n"
+            "deviation over seeds. gap: the share of the way from the start to `--labels truth`, joint."]
     for name, settings in sets.items():
         objects = next(run["objects"] for run in runs if run["dataset"] == name)
-        heads = [f"{name}, {objects} objects", *MODALITIES, "gap", "start, joint", "student, joint",
-                 "joint by seed"]
-        full += ["", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-        for label in labels:
-            of_start = label == "zero-shot start"
-            seeds = settings.get("Cross-MoST" if of_start else label, {})
-            starts = [run["zero_shot"] for run in seeds.values()]
-            ends = starts if of_start else [run["end"] for run in seeds.values()]
-            students = [] if of_start else [run["student"] for run in seeds.values() if "student" in run]
-            share = "" if of_start else gap(seeds, settings.get("`--labels truth`", {}))
-            joint = mean_and_std(ends)
-            cells[label].append(f"{joint} ({share})" if share else joint)
-            if seeds:
-                by_seed = ", ".join(f"{seed}: {end['joint']:.1f}" for seed, end in zip(seeds, ends))
-                row = (label, mean_and_std(ends, "image"), mean_and_std(ends, "point"), joint, share,
-                       mean_and_std(starts), mean_and_std(students), by_seed)
-                full.append(f"| {' | '.join(row)} |")
-    short = [["joint top-1, % (gap)", *sets], ["---"] * (1 + len(sets))]
-    short += [[label, *row] for label, row in cells.items()]
-    return "\n".join(f"| {' | '.join(row)} |" for row in short), "\n".join(full) + "\n"
+        heads = f"{name}, {objects} objects", *MODALITIES, "gap", "student, joint", "joint by seed"
+        full += ["", markdown(heads), markdown(["---"] * len(heads))]
+        ceiling = {seed: run["end"]["joint"] for seed, run in settings.get("`--labels truth`", {}).items()}
+        for label, found in ((label, settings[label]) for label in short if label in settings):
+            start, end = ([run[key] for run in found.values()] for key in ("zero_shot", "end"))
+            cells = [f"{mean_and_std(start, m)} -> {mean_and_std(end, m)}" for m in MODALITIES]
+            way = [(b["joint"] - a["joint"]) / (ceiling[seed] - a["joint"])
+                   for seed, a, b in zip(found, start, end) if seed in ceiling]
+            gap = f"{100 * statistics.mean(way):.0f} %" if way else ""
+            students = mean_and_std([run["student"] for run in found.values() if "student" in run], "joint")
+            by_seed = ", ".join(f"{seed}: {b['joint']:.1f}" for seed, b in zip(found, end))
+            full.append(markdown([label, *cells, gap, students, by_seed]))
+            short[label][name] = f"{cells[2]} ({gap})" if gap else cells[2]
+    lines = [["joint top-1, %: start -> end (gap)", *sets], ["---"] * (1 + len(sets))]
+    lines += [[label, *(cells.get(name, "") for name in sets)] for label, cells in short.items()]
+    return "\n".join(map(markdown, lines)), "\n".join(full) + "\n"
 
 
-def gap(seeds: dict, ceiling: dict) -> str:
-    shares = []
-    for seed in seeds.keys() & ceiling.keys():
-        start = seeds[seed]["zero_shot"]["joint"]
-        shares.append((seeds[seed]["end"]["joint"] - start) / (ceiling[seed]["end"]["joint"] - start))
-    return f"{100 * statistics.mean(shares):.0f} %" if shares else ""
-
-
-def mean_and_std(found: list[dict], modality: str = "joint") -> str:
+def mean_and_std(found: list[dict], modality: str) -> str:
     """mean ± standard deviation over seeds; of one seed just its value, of none nothing."""
     values = [row[modality] for row in found]
     mean = f"{statistics.mean(values):.1f}" if values else ""
@@ -224,36 +198,32 @@ def mean_and_std(found: list[dict], modality: str = "joint") -> str:
 
 def pseudo_label_quality(log_path: Path, epochs: int) -> dict:
     """Coverage and accuracy, percent, of the last epoch's pseudo-labels; accuracy None without labels."""
-    rows = [row for row in map(json.loads, log_path.read_text().splitlines()[1:])
+    rows = [row for row in map(json.loads, log_path.read_text().splitlines())
             if row.get("epoch") == epochs and "coverage" in row]
-    steps = sum(row["steps"] for row in rows)
-    kept = sum(row["steps"] * row["coverage"] for row in rows)
-    right = [row["steps"] * row["coverage"] * row["label_accuracy"]
-             for row in rows if row["label_accuracy"] is not None]
-    return {"coverage": percent(kept / steps) if steps else None,
-            "accuracy": percent(sum(right) / kept) if right and kept else None}
+    steps = [row["steps"] for row in rows]
+    kept = np.average([row["coverage"] for row in rows], weights=steps).item()
+    right = np.average([row["coverage"] * (row["label_accuracy"] or 0) for row in rows], weights=steps).item()
+    known = kept > 0 and rows[0]["label_accuracy"] is not None
+    return {"coverage": round(100 * kept, 2), "accuracy": round(100 * right / kept, 2) if known else None}
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Predictions and embeddings
+# ------ Predictions and embeddings --------------------------------------------------------------------------
+COLUMNS = "object class confidence image image_confidence point point_confidence agree".split()
+
+
+def name_objects(objects: Objects, probs: dict[str, Tensor]) -> list[list[str]]:
+    """COLUMNS of each object: the joint class and its probability, either modality's, whether these agree."""
+    rows = [[name] for name in objects.names]
+    for m in ("joint", "image", "point"):
+        for row, confidence, k in zip(rows, *probs[m].max(dim=-1)):
+            row += [objects.class_names[k], f"{confidence:.4f}"]
+    return [[*row, "yes" if row[3] == row[5] else "no"] for row in rows]
+
 
 def write_predictions(path: Path, objects: Objects, probs: dict[str, Tensor]):
-    """A CSV file with a line for each object: the joint class and its probability, either modality's, and
-    whether these two agree."""
+    """A CSV file with a line for each object."""
     with open(path, "w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["object", "class", "confidence", "image", "image_confidence", "point",
-                       "point_confidence", "agree"])
-        for name, said in said_of_each(objects, probs):
-            cells = [cell for m in ("joint", "image", "point") for cell in (said[m][0], f"{said[m][1]:.4f}")]
-            rows.writerow([name, *cells, "yes" if said["image"][0] == said["point"][0] else "no"])
-
-
-def said_of_each(objects: Objects, probs: dict[str, Tensor]) -> list:
-    """[(name of the object, {modality: (class name, probability)})]"""
-    best = {m: p.max(dim=-1) for m, p in probs.items()}
-    return [(name, {m: (objects.class_names[best[m].indices[i]], best[m].values[i].item()) for m in best})
-            for i, name in enumerate(objects.names)]
+        csv.writer(file).writerows([COLUMNS, *name_objects(objects, probs)])
 
 
 def write_embeddings(path: Path, embedded: dict, model: CrossMoST, objects: Objects):
@@ -265,13 +235,12 @@ def write_embeddings(path: Path, embedded: dict, model: CrossMoST, objects: Obje
                             class_names=np.array(objects.class_names), names=np.array(objects.names))
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Pictures
-
-def plot_curves(log_file: Path, picture: Path, zero_shot: dict | None):
+# ------ Pictures --------------------------------------------------------------------------------------------
+def plot_curves(log_path: Path, picture: Path, zero_shot: dict | None):
     """Accuracy of the teacher by epoch with its zero-shot lines; coverage and accuracy of pseudo-labels."""
-    rows = [json.loads(line) for line in log_file.read_text().splitlines()]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    rows = [json.loads(line) for line in log_path.read_text().splitlines()]
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
     epochs = [row for row in rows if "teacher" in row]
     # Okabe and Ito's colours, safe for colour-blind eyes.
     for name, colour in {"image": "#0072B2", "point": "#D55E00", "joint": "#000000"}.items():
@@ -281,17 +250,14 @@ def plot_curves(log_file: Path, picture: Path, zero_shot: dict | None):
                   label=name, marker="o", markersize=3)
     left.set(xlabel="epoch", ylabel="test top-1, %", title="teacher (dotted: zero-shot)")
     steps = [row for row in rows if "coverage" in row]
-    at = [row["step"] for row in steps]
-    right.plot(at, [100 * row["coverage"] for row in steps], color="#009E73", label="coverage")
-    if any(row.get("label_accuracy") is not None for row in steps):
-        right.plot(at, [100 * (row["label_accuracy"] or 0) for row in steps], color="#CC79A7",
-                   label="accuracy of the kept")
+    for key, colour in {"coverage": "#009E73", "label_accuracy": "#CC79A7"}.items():
+        known = [row for row in steps if row[key] is not None]
+        right.plot([row["step"] for row in known], [100 * row[key] for row in known], color=colour,
+                   label=key.replace("_", " "))
     right.set(xlabel="step", ylabel="%", ylim=(0, 102), title="pseudo-labels")
     for axes in (left, right):
-        if axes.lines:
-            axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))
-    figure.savefig(picture, dpi=100)
-    plt.close(figure)
+        axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+    figure.savefig(picture, format="png", dpi=100)
 
 
 def plot_confusion(probs: Tensor, objects: Objects, picture: Path):
@@ -300,7 +266,8 @@ def plot_confusion(probs: Tensor, objects: Objects, picture: Path):
     pairs = objects.labels * count + probs.argmax(dim=-1)
     matrix = torch.bincount(pairs, minlength=count * count).view(count, count).double()
     matrix = 100 * matrix / matrix.sum(dim=1, keepdim=True).clamp(min=1)
-    figure, axes = plt.subplots(figsize=(2.5 + 0.32 * count, 2 + 0.32 * count), layout="constrained")
+    figure = Figure(figsize=(2.5 + 0.32 * count, 2 + 0.32 * count), layout="constrained")
+    axes = figure.subplots()
     axes.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=100)
     axes.set_xticks(range(count), names, rotation=90)
     axes.set_yticks(range(count), names)
@@ -308,8 +275,7 @@ def plot_confusion(probs: Tensor, objects: Objects, picture: Path):
     for i, j in (matrix >= 0.5).nonzero().tolist():
         axes.text(j, i, f"{matrix[i, j]:.0f}", ha="center", va="center", fontsize=7,
                   color="white" if matrix[i, j] > 55 else "black")
-    figure.savefig(picture, dpi=100)
-    plt.close(figure)
+    figure.savefig(picture, format="png", dpi=100)
 
 
 def plot_gallery(probs: dict[str, Tensor], objects: Objects, picture: Path, count: int = 12):
@@ -320,12 +286,12 @@ def plot_gallery(probs: dict[str, Tensor], objects: Objects, picture: Path, coun
         odd |= named["joint"] != objects.labels
     odd = odd.nonzero()[:, 0]
     chosen = odd[torch.linspace(0, len(odd) - 1, min(count, len(odd))).long()]
-    some, said, cells = objects.pick(chosen), said_of_each(objects, probs), []
-    for i, images, cloud in zip(chosen.tolist(), fixed_images(some, 1, 224, 1, "cpu"), some.points):
-        lines = [f"{m}: {said[i][1][m][0]} {said[i][1][m][1]:.2f}" for m in ("image", "point")]
-        if objects.labels is not None:
-            lines.insert(0, f"is {objects.class_names[objects.labels[i]]}")
-        cells += [(images[0, 0], "\n".join(lines)), (cloud, "")]
+    some, cells = objects.pick(chosen), []
+    rows = name_objects(some, {m: p[chosen] for m, p in probs.items()})
+    for k, (row, images) in enumerate(zip(rows, fixed_images(some, 1, 224, 1, "cpu"))):
+        truth = "" if some.labels is None else f"is {some.class_names[some.labels[k]]}\n"
+        cells.append((images[0, 0], f"{truth}image: {row[3]} {row[4]}\npoint: {row[5]} {row[6]}"))
+        cells.append((some.points[k], ""))
     draw_grid(cells, 8, picture, f"{objects.name} {objects.split}: {len(odd)} of {len(objects)} objects are "
               "named wrongly or in two ways")
 
@@ -333,7 +299,7 @@ def plot_gallery(probs: dict[str, Tensor], objects: Objects, picture: Path, coun
 def draw_grid(cells: list, columns: int, picture: Path, title: str | None = None):
     """Images (3, H, W) and clouds (P, 3), each with its title, row by row."""
     rows = math.ceil(len(cells) / columns)
-    figure = plt.figure(figsize=(1.9 * columns, 2.3 * rows + 0.4), layout="constrained")
+    figure = Figure(figsize=(1.9 * columns, 2.3 * rows + 0.4), layout="constrained")
     figure.suptitle(title)
     for at, (item, text) in enumerate(cells):
         axes = figure.add_subplot(rows, columns, at + 1, projection="3d" if item.dim() == 2 else None)
@@ -346,8 +312,7 @@ def draw_grid(cells: list, columns: int, picture: Path, title: str | None = None
             axes.imshow(item.permute(1, 2, 0).clamp(0, 1).numpy())
         axes.axis("off")
         axes.set_title(text, fontsize=8, loc="left")
-    figure.savefig(picture, dpi=100)
-    plt.close(figure)
+    figure.savefig(picture, format="png", dpi=100)
 
 
 def preview(objects: Objects, picture: Path, size: int = 224, count: int = 8):
@@ -358,27 +323,18 @@ def preview(objects: Objects, picture: Path, size: int = 224, count: int = 8):
     stills = [images[:, 0] for images in fixed_images(some, None, size, count, "cpu")]
     photographs = next(iter(training_photographs(some, (torch.arange(count),), size, seed=0)))
     views = draw_views(some.points, size, photographs)
-    visible = ~hide_patches(count, grid, 0.3, "cpu").view(count, 1, grid, grid)
-    visible = F.interpolate(visible.float(), size=size) > 0
-    neighbourhoods, centres = group_points(views["strong_points"], 64, 32)
-    placed = neighbourhoods + centres[:, :, None]
-    masked = [points[kept].flatten(0, 1) for points, kept in zip(placed, ~hide_groups(centres, 0.3))]
+    hidden = hide_patches(count, grid, 0.3, "cpu").view(count, 1, grid, grid).float()
+    masked = views["strong_image"].masked_fill(F.interpolate(hidden, size=size) > 0, 0.5)
+    names = some.names if some.labels is None else [some.class_names[k] for k in some.labels]
     columns = {"cloud": some.points, "evaluation view": torch.cat(stills), "weak image": views["weak_image"],
-               "strong image": views["strong_image"],
-               "masked image": views["strong_image"].where(visible, torch.tensor(0.5)),
-               "weak points": views["weak_points"], "strong points": views["strong_points"],
-               "masked points": masked}
-    cells = []
-    for row in range(count):
-        name = some.names[row] if some.labels is None else some.class_names[some.labels[row]]
-        for title, items in columns.items():
-            cells.append((items[row], f"{name}\n{title}" if title == "cloud" else title))
+               "strong image": views["strong_image"], "masked image": masked,
+               "weak points": views["weak_points"], "strong points": views["strong_points"]}
+    cells = [(items[row], f"{names[row]}\n{title}" if title == "cloud" else title)
+             for row in range(count) for title, items in columns.items()]
     draw_grid(cells, len(columns), picture)
 
 
-# -----------------------------------------------------------------------------------------------------------
-# The command line
-
+# ------ The command line ------------------------------------------------------------------------------------
 def parse_args(argv=None):
     parser = option_parser(__doc__.splitlines()[0])
     group = parser.add_argument_group("what").add_argument
@@ -390,7 +346,7 @@ def parse_args(argv=None):
     group("--classes", help="names for a start instead of the data set's: \"a,b,c\" or a file, a name a line")
     group("--cache", type=Path, default=Path("cache"), help="folder of fetched starts")
     group("--runs", type=Path, help="nothing of these: gather all results below this folder")
-    group("--preview", type=picture_file, help="nothing of these: draw what the models see of --dataset")
+    group("--preview", type=Path, help="FILE.png: nothing of these: draw what the models see of --dataset")
     group = parser.add_argument_group("on (if not given: what the checkpoint was trained on)").add_argument
     group("files", nargs="*", type=Path, help="single objects to name")
     group("--dataset", help=f"{', '.join(DATASETS)}, or a folder of your own")
@@ -401,8 +357,8 @@ def parse_args(argv=None):
     group("--rival", action="store_true", help="score a rival of a start, too: a cache of confident objects")
     group("--predictions", type=Path, help="FILE.csv: every object's name, confidence, either opinion")
     group("--embeddings", type=Path, help="FILE.npz: features, logits, classifier")
-    group("--confusion", type=picture_file, help="FILE.png: the confusion matrix")
-    group("--gallery", type=picture_file, help="FILE.png: objects named wrongly or in two ways")
+    group("--confusion", type=Path, help="FILE.png: the confusion matrix")
+    group("--gallery", type=Path, help="FILE.png: objects named wrongly or in two ways")
     group("--json", type=Path, help="FILE.json: all figures")
     return parser.parse_args(argv)
 
@@ -419,41 +375,39 @@ def main(argv=None) -> dict | None:
         raise UserError("nothing to evaluate; name a --checkpoint, a --model, or --runs to gather")
     if args.files and args.dataset:
         raise UserError("name single files or a --dataset, not both")
-    start = args.start_checkpoint
-    if args.model in STARTS and not start:
-        start = start_file(args.model, args.cache, args.download is not False)
-    path = args.checkpoint or start
-    known = describe_start(path) if path else OTHER_GROUPS
+    path = args.checkpoint or args.start_checkpoint
+    if args.model in STARTS and not path:
+        path = start_file(args.model, args.cache, args.download is not False)
+    known = read_start(path) if path else {"options": OTHER_GROUPS, "architecture": {"class_names": []}}
     objects, unreadable = load_objects(args, known)
     if args.preview:
         with whole_file(args.preview) as picture:
             preview(objects, picture)
         return print(f"some of {objects.name} {objects.split}'s {len(objects)} objects: {args.preview}")
-    results = {"dataset": objects.name, "split": objects.split, "objects": len(objects)}
-    if args.checkpoint:
-        models = {which: load_checkpoint(args.checkpoint, which=which) for which in ("student", "teacher")}
-    else:
-        templates = TEMPLATES[args.templates or dataset_row(args.dataset)["templates"]]
-        sizes = {key: known[key] for key in ("groups", "group_size")}
-        models = {"zero_shot": build_model(args.model or known.get("model", ""), objects.class_names,
-                                           templates, args.pretrained, start, **sizes)}
-        results |= {"start": Path(start or args.model).stem, "seed": known.get("options", {}).get("seed", 0)}
     if objects.labels is None and (args.confusion or args.rival):
         raise UserError("--confusion and --rival need labels, of classes that are all among the names")
+    results = {"dataset": objects.name, "split": objects.split, "objects": len(objects)}
+    if args.checkpoint:
+        models = {which: load_checkpoint(path, which=which) for which in ("student", "teacher")}
+    else:
+        templates = TEMPLATES[args.templates or dataset_row(args.dataset)["templates"]]
+        groups = {key: known["options"][key] for key in OTHER_GROUPS}
+        name = args.model or known["options"]["model"]
+        models = {"zero_shot": build_model(name, objects.class_names, templates, args.pretrained, path,
+                                           **groups)}
+        results |= {"start": Path(path or name).stem, "seed": known["options"].get("seed", 0)}
     for which, model in models.items():
         embedded = embed(model.to(args.device), objects, args.views)
         probs = to_probs(embedded)
-        if objects.labels is not None:
-            results[which] = accuracy(probs, objects)
+        results[which] = assess(probs, objects)
     if args.rival:
         unlabelled, _ = load_objects(args, known, "train")
-        results["cache"] = accuracy(predict_by_cache(model, unlabelled, objects, args.views), objects)
+        results["cache"] = assess(predict_by_cache(model, unlabelled, objects, args.views), objects)
     if args.files:
-        for name, said in said_of_each(objects, probs):
-            print(f"{name}: {said['joint'][0]} {said['joint'][1]:.2f} (image: {said['image'][0]} "
-                  f"{said['image'][1]:.2f}, point: {said['point'][0]} {said['point'][1]:.2f})")
+        for name, *said, _ in name_objects(objects, probs):
+            print("{}: {} {} (image: {} {}, point: {} {})".format(name, *said))
     else:
-        print(table(results, which if objects.labels is not None else None))
+        print(table(results, which))
     write_files(args, results, probs, embedded, model, objects)
     if unreadable:
         raise UserError(f"{unreadable} of {len(args.files)} files could not be read, see above")
@@ -465,17 +419,17 @@ def load_objects(args, known: dict, split: str | None = None) -> tuple[Objects, 
 
     On the data set a checkpoint was trained on, options not given are its own; points and views are its own
     on any data set."""
-    trained, unreadable = known.get("options", {}), 0
-    if args.dataset in (None, trained.get("dataset")):
-        args.dataset = trained.get("dataset", "shapes")
-        args.domain = args.domain or trained.get("domain")
-        args.up = args.up or trained.get("up")
-    args.views = args.views or known.get("views")
+    own, unreadable = known["options"], 0
+    if args.dataset in (None, own.get("dataset")):
+        args.dataset = own.get("dataset", "shapes")
+        args.domain = args.domain or own.get("domain")
+        args.up = args.up or own.get("up")
+    args.views = args.views or own.get("views")
     row = dataset_row(args.dataset)
-    points = args.points or known.get("points") or row["points"]
+    points = args.points or own.get("points") or row["points"]
     if args.files:
         objects, unreadable = load_files(args.files, points, args.up or row["up"])
-        objects.class_names = known.get("class_names", [])
+        objects.class_names = known["architecture"]["class_names"]
     else:
         objects = load_dataset(args.dataset, args.data_root, split or args.split, points, args.domain,
                                args.download, args.up)
@@ -511,17 +465,8 @@ def write_files(args, results: dict, probs: dict, embedded: dict, model: CrossMo
             print(f"wrote {path}")
 
 
-# -----------------------------------------------------------------------------------------------------------
-# What train.py shares of it
-
+# ------ Command lines, train.py's as well -------------------------------------------------------------------
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Python's, CUDA's, or torch's CPU allocator's. Other errors that speak of memory are bugs."""
-    of_allocator = "DefaultCPUAllocator: can't allocate memory" in str(error)
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and of_allocator)
 
 
 @contextmanager
@@ -533,10 +478,15 @@ def one_line_errors():
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        if not isinstance(error, (UserError, OSError)) and not out_of_memory(error):
+        said, advice = " ".join(str(error).split()), ""
+        # By type, or by what torch's CPU allocator says: other errors that speak of memory are bugs.
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator: can't" in said:
+            advice = "out of memory; lower --batch-size, --groups or --points, or add --grad-checkpointing: "
+        elif not isinstance(error, (UserError, OSError)):
             raise
-        full = "; make room: what was saved before is whole" * (getattr(error, "errno", 0) == errno.ENOSPC)
-        print("error:", (" ".join(str(error).split()) or "out of memory") + full, file=sys.stderr)
+        elif getattr(error, "errno", 0) == errno.ENOSPC:
+            advice = "make room; what was saved before is whole: "
+        print(f"error: {advice}{said}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -552,14 +502,6 @@ def number(low: float, high: float = math.inf, kind: type = float):
 
 
 COUNT, SHARE, WEIGHT = number(1, kind=int), number(0, 1), number(0)
-
-
-def picture_file(name: str) -> Path:
-    """An argparse type: a picture's file, a PNG where the name has no suffix."""
-    path = Path(name) if Path(name).suffix else Path(name + ".png")
-    if path.suffix.lower() not in (".png", ".jpg", ".pdf", ".svg"):
-        raise argparse.ArgumentTypeError(f"cannot draw a {path.suffix} file; use .png, .jpg, .pdf or .svg")
-    return path
 
 
 def usable_device(name: str) -> str:

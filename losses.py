@@ -92,7 +92,7 @@ def cross_modal_alignment_loss(image_features: Tensor, point_features: Tensor,
     """Pull the two views of an object together, push those of different objects apart [cross-align].
 
     A = f_P f_I^T / temperature (B x B);  CE(A, identity) + CE(A^T, identity), each a mean over B objects, in
-    nats. The method has no temperature (1.0) and no `keep` here. Features (B, E), unit norm -> scalar; if they
+    nats. The method has no temperature (1) and no `keep` here. Features (B, E), unit norm -> scalar; if they
     are aligned and orthogonal: 2 log(1 + (B-1) exp(-1/temperature)). Half of it is ULIP's InfoNCE."""
     similarity = point_features.float() @ image_features.float().T / temperature
     own = torch.arange(len(similarity), device=similarity.device)

@@ -6,7 +6,6 @@ those of the published checkpoints, so that loading is strict; only SLIP's image
 import argparse
 import codecs
 import io
-import logging
 import math
 import os
 from contextlib import contextmanager
@@ -36,7 +35,6 @@ class Groups(NamedTuple):
 
 def farthest_point_sample(points: Tensor, count: int) -> Tensor:
     """Greedy farthest points, starting at point 0 (Deviation D20). (B, P, 3) -> (B, count) int64 indices.
-
     No index repeats while distinct points are left. Raises: UserError if count is not in 1..P."""
     if not 0 < count <= points.shape[1]:
         raise UserError(f"cannot take {count} farthest of {points.shape[1]} points; lower --groups")
@@ -63,10 +61,10 @@ def group_points(points: Tensor, groups: int, group_size: int) -> Groups:
 
 
 def hide_patches(batch: int, grid: int, ratio: float, device: torch.device) -> Tensor:
-    """Hide random square cells of an image [mim]: (B, grid * grid) bool, drawn anew per image.
+    """Hide random cells of an image, drawn anew per image [mim]. -> (B, grid * grid) bool
 
-    Cells are 2 x 2 patches (of 14 x 14: 49 cells, ceil(0.3 x 49) = 15 hidden), single ones where the grid is
-    odd or tiny; ratio in [0, 1] is rounded up to whole cells."""
+    Cells are 2 x 2 patches, single ones where the grid is odd or tiny. ratio in [0, 1] is rounded up to whole
+    cells: of 14 x 14 patches ceil(0.3 x 49) = 15 cells of 49."""
     cell = 2 if grid % 2 == 0 and grid > 4 else 1
     side = grid // cell
     count = math.ceil(ratio * side * side)
@@ -76,9 +74,8 @@ def hide_patches(batch: int, grid: int, ratio: float, device: torch.device) -> T
 
 
 def hide_groups(centres: Tensor, ratio: float) -> Tensor:
-    """Hide one contiguous block of point groups [mpm]: (B, G, 3) centres -> (B, G) bool.
-
-    A random centre and its nearest ones, U(ratio, ratio + 0.1) of G, drawn anew per cloud."""
+    """Hide a random centre and its nearest ones, U(ratio, ratio + 0.1) of G, drawn anew per cloud [mpm].
+    centres (B, G, 3) -> (B, G) bool"""
     batch, total, _ = centres.shape
     seed = torch.randint(total, (batch, 1, 1), device=centres.device).expand(-1, -1, 3)
     nearest = (centres - centres.gather(1, seed)).square().sum(dim=-1).argsort(dim=1)
@@ -89,7 +86,6 @@ def hide_groups(centres: Tensor, ratio: float) -> Tensor:
 
 class MiniPointNet(nn.Module):
     """Tokens of point groups: MLP, max, [global, local], MLP, max. (B, G, S, 3) -> (B, G, token_width)."""
-
     def __init__(self, stem: list[int], token_width: int, channels: int):
         super().__init__()
         a, b, c = stem
@@ -110,7 +106,6 @@ class PointEncoder(nn.Module):
 
     Hidden groups are replaced by mask_token; position embeddings are added before every block. lm_head
     predicts the hidden groups [mpm]; proj maps CLS and tokens into the joint space for [gl-align]."""
-
     def __init__(self, embed_dim: int, width: int = 384, layers: int = 12, heads: int = 6, groups: int = 64,
                  group_size: int = 32, stem: tuple = (128, 256, 512), token_width: int = 256,
                  channels: int = 3, drop_path: float = 0.1, target: str = "tokens"):
@@ -149,10 +144,9 @@ class PointEncoder(nn.Module):
 class ImageEncoder(VisionTransformer):
     """CLIP's vision transformer [image-encoder] with MUST's additions (arXiv 2206.02967).
 
-    Hidden patches are replaced by mask_token_embedding before position embeddings; ln_patch normalises the
-    patch tokens that come out; decoder paints them back to pixels [mim]. With nothing hidden the features are
-    open_clip's. SLIP's tower, in the ULIP files, has no ln_pre and an epsilon of its own."""
-
+    Hidden patches become mask_token_embedding; ln_patch normalises the patch tokens that come out, decoder
+    paints them back to pixels [mim]. With nothing hidden the features are open_clip's. SLIP's tower, in the
+    ULIP files, has no ln_pre and an epsilon of its own."""
     def __init__(self, embed_dim: int, image_size: int, patch_size: int, width: int, layers: int, heads: int,
                  mlp_ratio: float = 4.0, quick_gelu: bool = False, ln_pre: bool = True, eps: float = 1e-5):
         super().__init__(image_size, patch_size, width, layers, heads, mlp_ratio, output_dim=embed_dim,
@@ -177,10 +171,6 @@ class ImageEncoder(VisionTransformer):
                 x = image_block(block, x)
         return self.ln_post(x[:, 0]) @ self.proj, x[:, 1:]
 
-    def paint(self, tokens: Tensor) -> Tensor:
-        """Patch tokens after ln_patch (B, L, D) -> pixels (B, 3, H, W)."""
-        return self.decoder(tokens.transpose(1, 2).unflatten(2, self.grid_size))
-
 
 def image_block(block: nn.Module, x: Tensor) -> Tensor:
     """One of open_clip's blocks. (B, 1 + L, D) -> the same
@@ -195,21 +185,12 @@ def image_block(block: nn.Module, x: Tensor) -> Tensor:
     return x + block.mlp(block.ln_2(x))
 
 
-class Output(SimpleNamespace):
-    """What a forward pass computed, by name. Asking for what it did not compute raises AttributeError."""
-
-    def __getattr__(self, name):
-        raise AttributeError(f"no {name!r} here: logits need set_classifier() first, a modality its input, "
-                             "and the masked fields a hidden mask")
-
-
 class CrossMoST(nn.Module):
     """Both encoders and the one classifier they share; student and teacher are two of these.
 
-    image, point: arguments of ImageEncoder and PointEncoder; class_names: one per column of the classifier;
-    mean, std: of the pixels the image encoder was trained on; up: the upright axis the point encoder was
-    trained with. CrossMoST(**architecture) is such a model again."""
-
+    image, point: arguments of the encoders; class_names: one per column of the classifier; mean, std: of the
+    pixels the image encoder was trained on; up: the upright axis the point encoder was trained with.
+    CrossMoST(**architecture) is such a model again."""
     def __init__(self, embed_dim: int, image: dict, point: dict, class_names: list[str] = (),
                  mean: tuple = OPENAI_DATASET_MEAN, std: tuple = OPENAI_DATASET_STD, up: str = "z"):
         super().__init__()
@@ -250,50 +231,44 @@ class CrossMoST(nn.Module):
             return self.logit_scale.float().exp() * features.float() @ self.classifier.float()
 
     def forward(self, images: Tensor | None, points: Tensor | Groups | None,
-                image_hidden: Tensor | None = None, point_hidden: Tensor | None = None) -> Output:
+                image_hidden: Tensor | None = None, point_hidden: Tensor | None = None) -> SimpleNamespace:
         """Features and logits of both modalities, and what the masked losses need where something is hidden.
 
         images: (B, 3, H, W) normalised pixels, or (B, V, 3, H, W): logits of V views averaged. Or None.
         points: (B, P, 3) clouds in the unit sphere, z up, or what group() made of them. Or None.
         image_hidden: (B, L) bool, point_hidden: (B, G) bool; True = replaced by the mask token.
-        Returns image_features, point_features (B, E) unit norm; image_logits, point_logits (B, C);
-        where patches are hidden image_tokens (B, L, E) unit norm and image_pixels (B, 3, H, W);
-        where groups are hidden point_cls (B, E), point_tokens (B, G, E) unit norm, point_prediction and
+        Returns image_features, point_features (B, E) unit norm; with a classifier image_logits, point_logits
+        (B, C); where patches are hidden image_tokens (B, L, E) unit norm and image_pixels (B, 3, H, W); where
+        groups are hidden point_cls (B, E) and point_tokens (B, G, E) unit norm, point_prediction and
         point_target (B, G, D), or (B, G, S, 3) with target "points"."""
-        out = Output()
+        out, encoder = SimpleNamespace(), self.point_encoder
         if images is not None:
-            self._forward_images(out, images, image_hidden)
+            features, tokens = self.visual(images.reshape(-1, *images.shape[-3:]), image_hidden)
+            features = F.normalize(features.float(), dim=-1).view(*images.shape[:-3], -1)  # (B, [V,] E)
+            mean = features if images.dim() == 4 else features.mean(dim=1)
+            if self.classifier is not None:
+                out.image_logits = self.logits(mean)  # linear in f: the mean over views of the logits
+            out.image_features = F.normalize(mean, dim=-1)
+            if image_hidden is not None:
+                tokens = self.visual.ln_patch(tokens)
+                out.image_tokens = F.normalize((tokens @ self.visual.proj).float(), dim=-1)
+                grid = tokens.transpose(1, 2).unflatten(2, self.visual.grid_size)  # (B, D, rows, columns)
+                out.image_pixels = self.visual.decoder(grid)
         if points is not None:
             groups = points if isinstance(points, Groups) else self.group(points)
-            self._forward_points(out, groups, point_hidden)
+            features, tokens, group_tokens = encoder(groups, point_hidden)
+            out.point_features = F.normalize((features @ self.pc_projection).float(), dim=-1)
+            if self.classifier is not None:
+                out.point_logits = self.logits(out.point_features)
+            if point_hidden is not None:
+                cls, _ = features.chunk(2, dim=-1)
+                out.point_cls = F.normalize((cls @ encoder.proj).float(), dim=-1)
+                out.point_tokens = F.normalize((tokens @ encoder.proj).float(), dim=-1)
+                out.point_prediction, out.point_target = encoder.lm_head(tokens), group_tokens.detach()
+                if encoder.target == "points":
+                    out.point_target = groups.neighbourhoods
+                    out.point_prediction = out.point_prediction.view_as(groups.neighbourhoods)
         return out
-
-    def _forward_images(self, out: Output, images: Tensor, hidden: Tensor | None):
-        features, tokens = self.visual(images.reshape(-1, *images.shape[-3:]), hidden)
-        features = F.normalize(features.float(), dim=-1).view(*images.shape[:-3], -1)  # (B, E) or (B, V, E)
-        mean = features if images.dim() == 4 else features.mean(dim=1)
-        if self.classifier is not None:
-            out.image_logits = self.logits(mean)  # linear in f: the mean over views of the logits
-        out.image_features = F.normalize(mean, dim=-1)
-        if hidden is not None:
-            tokens = self.visual.ln_patch(tokens)
-            out.image_tokens = F.normalize((tokens @ self.visual.proj).float(), dim=-1)
-            out.image_pixels = self.visual.paint(tokens)
-
-    def _forward_points(self, out: Output, groups: Groups, hidden: Tensor | None):
-        encoder = self.point_encoder
-        features, tokens, group_tokens = encoder(groups, hidden)
-        out.point_features = F.normalize((features @ self.pc_projection).float(), dim=-1)
-        if self.classifier is not None:
-            out.point_logits = self.logits(out.point_features)
-        if hidden is not None:
-            cls = features[:, :tokens.shape[-1]]
-            out.point_cls = F.normalize((cls @ encoder.proj).float(), dim=-1)
-            out.point_tokens = F.normalize((tokens @ encoder.proj).float(), dim=-1)
-            out.point_prediction, out.point_target = encoder.lm_head(tokens), group_tokens.detach()
-            if encoder.target == "points":
-                out.point_target = groups.neighbourhoods
-                out.point_prediction = out.point_prediction.view_as(groups.neighbourhoods)
 
 
 @torch.no_grad()
@@ -313,8 +288,8 @@ def parameter_groups(model: CrossMoST, weight_decay: float, layer_decay: float, 
     """One group per (learning-rate scale, weight decay), without frozen parameters: they lose requires_grad.
 
     scale = layer_decay^(layers + 1 - i) in the image encoder: i = 0 for its embeddings, b + 1 for block b; 1
-    elsewhere. No weight decay on 1-D parameters.
-    Raises: UserError where a prefix in `freeze` is no parameter's, or none is left to train."""
+    elsewhere. No weight decay on 1-D parameters. Raises: UserError where a prefix in `freeze` is of no
+    parameter, or none is left to train."""
     named, layers, groups = dict(model.named_parameters()), len(model.visual.transformer.resblocks), {}
     strange = [prefix for prefix in freeze if not any(name.startswith(prefix) for name in named)]
     if strange:
@@ -344,9 +319,7 @@ def train_mode(student: CrossMoST, freeze: list[str]):
             module.eval()
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Class names to classifier
-
+# ------ Class names to classifier ---------------------------------------------------------------------------
 TEMPLATES = {
     "depth": ("a depth map of a {}.", "a depth image of one {}.", "a {} seen by a depth camera.",
               "a grey rendering of a {}.", "a photo of a {}."),
@@ -361,12 +334,10 @@ TEMPLATES = {
 class TextEncoder(nn.Module):
     """CLIP's text tower (open_clip's) with its tokenizer. fixed_tokens: token embeddings are random numbers,
     always the same, that are not trained."""
-
     def __init__(self, embed_dim: int, quick_gelu: bool = False, fixed_tokens: bool = False, **sizes):
         super().__init__()
-        own = {"embed_dim": embed_dim, "quick_gelu": quick_gelu, "fixed_tokens": fixed_tokens}
-        self.architecture = {**own, **sizes}
-        self.fixed_tokens = fixed_tokens
+        own = dict(embed_dim=embed_dim, quick_gelu=quick_gelu, fixed_tokens=fixed_tokens)
+        self.architecture = own | sizes
         activation = QuickGELU if quick_gelu else nn.GELU
         self.tower = TextTransformer(output_dim=embed_dim, act_layer=activation, **sizes)
         self.tokenize = open_clip.SimpleTokenizer(context_length=self.tower.context_length)
@@ -388,9 +359,7 @@ def embed_names(text: TextEncoder, class_names: list[str], templates: tuple[str,
     return F.normalize(torch.stack(features), dim=-1)
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Starts: a model without classifier, and the text tower that names classes for it
-
+# ------ Starts: a model without classifier, and the text tower that names classes for it --------------------
 # Starts by name, and how each cuts a cloud, as in its training. Files of our own say it themselves. Any other
 # name is a plain vision transformer of open_clip.
 GROUPS = {"tiny": dict(groups=32, group_size=16), "ulip2": dict(groups=512, group_size=32),
@@ -424,38 +393,16 @@ def start_file(name: str, cache: Path, allowed: bool = True) -> Path:
     return fetch_published(name, cache, allowed)
 
 
-def describe_start(path: str | Path) -> dict:
-    """What a run needs to know of a file of any family: "model", "groups", "group_size", "class_names"; of a
-    file of our own also "points" per cloud, "views" to score it by and the "options" that made it."""
-    content = read_start(path)
-    architecture, options = content["architecture"], content["options"]
-    own = {key: options[key] for key in ("model", "points", "views") if options.get(key)}
-    known = {"model": "tiny", **own}
-    known |= {key: architecture["point"][key] for key in ("groups", "group_size")}
-    return {**known, "class_names": architecture["class_names"], "options": options}
-
-
-@contextmanager
-def seeded(seed: int):
-    """Random numbers from `seed`, and afterwards as if none had been drawn."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
-
 def build_model(name: str, class_names: list[str], templates: tuple[str, ...], pretrained: str | None = None,
                 start_checkpoint: str | Path | None = None, seed: int = 0, **point) -> CrossMoST:
     """A zero-shot start with one classifier column per class name, in eval mode.
 
-    name: one of STARTS, or an open_clip model; pretrained: its tag, or a file of its weights. templates:
-    texts with {} for the name. start_checkpoint: the start's file, see read_start; without one `tiny`, and
-    the point encoder beside an open_clip model, are random, from `seed`. point: PointEncoder's arguments.
+    name: one of STARTS, or an open_clip model; pretrained: its tag, or a file. templates: texts with {} for a
+    class name. start_checkpoint: see read_start; without it `tiny`, and the point encoder beside an open_clip
+    model, are random, from `seed`. point: arguments of the PointEncoder.
     Raises: UserError for an unknown name, or a file that does not fit or cannot name classes."""
-    if pretrained and name in STARTS:
-        raise UserError(f"--pretrained {pretrained} goes with an open_clip name; for --model {name} use "
-                        "--start-checkpoint")
-    if name in STARTS and name != "tiny" and not start_checkpoint:
-        raise UserError(f"--model {name} is a file; name it with --start-checkpoint")
+    if name in STARTS and (pretrained or name != "tiny" and not start_checkpoint):
+        raise UserError(f"--model {name} is one file; use --start-checkpoint FILE, no --pretrained")
     model = text = None
     if name not in STARTS:
         model, text = open_clip_start(name, pretrained, seed, **point)
@@ -475,7 +422,8 @@ def build_model(name: str, class_names: list[str], templates: tuple[str, ...], p
 
 def random_tiny(seed: int, **point) -> tuple[CrossMoST, TextEncoder]:
     """An untrained small CLIP with its small Point-BERT."""
-    with seeded(seed):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         model = CrossMoST(TINY["embed_dim"], TINY["image"], {**TINY["point"], **point})
         return model, TextEncoder(TINY["embed_dim"], **TINY["text"])
 
@@ -485,8 +433,7 @@ def open_clip_start(name: str, pretrained: str | None, seed: int = 0, **point) -
     unknown name, an image tower that is no plain ViT, weights of another activation, or out of reach."""
     config, weights = open_clip.get_model_config(name), open_clip.get_pretrained_cfg(name, pretrained or "")
     if config is None:
-        raise UserError(f"unknown model {name!r}; one of {', '.join(STARTS)}, or open_clip's: "
-                        "ViT-B-16-quickgelu, ...")
+        raise UserError(f"unknown model {name!r}; one of {', '.join(STARTS)}, ViT-B-16-quickgelu ...")
     image, quick_gelu = config["vision_cfg"], config.get("quick_gelu", False)
     odd = set(image) - {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"}
     if odd or not isinstance(image["layers"], int):
@@ -495,15 +442,13 @@ def open_clip_start(name: str, pretrained: str | None, seed: int = 0, **point) -
         raise UserError(f"the {pretrained} weights of {name} {'lack' if quick_gelu else 'need'} QuickGELU; "
                         f"use {name.removesuffix('-quickgelu') if quick_gelu else name + '-quickgelu'}")
     image |= {"heads": image["width"] // image.pop("head_width", 64), "quick_gelu": quick_gelu}
-    with seeded(seed):
-        logging.disable()  # the hub's retries, and a warning that random weights are random
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         try:
             clip = open_clip.create_model(name, pretrained).requires_grad_(False).eval()
         except Exception as error:  # of the hub, of the network, of the file: each has its own type
             raise UserError(f"cannot get the weights {pretrained!r} of {name} ({str(error)[:150]}); fetch "
                             "them once with a connection, or name a file: --pretrained FILE") from error
-        finally:
-            logging.disable(logging.NOTSET)
         pixels = clip.visual.preprocess_cfg
         model = CrossMoST(config["embed_dim"], image, point, mean=pixels["mean"], std=pixels["std"])
     load_strictly(model.visual, clip.visual.state_dict(), name, ("mask_token_emb", "ln_patch.", "decoder."))
@@ -515,32 +460,27 @@ def open_clip_start(name: str, pretrained: str | None, seed: int = 0, **point) -
 
 def load_strictly(module: nn.Module, state: dict, path: str | Path, may_be_missing: tuple[str, ...] = ()):
     """Load `state` strictly, but for parameters that begin with one of `may_be_missing`.
-    Raises: UserError naming the keys that are missing, left over or of another shape."""
-    own = module.state_dict()
-    missing = [key for key in own if key not in state and not key.startswith(may_be_missing)]
-    extra = [key for key in state if key not in own]
-    shapes = [f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in own
-              if key in state and state[key].shape != own[key].shape]
-    if missing or extra or shapes:
-        raise UserError(f"{path} does not fit: {len(missing)} missing {missing[:3]}, {len(extra)} left over "
-                        f"{extra[:3]}, {len(shapes)} of another shape {shapes[:3]}")
-    module.load_state_dict(state, strict=False)
+    Raises: UserError with the keys that are missing, left over or of another shape."""
+    kept = {key: value for key, value in module.state_dict().items() if key.startswith(may_be_missing)}
+    try:
+        module.load_state_dict(kept | state)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit: {str(error)[:500]}") from error
 
 
 def load_checkpoint(path: str | Path, groups: int | None = None, group_size: int | None = None,
                     point_heads: int | None = None, which: str = "teacher") -> CrossMoST:
     """The teacher, or the "student", of a file of any family, in eval mode. Numbers replace the file's."""
-    model, _ = load_start(path, which=which, groups=groups, group_size=group_size, heads=point_heads)
+    point = {"groups": groups, "group_size": group_size, "heads": point_heads}
+    model, _ = load_start(path, None, which, **{key: value for key, value in point.items() if value})
     return model.eval()
 
 
 def load_start(path: str | Path, clip: CrossMoST | None = None, which: str = "teacher",
                **point) -> tuple[CrossMoST, TextEncoder | None]:
-    """Model and text tower (None where there is none) of a file of any family, see read_start.
-
-    clip: lends its image tower to a file without. point: arguments of the PointEncoder, instead of the file's
-    where not None; for another `target` the head that predicts it is new.
-    Raises: UserError, see read_start and load_strictly."""
+    """Model and text tower (None where there is none) of a file of any family. clip: lends its image tower to
+    a file without. point: arguments of the PointEncoder in place of the file's; for another `target` the head
+    that predicts it is new. Raises: UserError, see read_start and load_strictly."""
     content = read_start(path, which)
     architecture, state, may_be_missing = content["architecture"], content["model"], content["may_be_missing"]
     if architecture["image"] is None:
@@ -549,13 +489,14 @@ def load_start(path: str | Path, clip: CrossMoST | None = None, which: str = "te
                             "CLIP (ULIP-2 with colours: ViT-bigG-14 --pretrained laion2b_s39b_b160k)")
         state |= {key: value for key, value in clip.state_dict().items() if key.startswith("visual.")}
         architecture |= {key: clip.architecture[key] for key in ("image", "mean", "std")}
-    point = {**architecture["point"], **{key: value for key, value in point.items() if value is not None}}
-    if point.get("target", "tokens") != architecture["point"].get("target", "tokens"):
+    point = {"target": "tokens", **architecture["point"], **point}
+    if point["target"] != architecture["point"].get("target", "tokens"):
         state = {key: value for key, value in state.items() if not key.startswith("point_encoder.lm_head.")}
         may_be_missing += ("point_encoder.lm_head.",)
     try:
-        with seeded(0):  # of what the file lacks
-            model = CrossMoST(**{**architecture, "point": point})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # of what the file lacks
+            model = CrossMoST(**architecture | {"point": point})
             text = TextEncoder(**content["text_architecture"]) if "text" in content else None
     except Exception as error:  # sizes that cannot be, each in its own way
         raise UserError(f"{path} is broken: {error!r}; get or make it again") from error
@@ -565,13 +506,15 @@ def load_start(path: str | Path, clip: CrossMoST | None = None, which: str = "te
         print(f"start {path}: --pretrain-epochs {made_by['pretrain_epochs']} --seed {made_by['seed']}, "
               f"commit {made_by['commit']}, torch {made_by['torch']}")
     if text:
-        load_strictly(text, content["text"], path, ("tower.token_embedding.",) * text.fixed_tokens)
+        remade = ("tower.token_embedding.",) if text.architecture["fixed_tokens"] else ()
+        load_strictly(text, content["text"], path, remade)
     return model, text
 
 
 def read_start(path: str | Path, which: str = "teacher") -> dict:
     """A file of any family in the layout of our own starts: "model", its "architecture" (image None where the
-    file has no image tower), "options", of most "text" and "text_architecture"; and what "may_be_missing".
+    file has no image tower), of most "text" and "text_architecture"; what "may_be_missing"; and "options":
+    "model", "groups", "group_size", of a file of our own all that made it ("points", "views" ...).
 
     Families: our own starts and `last.pt`; ULIP-1 and ULIP-2 (SLIP image tower, text tower, Point-BERT);
     ULIP-2 with colours (Point-BERT only); Cross-MoST's start and trained checkpoint.
@@ -579,11 +522,13 @@ def read_start(path: str | Path, which: str = "teacher") -> dict:
     content = read_file(path)
     try:
         if "architecture" not in content:
-            return published_start(content, which, path)
-        architecture = content["architecture"]
-        architecture["point"] = {**OTHER_GROUPS, **architecture["point"]}
+            content = published_start(content, which, path)
+        point = content["architecture"]["point"]
+        options = {"model": "tiny", **content.get("options", {})}
+        for key, usual in OTHER_GROUPS.items():
+            options[key] = point.setdefault(key, usual)
         state = content["model"] if "model" in content else content[which]
-        return {"options": {}, "may_be_missing": (), **content, "model": state}
+        return {"may_be_missing": (), **content, "options": options, "model": state}
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is broken, or of no known family: {error!r}, found {list(content)[:4]}; "
                         "get or make it again") from error
@@ -603,7 +548,6 @@ def published_start(content: dict, which: str, path: str | Path) -> dict:
         state = from_timm(state)
     if "image_projection" in state:
         state["visual.proj"] = state.pop("image_projection")
-
     embed_dim, image = state["pc_projection"].shape[1], None
     if "visual.conv1.weight" in state:
         width, _, _, patch = state["visual.conv1.weight"].shape
@@ -617,18 +561,18 @@ def published_start(content: dict, which: str, path: str | Path) -> dict:
                  **sizes(state, "point_encoder.blocks.blocks.", width),
                  **GROUPS["ulip2" if slip or image is None else "crossmost"])
     classes = state["classifier"].shape[1] if "classifier" in state else 0
+    pixels = dict(mean=IMAGENET_MEAN, std=IMAGENET_STD) if slip else {}
     architecture = dict(embed_dim=embed_dim, image=image, point=point, up="y",
-                        class_names=[str(k) for k in range(classes)])
-    if slip:
-        architecture |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+                        class_names=[str(k) for k in range(classes)], **pixels)
     start = {"model": state, "architecture": architecture, "may_be_missing": MAY_BE_MISSING,
              "options": {"model": "ulip2" if slip else "crossmost"}}
     if text:
         words, width = text["tower.token_embedding.weight"].shape
         length = len(text["tower.positional_embedding"])
-        start |= {"text": text, "text_architecture": dict(
+        start["text"] = text
+        start["text_architecture"] = dict(
             embed_dim=embed_dim, quick_gelu=True, vocab_size=words, context_length=length,
-            **sizes(text, "tower.transformer.resblocks.", width))}
+            **sizes(text, "tower.transformer.resblocks.", width))
     return start
 
 
@@ -655,9 +599,7 @@ def from_timm(state: dict) -> dict:
     return out
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Files
-
+# ------ Files -----------------------------------------------------------------------------------------------
 def save_start(model: CrossMoST, text: TextEncoder | None, options: dict, path: Path):
     """A start's file, in half precision, with the options that made it."""
     def halved(module):
@@ -691,9 +633,9 @@ def save_file(content: dict, path: Path):
         temporary.write_bytes(buffer.getbuffer())
 
 
-def read_file(path: str | Path, *needed: str) -> dict:
+def read_file(path: str | Path) -> dict:
     """Tensors and plain values of a checkpoint; nothing in it is run (weights_only).
-    Raises: FileNotFoundError, or UserError if it is unreadable or lacks one of the `needed` keys."""
+    Raises: FileNotFoundError, or UserError if it is no such file."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint {path}; README, Starts, says where to get which")
     # Published files hold options and accuracies: a Namespace and NumPy scalars, of NumPy 1 or 2.
@@ -703,10 +645,6 @@ def read_file(path: str | Path, *needed: str) -> dict:
                 (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
     try:
         with torch.serialization.safe_globals(harmless):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises a different type for each way a file can be broken
-        raise UserError(f"cannot read checkpoint {path}: {str(error).splitlines()[0][:200]}") from error
-    if not isinstance(content, dict) or any(key not in content for key in needed):
-        found = list(content)[:5] if isinstance(content, dict) else type(content).__name__
-        raise UserError(f"{path} is no checkpoint of this project: found {found}, expected {list(needed)}")
-    return content
+        raise UserError(f"cannot read checkpoint {path}: {str(error)[:200]}") from error

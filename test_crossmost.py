@@ -123,8 +123,7 @@ def assert_near(computed, golden):
         assert (value - expected).abs().max() <= 1e-5 * expected.abs().max(), name
 
 
-# ----------------------------------------------------------------------- pseudo-labels, losses, groups, masks
-
+# ------ pseudo-labels, losses, groups, masks ----------------------------------------------------------------
 def test_the_more_confident_modality_names_the_object_and_a_tie_takes_one_of_the_two():
     image = torch.tensor([[0.9, 0.1], [0.4, 0.6]])
     point = torch.tensor([[0.2, 0.8], [0.95, 0.05]])
@@ -243,8 +242,7 @@ def test_groups_equal_brute_force_and_follow_a_translation_and_masks_are_blocks(
         assert any(row[mask].max() < row[~mask].min() for row in distance)
 
 
-# --------------------------------------------------------------------------------- encoders, teacher, starts
-
+# ------ encoders, teacher, starts ---------------------------------------------------------------------------
 @pytest.mark.parametrize("quick_gelu, theirs, ours", [
     (False, {}, {}), (True, {}, {}),
     (False, dict(no_ln_pre=True, norm_kwargs=dict(eps=1e-6)), dict(ln_pre=False, eps=1e-6))])  # SLIP's
@@ -280,8 +278,7 @@ def test_what_is_hidden_does_not_reach_the_features_and_points_have_no_order():
     both = model(torch.stack([images, other], dim=1), None).image_logits  # two views
     assert torch.allclose(both, (one.image_logits + two.image_logits) / 2, atol=1e-4)
     model.classifier = None
-    with pytest.raises(AttributeError, match="set_classifier"):
-        model(None, points).point_logits
+    assert not hasattr(model(None, points), "point_logits")
 
 
 @pytest.mark.parametrize("target", ["tokens", "points"])
@@ -427,13 +424,13 @@ def test_a_checkpoint_of_a_stranger_runs_no_code_and_what_does_not_fit_is_named_
     state = write_ulip(tmp_path / "ulip.pt")[2]
     for key, value, says in (("ppat.transformer.layers.0.w", torch.zeros(1), "OpenShape's"),
                              ("point_encoder.trans2embed.weight", torch.zeros(1), "Uni3D's"),
-                             ("pc_projection", torch.zeros(64, 32), r"pc_projection \(64, 32\) for \(128"),
-                             ("visual.extra", torch.zeros(1), "1 left over .*extra"),
-                             ("point_encoder.norm.bias", None, "1 missing .*norm.bias"),
+                             ("pc_projection", torch.zeros(64, 32), "mismatch for pc_projection"),
+                             ("visual.extra", torch.zeros(1), "Unexpected key.*visual.extra"),
+                             ("point_encoder.norm.bias", None, "Missing key.*norm.bias"),
                              ("point_encoder.reduce_dim.weight", None, "no known family")):
         odd = {k: v for k, v in {**state, key: value}.items() if v is not None}
         torch.save({"state_dict": odd}, tmp_path / "odd.pt")
-        assert_refused(f"odd.pt.*{says}", load_checkpoint, tmp_path / "odd.pt", 16, 8)
+        assert_refused(f"(?s)odd.pt.*{says}", load_checkpoint, tmp_path / "odd.pt", 16, 8)
 
 
 def test_the_cross_most_start_and_its_trained_checkpoint_load(tmp_path, finished):
@@ -513,8 +510,7 @@ def test_the_defaults_are_the_original_s(name, threshold, apart, point_weight):
     assert (args.groups, args.group_size) == (512, 32)
 
 
-# ----------------------------------------------------------------------------------- fetching, data and views
-
+# ------ fetching, data and views ----------------------------------------------------------------------------
 def test_a_file_comes_from_the_hub_or_else_an_address_and_is_right_or_not_there(tmp_path, monkeypatch):
     path, gone, right, other = (tmp_path / name for name in ("to/toy.bin", "gone", "right", "other"))
     right.write_text("right")
@@ -884,8 +880,7 @@ def test_bad_data_is_refused_by_its_name_and_with_advice(tmp_path, name, file, c
     assert_refused(says, data.load_dataset, name, tmp_path, "test", 64, download=False)
 
 
-# -------------------------------------------------------------------------------------------------- training
-
+# ------ training --------------------------------------------------------------------------------------------
 @pytest.fixture(scope="session")
 def photographed(tmp_path_factory):
     """The same as `finished`, of objects that have photographs."""
@@ -955,11 +950,11 @@ def test_a_run_that_stops_and_goes_on_equals_one_that_does_not(tmp_path, monkeyp
     for name, value, says in (
             ("load_dataset", lambda *given: load(*given).pick(torch.arange(15)), "other options.*48 -> 15"),
             ("load_dataset", lambda *given: replace(load(*given), class_names=names), "continue .*'pouffe'"),
-            ("CODE", "edited", "last.pt was made by other code .*--no-resume .*--out")):
+            ("CODE", "edited", "last.pt: it was made with other .*code.* another --out, or --no-resume")):
         with monkeypatch.context() as patch:
             patch.setattr(train, name, value)
             assert_refused(says, small_run, folder, "--out", out)
-    with train.sole_use(out / "last.pt"):
+    with data.lock(out / "last.pt"):
         assert_refused(f"another process writes to {out};", small_run, folder, "--out", out)
     assert_refused("other options.*seed", small_run, folder, "--out", out, "--seed", "3")
     assert_equal(folder / "out", out)  # which no refused run has touched
@@ -993,9 +988,11 @@ def test_two_processes_equal_one_and_share_a_batch_evenly(tmp_path, monkeypatch,
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run([*torchrun, HERE / "train.py", *small_flags(folder, "--out", tmp_path)], check=True,
                    capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    start = models.read_file(folder / "start.pt")["model"]["pc_projection"].float()
     for which in ("teacher", "student"):
         one, two = weights(folder / "out", which), weights(tmp_path, which)
         assert all(torch.allclose(one[name], two[name], rtol=0, atol=1e-4) for name in one)
+        assert not torch.equal(one["pc_projection"], start)  # it has moved
     logs = [map(json.loads, outcome(out)[1]) for out in (folder / "out", tmp_path)]
     for one, two in zip(*logs, strict=True):
         numbers = [name for name, value in one.items() if isinstance(value, (int, float, list))]
@@ -1013,10 +1010,10 @@ def test_two_processes_equal_one_and_share_a_batch_evenly(tmp_path, monkeypatch,
     ("--model RN50", "RN50's image tower is no plain vision transformer"),
     ("--model ViT-B-16 --pretrained openai", "use ViT-B-16-quickgelu"),
     ("--model ViT-S-32-alt --pretrained /nowhere.pt", "name a file: --pretrained FILE"),
-    ("--model tiny --pretrained openai", "for --model tiny use --start-checkpoint"),
+    ("--model tiny --pretrained openai", "--model tiny is one file; use --start-checkpoint"),
     ("--modalities image --labels agree", "--labels agree needs both modalities"),
     ("--stage pretrain", "start.pt is a finished start; drop --stage pretrain"),
-    ("--threshold 0.5 0.6", "--threshold takes one value; two, of images and of points, go with"),
+    ("--threshold 0.5 0.6", "--threshold takes one value; two, image's and point's, go with"),
     ("--freeze visual nothing", r"no parameter begins with \['nothing'\]"),
     ("--freeze visual p c logit", "leaves nothing to train"),
     ("--batch-size 0", r"argument --batch-size: 0 is not in \[1, inf\]"),
@@ -1034,17 +1031,17 @@ def test_options_that_cannot_be_or_go_together_are_one_line(tmp_path, capsys, fi
     assert ended.value.code == 2 and re.search(f"error: .*{says}", said) and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("error, ends", [
-    (UserError("no such data"), True), (OSError(28, "No space left on device"), True),
-    (MemoryError("too much"), True), (torch.OutOfMemoryError("CUDA out of memory."), True),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True), (ValueError("a fork's own"), False),
-    (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
-    (RuntimeError("elements of the written-to tensor refer to a single memory location"), False)])
-def test_what_a_user_can_put_right_is_one_line_and_a_bug_keeps_its_traceback(capsys, error, ends):
-    with pytest.raises(SystemExit if ends else type(error)), evaluation.one_line_errors():
+@pytest.mark.parametrize("error, says", [
+    (UserError("no such data"), "no such data"), (OSError(28, "No space left"), "make room; .*No space left"),
+    (MemoryError("much"), "lower --batch-size"), (torch.OutOfMemoryError("much"), "lower --batch-size"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "lower --batch-size"),
+    (ValueError("a fork's own"), None), (RuntimeError("CUDA error: an illegal memory access"), None),
+    (RuntimeError("elements of the written-to tensor refer to a single memory location"), None)])
+def test_what_a_user_can_put_right_is_one_line_and_a_bug_keeps_its_traceback(capsys, error, says):
+    with pytest.raises(SystemExit if says else type(error)), evaluation.one_line_errors():
         raise error
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == ends and all(error.args[-1] in line for line in said)
+    said = capsys.readouterr().err
+    assert re.fullmatch(f"error: .*{says}.*\n", said) if says else said == ""
 
 
 @pytest.mark.parametrize("script, flag", [("train.py", "--start-checkpoint"), ("eval.py", "--checkpoint")])
@@ -1093,15 +1090,14 @@ def test_a_step_that_fails_says_why_and_leaves_the_last_checkpoint(tmp_path, mon
         return real(*given)
     monkeypatch.setattr(train, "fairness_loss", lambda logits, shares: logits.sum() / 0)
     infinite = "not finite at step 0: .*'self_image': [0-9].*'cross': [0-9]"
-    for step, says in ((real, infinite), (interrupt, infinite),
-                       (lambda *_: torch.empty(2 ** 60), "out of memory at --batch-size 16; lower it")):
+    for step in (real, interrupt):
         monkeypatch.setattr(train, "train_step", step)
-        assert_refused(says, small_run, finished[0], "--out", out, "--no-resume")
+        assert_refused(infinite, small_run, finished[0], "--out", out, "--no-resume")
         assert (out / "last.pt").read_bytes() == before
 
 
 def test_bfloat16_is_for_the_networks_only_and_auto_takes_it_where_it_gains(monkeypatch, capsys, tmp_path):
-    student, (views, names), terms, clock = tiny(), views_and_labels(), {}, [0.0]
+    student, (views, names), terms = tiny(), views_and_labels(), {}
     for precision in ("fp32", "bf16"):
         torch.manual_seed(0)
         terms[precision] = train.student_terms(student, views, names, options("--precision", precision))
@@ -1113,11 +1109,9 @@ def test_bfloat16_is_for_the_networks_only_and_auto_takes_it_where_it_gains(monk
         groups = student.group(views["weak_points"])
         assert student.logits(torch.ones(1, 128)).dtype == groups.centres.dtype == torch.float32
 
-    def linear(tokens, weight):
-        clock[0] += 3 if tokens.dtype == weight.dtype == torch.float32 else 2
-    with monkeypatch.context() as patch:
-        patch.setattr(train.F, "linear", linear)
-        patch.setattr(train.time, "perf_counter", lambda: clock[0])
+    with monkeypatch.context() as patch:  # the product's duration is that of its precision
+        patch.setattr(train.F, "linear", lambda a, b: 3 if a.dtype == b.dtype == torch.float32 else 2)
+        patch.setattr(train.timeit, "repeat", lambda product, number, repeat: [product(), 9])
         assert train.bfloat16_gain() == 1.5
     run = partial(small_run, tmp_path, "--epochs", "1", "--precision")
     for gain, resume, says in ((1.29, "--no-resume", "auto: fp32, a"), (1.31, "--no-resume", "auto: bf16, a"),
@@ -1142,8 +1136,8 @@ def test_one_batch_overfits():
     assert sum(history[-5:]) / 5 < 0.3 * history[0]
 
 
-def test_the_log_tells_names_given_and_how_many_rightly_class_by_class(tmp_path):
-    run = train.Run(tiny(), None, None, options("--out", str(tmp_path)))
+def test_the_log_tells_names_given_and_how_many_rightly(tmp_path):
+    run = train.Run(tiny(), None, None, options("--out", str(tmp_path)), 4)
     truth = torch.tensor([0, 0, 1, 9])
     image = torch.tensor([0, 1, 1, 9]), torch.tensor([True, True, True, False])
     point = truth, torch.tensor([True, False, False, False])
@@ -1154,7 +1148,6 @@ def test_the_log_tells_names_given_and_how_many_rightly_class_by_class(tmp_path)
     row, empty = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
     assert row["coverage"] == 0.5 and row["label_accuracy"] == 0.75 and row["loss"] == 2  # 4 of 8, 3 of 4
     assert row["named"] == [0.25, 0.25, *[0] * 8] and row["entropy"] == pytest.approx(math.log(2))
-    assert row["label_accuracy_by_class"][:2] == [1.0, 0.5]
     assert empty["coverage"] == empty["entropy"] == 0 and empty["label_accuracy"] is None
 
 
@@ -1222,18 +1215,17 @@ def test_on_a_gpu_nothing_mixes_devices_or_waits_for_a_value(tmp_path, monkeypat
                 given = train.teacher_labels(model, views, args, truth)
                 terms = train.student_terms(model, views, given, args)
                 assert {term.device.type for term in terms.values()} == {"cuda"}
-                train.Run(model, model, None, args).count_step(terms, given, truth)
+                train.Run(model, model, None, args, 4).count_step(terms, given, truth)
         assert model(model.normalise(data.fixed_views(points, 2, 64)), points).image_logits.shape == (4, 10)
         for label, tower in ((3, text), (3, None), (-1, text), (-1, None)):  # a number a fake tensor knows
             loss = train.pretrain_loss(model, tower, points[:1], torch.tensor([label]), NAMES)
             assert loss.device.type == "cuda"
 
 
-# ------------------------------------------------------------------------------ results, pictures, documents
-
+# ------ results, pictures, documents ------------------------------------------------------------------------
 def test_a_run_leaves_its_results_and_eval_repeats_them_on_any_data_set(tmp_path, finished):
     folder, results = finished
-    out = folder / "out"
+    out, names = folder / "out", tmp_path / "names.csv"
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
     assert {path.name for path in out.iterdir()} == {"last.pt", "log.jsonl", "results.json", "curves.png",
                                                      "predictions.csv", ".last.pt.lock"}
@@ -1245,7 +1237,8 @@ def test_a_run_leaves_its_results_and_eval_repeats_them_on_any_data_set(tmp_path
     sibling = shutil.copytree(folder / "own", tmp_path / "sibling")  # its clouds have the run's 128 points
     other = ["--dataset", str(sibling), "--views", "2", "--data-root", str(tmp_path)]
     for flags in (["--data-root", str(folder)], other, other):
-        found = evaluation.main(["--checkpoint", str(out / "last.pt"), *flags])
+        found = evaluation.main(["--checkpoint", str(out / "last.pt"), *flags, "--predictions", str(names)])
+        assert names.read_text() == (out / "predictions.csv").read_text()
         for which in ("student", "teacher"):
             assert {m: found[which][m] for m in results[which]} == results[which]
     write_ulip(tmp_path / "ulip.pt")
@@ -1259,7 +1252,7 @@ def test_predictions_say_who_holds_what_and_a_warning_why_training_may_have_done
     objects = data.Objects(torch.zeros(3, 1, 3), None, ["a", "b", "c"], names=["x", "y", "z, w"])
     probs = {"image": image, "point": point, "joint": (image + point) / 2}
     evaluation.write_predictions(tmp_path / "p.csv", objects, probs)
-    assert evaluation.opinions(probs, objects.class_names) == {
+    assert evaluation.assess(probs, objects) == {
         "agreement": 33.33, "shares": {"a": 66.67, "b": 0.0, "c": 33.33}}
     assert (tmp_path / "p.csv").read_text().splitlines() == [
         "object,class,confidence,image,image_confidence,point,point_confidence,agree",
@@ -1311,7 +1304,7 @@ def test_eval_names_a_start_by_any_words_and_writes_all_it_knows(tmp_path, capsy
     assert backwards["zero_shot"]["per_class"] == evaluation.main(start)["zero_shot"]["per_class"]
     (tmp_path / "names.txt").write_text("mug\nlamp\n")
     found = evaluation.main([*start, "--classes", str(tmp_path / "names.txt"), *flags["predictions"]])
-    assert "zero_shot" not in found and {"mug", "lamp"} >= set(read_table(usecols=1))
+    assert "joint" not in found["zero_shot"] and {"mug", "lamp"} >= set(read_table(usecols=1))
     files["gallery"].unlink()
     evaluation.main([*start, "--classes", "mug", *flags["gallery"]])  # of one name nothing can be odd
     assert files["gallery"].exists()
@@ -1328,8 +1321,8 @@ def test_a_sheet_of_a_data_set_is_drawn(tmp_path, monkeypatch):
     assert train.parse_args(["--dataset", "runs/x"]).out == Path("runs/x-ulip2")
     for argv in (["--dataset", "runs/x", "--points", "100"], ["--domain", "source"]):
         evaluation.main([*argv, "--preview", "sheet"])
-        assert Image.open("sheet.png").size[0] > 800
-        os.remove("sheet.png")
+        assert Image.open("sheet").size[0] > 800
+        os.remove("sheet")
 
 
 def test_the_start_in_the_repository_names_single_files_and_a_broken_one_stops_no_other(tmp_path, capsys):
@@ -1344,7 +1337,7 @@ def test_the_start_in_the_repository_names_single_files_and_a_broken_one_stops_n
     assert evaluation.main([*asked, str(chair)])["objects"] == 1
     start, line = capsys.readouterr().out.splitlines()
     assert start.startswith("start ") and "--pretrain-epochs" in start
-    assert re.fullmatch(rf"{chair}: chair [01]\.\d\d \(image: .*, point: chair .*\)", line)
+    assert re.fullmatch(rf"{chair}: chair [01]\.\d{{4}} \(image: .*, point: chair .*\)", line)
     asked += [str(broken), str(chair), "--predictions", str(tmp_path / "p.csv")]
     assert_refused("1 of 2 files could not be read", evaluation.main, asked)
     assert f"error: {broken} has 0 points" in capsys.readouterr().err
@@ -1356,7 +1349,7 @@ def test_a_summary_averages_seeds_and_measures_the_way_to_the_ceiling(tmp_path):
     def run(number, joint, seed=0, key="teacher", **changed):
         found = joint and {"image": 10.0, "point": 20.0, "joint": joint}
         row = {"dataset": "toys", "objects": 7, "seed": seed, "changed": changed, "start": "tiny",
-               "zero_shot": {"image": 1.0, "point": 2.0, "joint": 50.0}, key: found}
+               "zero_shot": found and {"image": 1.0, "point": 2.0, "joint": 50.0}, key: found}
         write(f"{number}/results.json", json.dumps(row))
 
     def write(name, text):
@@ -1369,22 +1362,21 @@ def test_a_summary_averages_seeds_and_measures_the_way_to_the_ceiling(tmp_path):
     run(4, 55.0, key="cache")
     run(5, None)  # without labels: left out
     assert write("other.json", "") == [
-        "| joint top-1, % (gap) | toys |", "| --- | --- |", "| zero-shot start | 50.0 ± 0.0 |",
-        "| Cross-MoST | 63.0 ± 4.2 (45 %) |",  # 10/20, 16/40
-        "| `--labels truth` | 80.0 ± 14.1 (100 %) |", "| `eval.py --rival` | 55.0 (25 %) |"]
+        "| joint top-1, %: start -> end (gap) | toys |", "| --- | --- |",
+        "| Cross-MoST | 50.0 ± 0.0 -> 63.0 ± 4.2 (45 %) |",  # 10/20, 16/40
+        "| `--labels truth` | 50.0 ± 0.0 -> 80.0 ± 14.1 (100 %) |",
+        "| `eval.py --rival` | 50.0 -> 55.0 (25 %) |"]
     lines = (tmp_path / "tables.md").read_text().splitlines()
-    assert lines[-6].startswith("| toys, 7 objects | image | point |") and lines[-4:] == [
-        "| zero-shot start | 1.0 ± 0.0 | 2.0 ± 0.0 | 50.0 ± 0.0 |  | 50.0 ± 0.0 |  | 0: 50.0, 1: 50.0 |",
-        "| Cross-MoST | 10.0 ± 0.0 | 20.0 ± 0.0 | 63.0 ± 4.2 | 45 % | 50.0 ± 0.0 |  | 0: 60.0, 1: 66.0 |",
-        "| `--labels truth` | 10.0 ± 0.0 | 20.0 ± 0.0 | 80.0 ± 14.1 | 100 % | 50.0 ± 0.0 |  "
-        "| 0: 70.0, 1: 90.0 |",
-        "| `eval.py --rival` | 10.0 | 20.0 | 55.0 | 25 % | 50.0 |  | 0: 55.0 |"]
+    assert lines[-5].startswith("| toys, 7 objects | image | point |") and lines[-3:] == [
+        f"| {setting} | 1.0{spread} -> 10.0{spread} | 2.0{spread} -> 20.0{spread} | {rest} |"
+        for setting, spread, rest in (
+            ("Cross-MoST", " ± 0.0", "50.0 ± 0.0 -> 63.0 ± 4.2 | 45 % |  | 0: 60.0, 1: 66.0"),
+            ("`--labels truth`", " ± 0.0", "50.0 ± 0.0 -> 80.0 ± 14.1 | 100 % |  | 0: 70.0, 1: 90.0"),
+            ("`eval.py --rival`", "", "50.0 -> 55.0 | 25 % |  | 0: 55.0"))]
     assert len(json.loads((tmp_path / "results.json").read_text())) == 5
-    with pytest.raises(UserError, match="results.json has the options and seed of another run there; move"):
-        run(6, 99.0)
-    for broken in ("{", "[1]", '{"teacher": 1}'):
-        with pytest.raises(UserError, match="6/results.json is no results.json of train.py"):
-            write("6/results.json", broken)
+    assert_refused("results.json: another run there has its options and seed", run, 6, 99.0)
+    for broken in ("{", "[1]", '{"zero_shot": 1}'):
+        assert_refused("cannot read .*6/results.json", write, "6/results.json", broken)
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
@@ -1436,5 +1428,5 @@ def test_the_tables_are_those_of_the_recorded_runs():
     short, full = evaluation.tables(runs)
     assert (HERE / "assets/tables.md").read_text().startswith(full)
     rows = {line for line in (HERE / "README.md").read_text().splitlines()
-            if re.match(r"\| (zero-shot start|Cross-MoST|`--labels truth`) \|", line)}
-    assert len(rows) == 3 and rows <= set(short.splitlines())
+            if re.match(r"\| (Cross-MoST|`[^`]*`) \|.* -> ", line)}
+    assert len(rows) == 5 and rows <= set(short.splitlines())

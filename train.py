@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import timeit
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -29,20 +30,14 @@ from tqdm import tqdm
 
 from data import (DATASETS, Objects, UserError, dataset_row, draw_views, load_dataset, lock, random_yaw,
                   sample_shapes, training_photographs)
-from eval import (COUNT, DEVICE, MODALITIES, SHARE, WEIGHT, accuracy, add_data_options, evaluate, number,
-                  one_line_errors, opinions, option_parser, out_of_memory, plot_curves, predict,
-                  pseudo_label_quality, table, usable_device, write_predictions)
+from eval import (COUNT, DEVICE, SHARE, WEIGHT, add_data_options, evaluate, number, one_line_errors,
+                  option_parser, plot_curves, pseudo_label_quality, table, top_one, usable_device)
 from losses import (cross_modal_alignment_loss, fairness_loss, masked_terms, name_alignment_loss,
                     pseudo_labels, self_training_loss)
-from model import (GROUPS, OTHER_GROUPS, STARTS, TEMPLATES, CrossMoST, Groups, Output, build_model,
-                   describe_start, hide_groups, hide_patches, parameter_groups, random_tiny, read_file,
-                   save_file, save_start, start_file, teacher_momentum, train_mode, update_teacher,
-                   whole_file)
+from model import (GROUPS, OTHER_GROUPS, STARTS, TEMPLATES, CrossMoST, Groups, build_model, hide_groups,
+                   hide_patches, parameter_groups, random_tiny, read_file, read_start, save_file, save_start,
+                   start_file, teacher_momentum, train_mode, update_teacher, whole_file)
 
-# The original code's values. What a data set has of its own, DATASETS, comes before them.
-PAPER = dict(epochs=200, batch_size=128, lr=2e-5, layer_decay=0.65, momentum=0.9998,
-             mask_ratio=0.3, w_fair=1.0, w_mim=1.0, w_mpm=1.0, w_gl=0.2, cross_temperature=1.0,
-             precision="auto")
 # `tiny` is trained for hundreds of steps, not 10^5: a larger step, a lower threshold (its confidences are
 # low); of its 4 x 4 patches few are hidden, and repainting them weighs little.
 TINY = dict(epochs=3, batch_size=32, lr=2e-3, layer_decay=1.0, momentum=0.999, points=1024, views=12,
@@ -59,16 +54,13 @@ NOT_THE_METHOD = (*MAY_CHANGE_ON_RESUME, "dataset", "model", "seed", "domain", "
 
 
 def defaults_of(chosen: argparse.Namespace) -> dict:
-    """What holds in a run where its options do not say otherwise: the paper's values, then the data set's,
-    then the start's."""
-    start = describe_start(chosen.start_checkpoint) if chosen.start_checkpoint else {}
+    """What holds for a data set and a start, in place of the original code's values that parse_args has."""
+    start = read_start(chosen.start_checkpoint)["options"] if chosen.start_checkpoint else {}
     model = chosen.model or start.get("model") or ("tiny" if chosen.dataset == "shapes" else "ulip2")
-    row = {key: value for key, value in dataset_row(chosen.dataset).items() if key not in ("load", "up")}
-    separate = row.pop("separate")
-    row["threshold"] = [row["threshold"]]
-    if chosen.labels == "separate" or chosen.modalities != "both":
-        row["threshold"] = list(separate)
-    values = {**PAPER, **row, **GROUPS.get(model, OTHER_GROUPS)}
+    row = dataset_row(chosen.dataset)
+    apart = chosen.labels == "separate" or chosen.modalities != "both"
+    values = {**row, "threshold": row["separate"] if apart else row["threshold"]}
+    values |= GROUPS.get(model, OTHER_GROUPS)
     if model == "tiny":
         values |= TINY
         if chosen.dataset not in DATASETS:
@@ -77,14 +69,14 @@ def defaults_of(chosen: argparse.Namespace) -> dict:
             values |= TINY_ON_SCANS
     if chosen.dataset not in DATASETS and not chosen.shares:
         values["w_fair"] = 0.0  # a pull towards equal shares is wrong where most objects are chairs
-    values |= {key: start[key] for key in ("points", "groups", "group_size") if key in start}
+    values |= {key: start[key] for key in ("points", "groups", "group_size") if start.get(key)}
     return {"model": model, "out": Path("runs", f"{Path(chosen.dataset).name}-{model.replace('/', '-')}"),
-            **values}
+            **{key: value for key, value in values.items() if key in vars(chosen)}}
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    """All options, with the defaults of defaults_of for the data set and the start that `argv` names; in
-    `changed` those of the method that are others than these defaults."""
+    """All options, with the original code's values, and over them defaults_of the data set and the start that
+    `argv` names; in `changed` those of the method that are others than these defaults."""
     parser = option_parser(__doc__.splitlines()[0])
     group = parser.add_argument_group("data").add_argument
     group("--dataset", default="shapes", help=f"{', '.join(DATASETS)}, or a folder of your own")
@@ -102,26 +94,24 @@ def parse_args(argv=None) -> argparse.Namespace:
     group("--modalities", choices=("both", "image", "point"), default="both", help="what is trained")
     group("--labels", choices=("joint", "mean", "separate", "agree", "truth"), default="joint",
           help="joint-label: who names the objects; truth is an oracle that uses the real labels")
-    group("--threshold", type=SHARE, nargs="+",
-          help="joint-label: confidence to exceed; with --labels separate one of images and one of points")
+    group("--threshold", type=SHARE, nargs="+", help="joint-label: confidence to exceed; two if separate")
     group("--point-weight", type=WEIGHT, help="joint-label: factor on the point confidence")
-    group("--w-fair", type=WEIGHT, help="fairness: weight; 0 removes it, as for all weights")
-    group("--shares", type=WEIGHT, nargs="+",
-          help="fairness: how many objects of each class you expect, roughly, in the classes' order")
-    group("--w-mim", type=WEIGHT, help="mim: weight")
-    group("--w-mpm", type=WEIGHT, help="mpm: weight")
-    group("--w-gl", type=WEIGHT, help="gl-align: weight, of both modalities")
+    group("--w-fair", type=WEIGHT, default=1.0, help="fairness: weight; 0 removes it, as for all weights")
+    group("--shares", type=WEIGHT, nargs="+", help="fairness: roughly how many objects of each class")
+    group("--w-mim", type=WEIGHT, default=1.0, help="mim: weight")
+    group("--w-mpm", type=WEIGHT, default=1.0, help="mpm: weight")
+    group("--w-gl", type=WEIGHT, default=0.2, help="gl-align: weight, of both modalities")
     group("--w-cross", type=WEIGHT, default=1.0, help="cross-align: weight")
-    group("--cross-temperature", type=number(1e-3), help="cross-align: divisor of the similarities")
+    group("--cross-temperature", type=number(1e-3), default=1.0, help="cross-align: divisor of similarities")
     group("--point-target", choices=("tokens", "points"), default="tokens", help="mpm: what is reconstructed")
-    group("--mask-ratio", type=SHARE, help="share of patches and of groups hidden; 0 hides nothing")
-    group("--momentum", type=SHARE, help="ema: momentum after 400 steps, from 0.99 at the first")
+    group("--mask-ratio", type=SHARE, default=0.3, help="share of patches and groups hidden; 0 hides nothing")
+    group("--momentum", type=SHARE, default=0.9998, help="ema: after 400 steps, from 0.99 at the first")
     group = parser.add_argument_group("optimisation").add_argument
-    group("--epochs", type=COUNT, help="passes over the training objects")
-    group("--batch-size", type=COUNT, help="objects per step")
-    group("--lr", type=WEIGHT, help="peak learning rate for a batch of 256")
+    group("--epochs", type=COUNT, default=200, help="passes over the training objects")
+    group("--batch-size", type=COUNT, default=128, help="objects per step")
+    group("--lr", type=WEIGHT, default=2e-5, help="peak learning rate for a batch of 256")
     group("--weight-decay", type=WEIGHT, default=0.05, help="AdamW, not on 1-D parameters")
-    group("--layer-decay", type=SHARE, help="factor on the learning rate for each image block below the last")
+    group("--layer-decay", type=SHARE, default=0.65, help="factor on lr for each image block below the last")
     group("--warmup-epochs", type=WEIGHT, default=1.0, help="epochs of linear warm-up")
     group("--freeze", nargs="*", default=["point_encoder.encoder"], help="parameters not trained, by prefix")
     group = parser.add_argument_group("run").add_argument
@@ -130,8 +120,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     group("--seed", type=number(0, 2 ** 32, int), default=0, help="of a new start, views, order and masks")
     group("--resume", action=argparse.BooleanOptionalAction, default=True, help="continue OUT/last.pt")
     group("--device", type=usable_device, default=DEVICE, help="where to compute")
-    group("--precision", choices=("auto", "bf16", "fp32"),
-          help="of the networks; auto: the faster one here, kept by the whole run")
+    group("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: the faster one here")
     group("--compile", action="store_true", help="compile the encoders (minutes at first, then faster)")
     group("--grad-checkpointing", action="store_true", help="less memory: compute image blocks twice")
     group("--benchmark", action="store_true", help="time a step, and leave")
@@ -145,9 +134,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     return args
 
 
-# -----------------------------------------------------------------------------------------------------------
-# One step
-
+# ------ One step --------------------------------------------------------------------------------------------
 def train_step(student, teacher, views, optimizer, step, total_steps, args, truth=None):
     """One update of the student, then of the teacher. Returns the detached terms and the labels used.
 
@@ -235,9 +222,7 @@ def networks_precision(args) -> torch.autocast:
     return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
-# -----------------------------------------------------------------------------------------------------------
-# The loop
-
+# ------ The loop --------------------------------------------------------------------------------------------
 def self_train(run: "Run", objects: Objects, test: Objects, args):
     """The loop. Ctrl-C and SIGTERM let the step finish, save, and leave with exit code 130 or 143."""
     per_epoch = max(1, len(objects) // args.batch_size)
@@ -267,7 +252,7 @@ def self_train(run: "Run", objects: Objects, test: Objects, args):
                     break
             if run.step % per_epoch == 0 and test.labels is not None and leader():
                 found = evaluate(run.teacher, test, args.views)
-                run.log(epoch=epoch + 1, step=run.step, teacher={name: found[name] for name in MODALITIES})
+                run.log(epoch=epoch + 1, step=run.step, teacher=top_one(found))
             run.save()
     if caught:
         sys.exit(128 + caught[0])
@@ -286,36 +271,36 @@ def stops_caught():
             signal.signal(stop, handler)
 
 
-class Run:
-    """What a run needs to go on to the bit: models, optimiser, step, random state, log position, sums."""
+# Read now: the files may change while a run lasts. A fork's run does not go on from what other code did.
+CODE = hashlib.sha256(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in (
+    "losses", "model", "data", "eval", "train"))).hexdigest()[:8]
 
-    def __init__(self, student, teacher, optimizer, args):
+
+class Run:
+    """What a run needs to go on to the bit: models, optimiser, step, random state, log position, sums; and
+    what it was made by: options, classes, number of objects and code."""
+    def __init__(self, student: CrossMoST, teacher: CrossMoST, optimizer, args, objects: int):
         self.student, self.teacher, self.optimizer, self.device = student, teacher, optimizer, args.device
         self.path, self.log_path = args.out / "last.pt", args.out / "log.jsonl"
-        self.options = plain_options(args)
+        own = {"classes": student.class_names, "objects": objects, "code": CODE}
+        self.options = plain_options(args) | own
         self.step, self.sums, self.count, self.last, self.before = 0, {}, 0, {}, None
-        self.seconds_before, self.began = 0.0, time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        """Of this process and, up to what they saved, of those it continues."""
-        return self.seconds_before + time.perf_counter() - self.began
+        self.began = time.perf_counter()  # earlier by what the processes took that this one continues
 
     def log(self, **row):
-        if not leader():
-            return
-        with open(self.log_path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        if leader():
+            with open(self.log_path, "a") as file:
+                file.write(json.dumps(row) + "\n")
 
     def count_step(self, terms: dict, labels: dict, truth: Tensor | None):
-        """Add up terms and, class by class, names given and, where the truth is known, rightly given; shares
-        of the objects, modalities averaged."""
+        """Add up terms, names given, class by class, and, where the truth is known, how many were right: as
+        shares of the objects, modalities averaged."""
         classes = self.student.classifier.shape[1]
-        given = {m: F.one_hot(label, classes) * keep[:, None] for m, (label, keep) in labels.items()}
-        values = {**terms, "named": torch.stack([*given.values()]).double().mean(dim=(0, 1))}
+        given = [F.one_hot(label, classes) * keep[:, None] for label, keep in labels.values()]
+        values = {**terms, "named": torch.stack(given).double().mean(dim=(0, 1))}
         if truth is not None:
-            correct = [given[m] * (label == truth)[:, None] for m, (label, _) in labels.items()]
-            values["correct"] = torch.stack(correct).double().mean(dim=(0, 1))
+            correct = [keep & (label == truth) for label, keep in labels.values()]
+            values["correct"] = torch.stack(correct).double().mean()
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + value.double()
         self.check()  # the step before: waiting for this one would leave the device idle
@@ -332,12 +317,11 @@ class Run:
         """Log the means since the last line and return them; starts new sums."""
         self.check()
         means = {name: total / self.count for name, total in self.sums.items()}
-        named, correct = means.pop("named"), means.pop("correct", None)
-        kept, known = named.sum().clamp(min=1e-12), correct is not None
-        row = {"coverage": named.sum(), "entropy": torch.special.entr(named / kept).sum(), "named": named,
-               "label_accuracy": correct.sum() / kept if known else None,
-               "label_accuracy_by_class": correct / named.clamp(min=1e-12) if known else None, **means}
-        row = {name: value if value is None else value.tolist() for name, value in row.items()}
+        correct, coverage = means.pop("correct", None), means["named"].sum()
+        kept = coverage.clamp(min=1e-12)
+        means |= {"coverage": coverage, "entropy": torch.special.entr(means["named"] / kept).sum()}
+        row = {name: value.tolist() for name, value in means.items()}
+        row["label_accuracy"] = None if correct is None else (correct / kept).item()
         self.log(epoch=epoch, step=self.step, steps=self.count, **row)
         self.sums, self.count = {}, 0
         return row
@@ -346,41 +330,35 @@ class Run:
         self.check()
         if not leader():
             return
-        counters = ("options", "step", "sums", "count", "before", "seconds")
-        save_file({**{name: getattr(self, name).state_dict() for name in ("student", "teacher", "optimizer")},
-                   **{key: getattr(self, key) for key in counters},
-                   "architecture": self.student.architecture, "log_bytes": self.log_path.stat().st_size,
-                   "code": CODE, "random": torch.get_rng_state(),
+        states = {name: getattr(self, name).state_dict() for name in ("student", "teacher", "optimizer")}
+        counters = {name: getattr(self, name) for name in ("options", "step", "sums", "count", "before")}
+        save_file({**states, **counters, "architecture": self.student.architecture,
+                   "log_bytes": self.log_path.stat().st_size, "seconds": time.perf_counter() - self.began,
+                   "random": torch.get_rng_state(),
                    "cuda_random": torch.cuda.get_rng_state(self.device) if "cuda" in self.device else None},
                   self.path)
 
     def load(self):
-        """Go back to last.pt. Raises: UserError where it was made with other options or other code."""
-        saved = read_file(self.path, "student", "teacher", "optimizer", "random", "options", "log_bytes")
-        changed = {key: f"{saved['options'].get(key)} -> {value}" for key, value in self.options.items()
-                   if saved["options"].get(key) != value}
-        if changed:
-            raise UserError(f"{self.path} was made with other options ({changed}); use the same, "
-                            "another --out, or --no-resume to start over")
-        if saved.get("code") != CODE:
-            raise UserError(f"{self.path} was made by other code than is here now; --no-resume starts over, "
-                            "another --out keeps it")
+        """Go back to last.pt. Raises: UserError where it is broken, or was made by other options or code."""
+        saved = read_file(self.path)
         try:
-            names = saved["architecture"]["class_names"]
-            if names != self.student.class_names:
-                raise ValueError(f"it is of the classes {names}, the data have {self.student.class_names}")
+            changed = {key: f"{saved['options'].get(key)} -> {value}" for key, value in self.options.items()
+                       if saved["options"].get(key) != value}
+            if changed:
+                raise ValueError(f"it was made with other options, data or code ({changed})")
             for name in ("student", "teacher", "optimizer"):
                 getattr(self, name).load_state_dict(saved[name])
             for name in ("step", "sums", "count", "before"):
                 setattr(self, name, saved[name])
-            self.seconds_before = saved["seconds"]
+            self.began -= saved["seconds"]
             torch.set_rng_state(saved["random"])
             if "cuda" in self.device:
                 torch.cuda.set_rng_state(saved["cuda_random"], self.device)
+            with open(self.log_path, "a") as file:  # forget lines written after the checkpoint
+                file.truncate(min(saved["log_bytes"], self.log_path.stat().st_size))
         except Exception as error:  # a broken file in any way
-            raise UserError(f"cannot continue {self.path}: {error}; --no-resume starts over") from error
-        with open(self.log_path, "a") as file:  # forget lines written after the checkpoint
-            file.truncate(min(saved["log_bytes"], self.log_path.stat().st_size))
+            raise UserError(f"cannot continue {self.path}: {error}; use the same, another --out, or "
+                            "--no-resume to start over") from error
 
 
 def plain_options(args, may_change: tuple = MAY_CHANGE_ON_RESUME) -> dict:
@@ -389,14 +367,7 @@ def plain_options(args, may_change: tuple = MAY_CHANGE_ON_RESUME) -> dict:
             if key not in may_change}
 
 
-# Read now: the files may change while a run lasts. A fork's run does not go on from what other code did.
-CODE = hashlib.sha256(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in (
-    "losses", "model", "data", "eval", "train"))).hexdigest()
-
-
-# -----------------------------------------------------------------------------------------------------------
-# A whole run
-
+# ------ A whole run -----------------------------------------------------------------------------------------
 def main(argv=None) -> dict:
     """Run all of it. Returns what it writes to OUT/results.json."""
     join_processes()  # before anything opens a context on a GPU
@@ -408,6 +379,9 @@ def main(argv=None) -> dict:
     refuse_contradictions(args, objects)
     untrained = args.benchmark and args.model not in STARTS  # as fast as any other
     start = None if untrained else find_start(args, objects)
+    if args.stage == "pretrain":
+        print(f"the start is {start}")
+        return {"start": str(start)}
     student = build_model(args.model, objects.class_names, TEMPLATES[args.templates], args.pretrained, start,
                           groups=args.groups, group_size=args.group_size, target=args.point_target)
     student = student.to(args.device)
@@ -418,32 +392,25 @@ def main(argv=None) -> dict:
         for part in (student.visual, student.point_encoder, teacher.visual, teacher.point_encoder):
             part.compile()
     student.visual.set_grad_checkpointing(args.grad_checkpointing)
-    run = Run(student, teacher, optimizer, args)
-    run.options["objects"] = len(objects)
+    run = Run(student, teacher, optimizer, args, len(objects))
     if args.benchmark:
         return benchmark(run, objects, args)
-    results = {"dataset": objects.name, "split": test.split, "objects": len(test),
-               "classes": len(test.class_names), "model": args.model, "start": start.stem, "seed": args.seed,
-               "epochs": args.epochs, "changed": args.changed, "commit": provenance(args.device)["commit"]}
-    if args.stage == "pretrain":
-        probs = predict(student, test, args.views)
-        results["zero_shot"] = accuracy(probs, test) if test.labels is not None else None
-        print(f"{table(results)}\nthe start is {start}")
-        return results
-    with sole_use(run.path) if leader() else nullcontext():
-        train_and_score(run, objects, test, args, results)
-    return results
+    try:
+        with lock(run.path, timeout=0) if leader() else nullcontext():
+            return train_and_score(run, objects, test, args, start)
+    except Timeout as error:
+        raise UserError(f"another process writes to {args.out}; wait, or name another --out") from error
 
 
 def settled_precision(args) -> str:
     """--precision, where `auto` becomes bf16 or fp32 once for the whole run: what OUT/last.pt was begun with,
     else bfloat16 on a GPU that computes in it, and on a CPU that multiplies 1.3 times as fast in it."""
+    last = args.out / "last.pt"
     if args.precision != "auto":
         return args.precision
-    last = args.out / "last.pt"
     if args.resume and not args.benchmark and last.exists():
-        return read_file(last, "options")["options"].get("precision")  # None by other code: load() refuses it
-    if torch.device(args.device).type == "cuda":
+        return read_file(last).get("options", {}).get("precision")  # None by other code: load() refuses it
+    if "cuda" in args.device:
         fast, why = torch.cuda.is_bf16_supported(including_emulation=False), "what this GPU computes in"
     else:
         gain = bfloat16_gain()
@@ -453,117 +420,86 @@ def settled_precision(args) -> str:
     return chosen
 
 
-def bfloat16_gain(repeats: int = 5) -> float:
-    """How many times as fast as in float32 this CPU multiplies matrices of ViT-B's shape in bfloat16, the
-    best of `repeats`; measured by torchrun's first process for all."""
-    seconds = {torch.float32: [], torch.bfloat16: []}
-    for kind in [*seconds] * repeats:
+def bfloat16_gain() -> float:
+    """How many times as fast as in float32 this CPU multiplies matrices of ViT-B's shape in bfloat16;
+    measured by torchrun's first process for all."""
+    seconds = []
+    for kind in (torch.float32, torch.bfloat16):
         tokens, weight = torch.ones(512, 768, dtype=kind), torch.ones(3072, 768, dtype=kind)
-        began = time.perf_counter()
-        F.linear(tokens, weight)
-        seconds[kind].append(time.perf_counter() - began)
-    gain = torch.tensor(min(seconds[torch.float32]) / min(seconds[torch.bfloat16]))
+        seconds.append(min(timeit.repeat(lambda: F.linear(tokens, weight), number=1, repeat=5)))
+    gain = torch.tensor(seconds[0] / seconds[1])
     if dist.is_initialized():
         dist.broadcast(gain, 0)
     return gain.item()
 
 
-def sole_use(path: Path):
-    """A lock to hold (`with`). Raises: UserError where another process has it."""
-    try:
-        return lock(path, timeout=0).acquire()
-    except Timeout as error:
-        raise UserError(f"another process writes to {path.parent}; wait for it, or name another --out"
-                        ) from error
-
-
 def refuse_contradictions(args, objects: Objects):
     """Raises: UserError for options that do not go together, or not with the data."""
+    both, classes = args.modalities == "both", objects.class_names
     if args.labels == "truth" and objects.labels is None:
         raise UserError(f"--labels truth needs labels, {objects.name} has none; use --labels joint")
-    if args.labels in ("mean", "agree") and args.modalities != "both":
+    if args.labels in ("mean", "agree") and not both:
         raise UserError(f"--labels {args.labels} needs both modalities; drop it, or --modalities")
     if args.stage == "pretrain" and (args.start_checkpoint or args.model in STARTS[1:]):
         raise UserError(f"{args.start_checkpoint or args.model} is a finished start; drop --stage pretrain")
-    if len(args.threshold) > 2 or len(args.threshold) == 2 and (
-            args.labels != "separate" and args.modalities == "both"):
-        raise UserError("--threshold takes one value; two, of images and of points, go with --labels "
-                        "separate")
-    if args.shares and (len(args.shares) != len(objects.class_names) or not sum(args.shares)):
-        raise UserError(f"--shares has {args.shares}; expected {len(objects.class_names)} numbers, not all "
-                        f"0, for {', '.join(objects.class_names)}")
+    if len(args.threshold) > (2 if args.labels == "separate" or not both else 1):
+        raise UserError("--threshold takes one value; two, image's and point's, go with --labels separate")
+    if args.shares and (len(args.shares) != len(classes) or not sum(args.shares)):
+        raise UserError(f"--shares has {args.shares}; expected {len(classes)} numbers, not all 0, for "
+                        f"{', '.join(classes)}")
     batch = min(args.batch_size, len(objects))
     if dist.is_initialized() and batch % dist.get_world_size():
         raise UserError(f"{dist.get_world_size()} processes cannot share a batch of {batch} objects; choose "
                         "--batch-size or their number otherwise")
 
 
-def train_and_score(run: Run, objects: Objects, test: Objects, args, results: dict):
-    """Score the start, train, score again: into `results`, the standard output and OUT."""
+def train_and_score(run: Run, objects: Objects, test: Objects, args, start: Path) -> dict:
+    """Score the start, train, score again. Returns the results; they and the names are written to OUT."""
     torch.manual_seed(args.seed)
+    names = args.out / "predictions.csv"
     if args.resume and run.path.exists():
         run.load()
         print(f"continuing {run.path} at step {run.step}")
     elif leader():
         run.log_path.write_text("")
         trainable = sum(p.numel() for group in run.optimizer.param_groups for p in group["params"])
-        run.log(options=plain_options(args, ()), start=results["start"], train=len(objects), test=len(test),
+        run.log(options=plain_options(args, ()), start=start.stem, train=len(objects), test=len(test),
                 trainable=trainable, **provenance(args.device))
-        probs, run.before = score(run.student, test, args)
-        write_names(probs, test, args)
-    results["zero_shot"] = run.before and run.before["accuracy"]
+        run.before = evaluate(run.student, test, args.views, names)
+    results = {"dataset": objects.name, "split": test.split, "objects": len(test),
+               "classes": len(test.class_names), "model": args.model, "start": start.stem, "seed": args.seed,
+               "epochs": args.epochs, "changed": args.changed, "commit": provenance(args.device)["commit"],
+               "zero_shot": run.before and top_one(run.before)}
     print(table(results))
     shown = (*TINY, "groups", "group_size", "point_weight", "templates")
     print("settings:", ", ".join(f"{name} {getattr(args, name)}" for name in shown))
-    try:
-        self_train(run, objects, test, args)
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        raise UserError(f"out of memory at --batch-size {args.batch_size}; lower it, --groups or --points, "
-                        "or add --grad-checkpointing") from error
+    self_train(run, objects, test, args)
     if not leader():
-        return
-    _, student = score(run.student, test, args)
-    probs, after = score(run.teacher, test, args)
-    results |= {"student": student["accuracy"], "teacher": after["accuracy"],
-                "teacher_per_class": after["per_class"],
-                "agreement": {"start": run.before["agreement"], "teacher": after["agreement"]},
-                "shares": {"start": run.before["shares"], "teacher": after["shares"]},
+        return results
+    student, teacher = evaluate(run.student, test, args.views), evaluate(run.teacher, test, args.views, names)
+    results |= {"student": top_one(student), "teacher": top_one(teacher),
+                "teacher_per_class": teacher.get("per_class"),
+                **{key: {"start": run.before[key], "teacher": teacher[key]}
+                   for key in ("agreement", "shares")},
                 "pseudo_label": pseudo_label_quality(run.log_path, args.epochs),
-                "seconds": round(run.seconds, 1)}
-    write_names(probs, test, args)
-    zero_shot = results["zero_shot"]
-    for name, write in {"curves.png": lambda path: plot_curves(run.log_path, path, zero_shot),
-                        "results.json": lambda path: path.write_text(json.dumps(results, indent=1))}.items():
-        with whole_file(args.out / name) as path:
-            write(path)
+                "seconds": round(time.perf_counter() - run.began, 1)}
+    with whole_file(args.out / "curves.png") as picture:
+        plot_curves(run.log_path, picture, results["zero_shot"])
+    with whole_file(args.out / "results.json") as path:
+        path.write_text(json.dumps(results, indent=1))
     print(f"\n{table(results)}\npseudo-labels of the last epoch, %: {results['pseudo_label']}")
-    print_opinions(run.before, after)
-    print(f"a name for each object: {args.out / 'predictions.csv'}")
-
-
-def score(model: CrossMoST, test: Objects, args) -> tuple[dict, dict]:
-    """Probabilities, and what they tell: accuracy (None without labels), agreement, shares."""
-    probs = predict(model, test, args.views)
-    found = accuracy(probs, test) if test.labels is not None else {}
-    return probs, {"per_class": found.pop("per_class", None), "accuracy": found or None,
-                   **opinions(probs, test.class_names)}
-
-
-def write_names(probs: dict, test: Objects, args):
-    with whole_file(args.out / "predictions.csv") as path:
-        write_predictions(path, test, probs)
+    print_opinions(run.before, teacher)
+    print(f"a name for each object: {names}")
+    return results
 
 
 def print_opinions(before: dict, after: dict):
     """Say without labels what training changed, and warn where that was seen to do harm."""
     print(f"image and point agree on {before['agreement']} % of the objects before training, "
           f"{after['agreement']} % after")
-    shares = [f"{name} {share:.0f} -> {after['shares'][name]:.0f}"
-              for name, share in before["shares"].items()]
-    print("share of each name before -> after, %:", ", ".join(shares))
-    entropy = [torch.special.entr(torch.tensor([*row["shares"].values()]) / 100).sum().item()
+    print("share of each name before -> after, %:", ", ".join(
+        f"{name} {share:.0f} -> {after['shares'][name]:.0f}" for name, share in before["shares"].items()))
+    entropy = [torch.special.entr(torch.tensor([*row["shares"].values()]) / 100).sum()
                for row in (before, after)]
     signs = {"image and point agreed on few objects before training": before["agreement"] < 65,
              "they agree on fewer objects than before": after["agreement"] < before["agreement"] - 1,
@@ -583,9 +519,7 @@ def provenance(device: str) -> dict:
             "open_clip": open_clip.__version__, "commit": commit, "device": name}
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Pre-training of a start
-
+# ------ Pre-training of a start -----------------------------------------------------------------------------
 PRETRAIN_VERSION = 2  # raised when what follows, the procedural objects or the small networks change
 # Objects, passes, batch, peak learning rate, weight decay; of `tiny`, and of a point encoder beside a CLIP
 # (ULIP's).
@@ -626,31 +560,28 @@ def pretrain(args, target: Objects, device, path: Path):
     point = {"groups": args.groups, "group_size": args.group_size}
     if tiny:
         model, text = (part.to(device).train() for part in random_tiny(args.seed, **point))
-        parameters = [p for part in (model, text) for p in part.parameters() if p.requires_grad]
     else:
         model, text = build_model(args.model, source.class_names, TEMPLATES[args.templates], args.pretrained,
                                   seed=args.seed, **point).to(device).train(), None
         model.visual.requires_grad_(False).eval()
-        parameters = [*model.point_encoder.parameters(), model.pc_projection, model.logit_scale]
+        model.classifier.requires_grad_(False)
         if not shapenet:
             clouds = torch.cat([clouds, target.points])
             labels = torch.cat([labels, torch.full((len(target),), -1)])
+    parameters = [p for part in (model, text) if part for p in part.parameters() if p.requires_grad]
     torch.manual_seed(args.seed)
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
     passes = args.pretrain_epochs or passes
     batches = [index for _ in range(passes)
                for index in torch.randperm(len(clouds)).split(batch) if len(index) == batch]
     schedule = OneCycleLR(optimizer, lr, len(batches), pct_start=0.05, cycle_momentum=False)
-    bar = tqdm(batches, f"pre-training {args.model}", unit="step")
-    for step, index in enumerate(bar):
+    for index in tqdm(batches, f"pre-training {args.model}", unit="step"):
         loss = pretrain_loss(model, text, clouds[index].to(device), labels[index], source.class_names)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        if step % 50 == 0:  # reading it makes a GPU wait
-            bar.set_postfix(loss=f"{loss.item():.2f}")
     model.classifier = None
     save_start(model, text, {**plain_options(args), "pretrain_epochs": passes, **provenance(device)}, path)
 
@@ -677,7 +608,7 @@ def pretrain_loss(model, text, points, labels, class_names) -> Tensor:
         names = text([template.format(name) for name in class_names])
         aligned = aligned + name_alignment_loss(out.image_features[named], names, labels, scale)
     else:
-        names = model.classifier.detach().T
+        names = model.classifier.T
     if len(named):
         aligned = aligned + name_alignment_loss(out.point_features[named], names, labels, scale)
     terms = masked_terms(out, images, image_hidden, point_hidden)
@@ -685,9 +616,7 @@ def pretrain_loss(model, text, points, labels, class_names) -> Tensor:
     return aligned / 2 + sum(weights[name] * term for name, term in terms.items())
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Several GPUs: torchrun's processes share each batch
-
+# ------ Several GPUs: torchrun's processes share each batch -------------------------------------------------
 def join_processes():
     """Started by torchrun: become one of its processes, with a GPU of its own."""
     if "LOCAL_RANK" not in os.environ:
@@ -715,7 +644,7 @@ def my_share(batch):
     return batch.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def whole_batch(out: Output) -> Output:
+def whole_batch(out):
     """Under torchrun the outputs of all processes, in order: losses see the whole batch. Gradient flows into
     this process's own part only, which makes each process's gradient its share of the whole one."""
     if dist.is_initialized():
@@ -735,24 +664,20 @@ def sum_gradients(student: CrossMoST):
                 dist.all_reduce(parameter.grad)
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Benchmark
-
+# ------ Benchmark -------------------------------------------------------------------------------------------
 def benchmark(run: Run, objects: Objects, args) -> dict:
     """Print the median seconds of a step, objects per second, the share of the device's own matrix product in
     the same precision, and the memory. Photographs are decoded before. Returns the figures."""
+    from torch.utils.benchmark import Timer  # here: on a machine without CUDA it says so on stderr
     gpu, size = "cuda" in args.device, run.student.visual.image_size[0]
     some = objects.pick(torch.arange(args.batch_size) % len(objects))
-    points = some.points.to(args.device)
-    truth = torch.zeros(len(some), dtype=torch.long, device=args.device) if args.labels == "truth" else None
+    points, truth = some.points.to(args.device), torch.zeros(len(some), dtype=torch.long, device=args.device)
     pictures = next(iter(training_photographs(some, (torch.arange(len(some)),), size, seed=0)))
     train_mode(run.student, args.freeze)
 
     def step():
         views = draw_views(points, size, pictures)
         train_step(run.student, run.teacher, views, run.optimizer, 0, 1000, args, truth)
-
-    from torch.utils.benchmark import Timer  # here: on a machine without CUDA it says so on stderr
 
     def seconds(part):
         timer = Timer("part()", globals={"part": part}, num_threads=torch.get_num_threads())
@@ -762,7 +687,7 @@ def benchmark(run: Run, objects: Objects, args) -> dict:
     with FlopCounterMode(display=False) as counter:
         step()
     work = counter.get_total_flops() / 1e12
-    kind = torch.bfloat16 if networks_precision(args)._enabled else torch.float32
+    kind = torch.bfloat16 if args.precision == "bf16" else torch.float32
     square = torch.randn(*[8192 if gpu else 2048] * 2, device=args.device, dtype=kind)
     peak = 2 * len(square) ** 3 / 1e12 / seconds(lambda: square @ square)
     print(f"{args.model}, batch {len(some)}, {kind}{', compiled' * args.compile}, {provenance(args.device)}")
