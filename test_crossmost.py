@@ -83,12 +83,13 @@ def write_own(folder, labelled=True) -> Path:
 
 
 def small_flags(folder, *more) -> list[str]:
-    """Options of a run of seconds into folder/out, on objects and from an untrained start in `folder`, which
-    are made if they are not there."""
+    """Options of a run of seconds into folder/out, on objects and from a start in `folder`, which are made if
+    they are not there."""
     own, start = folder / "own", folder / "start.pt"
     if not start.exists():
         write_own(own)
-        models.save_start(*models.random_tiny(0, groups=8, group_size=8), {}, start)
+        small = models.load_start(models.start_file("tiny", None), groups=8, group_size=8)
+        models.save_start(*small, {}, start)
     flags = ["--dataset", own, "--data-root", folder, "--points", 128, "--views", 2, "--device", "cpu"]
     flags += ["--start-checkpoint", start, "--batch-size", 16, "--epochs", 2, "--threshold", 0.12]
     flags += ["--w-fair", 2, "--out", folder / "out"]
@@ -988,11 +989,12 @@ def test_two_processes_equal_one_and_share_a_batch_evenly(tmp_path, monkeypatch,
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run([*torchrun, HERE / "train.py", *small_flags(folder, "--out", tmp_path)], check=True,
                    capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    start = models.read_file(folder / "start.pt")["model"]["pc_projection"].float()
+    start = models.read_file(folder / "start.pt")["model"]
     for which in ("teacher", "student"):
         one, two = weights(folder / "out", which), weights(tmp_path, which)
-        assert all(torch.allclose(one[name], two[name], rtol=0, atol=1e-4) for name in one)
-        assert not torch.equal(one["pc_projection"], start)  # it has moved
+        moved, apart = (sum((one[name] - other[name]).abs().sum() for name in start)
+                        for other in (start, two))
+        assert moved > 1000 * apart  # Adam makes a step of any gradient, rounding errors too
     logs = [map(json.loads, outcome(out)[1]) for out in (folder / "out", tmp_path)]
     for one, two in zip(*logs, strict=True):
         numbers = [name for name, value in one.items() if isinstance(value, (int, float, list))]
