@@ -652,6 +652,7 @@ def test_modelnet_is_read_in_the_h5_layout_and_pointnets_own_files_are_turned_an
     assert plain.points.shape == (12, 50, 3) and plain.labels.tolist() == [*range(11), 0]
     assert ten.class_names == NAMES and ten.labels.tolist() == list(range(10))  # without two airplanes
     assert scanned.name == "modelnet10-target" and not torch.equal(scanned.points, ten.points)
+    assert_refused("has 64 points, --points is 65; lower it", load, "modelnet40", points=65)
     (folder / "views").mkdir()
     assert_refused("has views, but no names", load, "modelnet40")
     listed = json.dumps([f"airplane/plane_{i}.ply" for i in range(12)])
@@ -837,6 +838,9 @@ def test_missing_data_sets_are_fetched_checked_unpacked_and_read(tmp_path, monke
     assert torch.allclose(test.points, CLOUD[..., [2, 0, 1]].expand(17, -1, -1), atol=1e-5)  # its y was up
     said = capsys.readouterr().out
     assert all(data.DOWNLOADS[key]["terms"] in said for key in ("modelnet40", "scanobjectnn"))
+    shutil.rmtree(root / "scanobjectnn/h5_files")
+    data.DOWNLOADS["scanobjectnn"]["members"] = dict.fromkeys(members, "0" * 64)  # another's files
+    assert_refused("cannot unpack .*sha256", data.load_dataset, "scanobjectnn-hardest", root, "test", 64)
 
 
 @pytest.mark.parametrize("name, file, content, says", [  # in place of a file: None is nothing
@@ -1260,6 +1264,9 @@ def test_predictions_say_who_holds_what_and_a_warning_why_training_may_have_done
         "object,class,confidence,image,image_confidence,point,point_confidence,agree",
         "x,a,0.8000,a,0.9000,a,0.7000,yes", "y,a,0.5000,b,0.8000,a,0.9000,no",
         '"z, w",c,0.4500,a,0.4000,c,0.6000,no']
+    objects.labels = torch.tensor([0, 0, 2])
+    assert evaluation.assess(probs, objects)["per_class"] == {
+        name: {"image": image, "point": 100.0, "joint": 100.0} for name, image in (("a", 50.0), ("c", 0.0))}
     for agreed, agree, share, says in ((80, 80, 50, None), (60, 70, 50, "few objects before"),
                                        (80, 70, 50, "fewer objects"), (80, 85, 90, "a few names have taken")):
         train.print_opinions({"agreement": agreed, "shares": {"a": 50, "b": 50}},

@@ -564,7 +564,6 @@ def pretrain(args, target: Objects, device, path: Path):
         model, text = build_model(args.model, source.class_names, TEMPLATES[args.templates], args.pretrained,
                                   seed=args.seed, **point).to(device).train(), None
         model.visual.requires_grad_(False).eval()
-        model.classifier.requires_grad_(False)
         if not shapenet:
             clouds = torch.cat([clouds, target.points])
             labels = torch.cat([labels, torch.full((len(target),), -1)])
@@ -608,7 +607,7 @@ def pretrain_loss(model, text, points, labels, class_names) -> Tensor:
         names = text([template.format(name) for name in class_names])
         aligned = aligned + name_alignment_loss(out.image_features[named], names, labels, scale)
     else:
-        names = model.classifier.T
+        names = model.classifier.detach().T
     if len(named):
         aligned = aligned + name_alignment_loss(out.point_features[named], names, labels, scale)
     terms = masked_terms(out, images, image_hidden, point_hidden)
