@@ -1115,14 +1115,14 @@ def test_bfloat16_is_for_the_networks_only_and_auto_takes_it_where_it_gains(monk
         groups = student.group(views["weak_points"])
         assert student.logits(torch.ones(1, 128)).dtype == groups.centres.dtype == torch.float32
 
-    with monkeypatch.context() as patch:  # the product's duration is that of its precision
-        patch.setattr(train.F, "linear", lambda a, b: 3 if a.dtype == b.dtype == torch.float32 else 2)
-        patch.setattr(train.timeit, "repeat", lambda product, number, repeat: [product(), 9])
-        assert train.bfloat16_gain() == 1.5
+    with monkeypatch.context() as patch:
+        patch.setattr(train.F, "linear", Mock(wraps=F.linear))
+        assert train.product_speed("cpu", torch.bfloat16) > 0
+        assert {given.dtype for given in train.F.linear.call_args.args} == {torch.bfloat16}
     run = partial(small_run, tmp_path, "--epochs", "1", "--precision")
     for gain, resume, says in ((1.29, "--no-resume", "auto: fp32, a"), (1.31, "--no-resume", "auto: bf16, a"),
                                (0.5, "--resume", "continuing")):
-        monkeypatch.setattr(train, "bfloat16_gain", lambda: gain)
+        monkeypatch.setattr(train, "product_speed", lambda _, kind: gain if kind == torch.bfloat16 else 1.0)
         run("auto", resume)
         assert says in capsys.readouterr().out
     assert_refused("other options.*precision.*bf16 -> fp32", run, "fp32")

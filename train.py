@@ -10,6 +10,7 @@ import json
 import math
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -413,24 +414,21 @@ def settled_precision(args) -> str:
     if "cuda" in args.device:
         fast, why = torch.cuda.is_bf16_supported(including_emulation=False), "what this GPU computes in"
     else:
-        gain = bfloat16_gain()
+        gain = torch.tensor(product_speed("cpu", torch.bfloat16) / product_speed("cpu", torch.float32))
+        if dist.is_initialized():
+            dist.broadcast(gain, 0)  # the first process measures for all
         fast, why = gain >= 1.3, f"a product in bfloat16 is {gain:.1f} x as fast as in float32 on this CPU"
     chosen = "bf16" if fast else "fp32"
     print(f"--precision auto: {chosen}, {why}")
     return chosen
 
 
-def bfloat16_gain() -> float:
-    """How many times as fast as in float32 this CPU multiplies matrices of ViT-B's shape in bfloat16;
-    measured by torchrun's first process for all."""
-    seconds = []
-    for kind in (torch.float32, torch.bfloat16):
-        tokens, weight = torch.ones(512, 768, dtype=kind), torch.ones(3072, 768, dtype=kind)
-        seconds.append(min(timeit.repeat(lambda: F.linear(tokens, weight), number=1, repeat=5)))
-    gain = torch.tensor(seconds[0] / seconds[1])
-    if dist.is_initialized():
-        dist.broadcast(gain, 0)
-    return gain.item()
+def product_speed(device: str, kind: torch.dtype) -> float:
+    """TFLOP/s of the device's own matrix product, on a CPU in ViT-B's shape, the best of five."""
+    rows, inner, columns = (8192, 8192, 8192) if "cuda" in device else (512, 768, 3072)
+    tokens, weight = (torch.ones(n, inner, device=device, dtype=kind) for n in (rows, columns))
+    seconds = timeit.repeat(lambda: F.linear(tokens, weight)[0, 0].item(), number=1, repeat=5)
+    return 2 * rows * inner * columns / 1e12 / min(seconds)
 
 
 def refuse_contradictions(args, objects: Objects):
@@ -667,8 +665,7 @@ def sum_gradients(student: CrossMoST):
 def benchmark(run: Run, objects: Objects, args) -> dict:
     """Print the median seconds of a step, objects per second, the share of the device's own matrix product in
     the same precision, and the memory. Photographs are decoded before. Returns the figures."""
-    from torch.utils.benchmark import Timer  # here: on a machine without CUDA it says so on stderr
-    gpu, size = "cuda" in args.device, run.student.visual.image_size[0]
+    size, gpu = run.student.visual.image_size[0], "cuda" in args.device
     some = objects.pick(torch.arange(args.batch_size) % len(objects))
     points, truth = some.points.to(args.device), torch.zeros(len(some), dtype=torch.long, device=args.device)
     pictures = next(iter(training_photographs(some, (torch.arange(len(some)),), size, seed=0)))
@@ -676,19 +673,14 @@ def benchmark(run: Run, objects: Objects, args) -> dict:
 
     def step():
         views = draw_views(points, size, pictures)
-        train_step(run.student, run.teacher, views, run.optimizer, 0, 1000, args, truth)
-
-    def seconds(part):
-        timer = Timer("part()", globals={"part": part}, num_threads=torch.get_num_threads())
-        return timer.blocked_autorange(min_run_time=3).median  # it waits for the GPU
-    step()
-    took = seconds(step)
+        terms, _ = train_step(run.student, run.teacher, views, run.optimizer, 0, 1000, args, truth)
+        terms["loss"].item()  # waits for a GPU
+    took = statistics.median(timeit.repeat(step, number=1, repeat=11)[1:])  # the first one compiles
     with FlopCounterMode(display=False) as counter:
         step()
     work = counter.get_total_flops() / 1e12
     kind = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    square = torch.randn(*[8192 if gpu else 2048] * 2, device=args.device, dtype=kind)
-    peak = 2 * len(square) ** 3 / 1e12 / seconds(lambda: square @ square)
+    peak = product_speed(args.device, kind)
     print(f"{args.model}, batch {len(some)}, {kind}{', compiled' * args.compile}, {provenance(args.device)}")
     print(f"{1000 * took:.1f} ms a step, {len(some) / took:.1f} objects/s, {work / took:.2f} TFLOP/s, "
           f"{100 * work / took / peak:.0f} % of a matrix product's {peak:.2f}"
