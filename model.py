@@ -62,7 +62,6 @@ def group_points(points: Tensor, groups: int, group_size: int) -> Groups:
 
 def hide_patches(batch: int, grid: int, ratio: float, device: torch.device) -> Tensor:
     """Hide random cells of an image, drawn anew per image [mim]. -> (B, grid * grid) bool
-
     Cells are 2 x 2 patches, single ones where the grid is odd or tiny. ratio in [0, 1] is rounded up to whole
     cells: of 14 x 14 patches ceil(0.3 x 49) = 15 cells of 49."""
     cell = 2 if grid % 2 == 0 and grid > 4 else 1
@@ -173,10 +172,9 @@ class ImageEncoder(VisionTransformer):
 
 
 def image_block(block: nn.Module, x: Tensor) -> Tensor:
-    """One of open_clip's blocks. (B, 1 + L, D) -> the same
-
-    Its nn.MultiheadAttention transposes the tokens, and where the weight needs no gradient (the teacher)
-    bfloat16 on a CPU then copies that weight for every token. Here each projection is one product."""
+    """One of open_clip's blocks. (B, 1 + L, D) -> the same. Its nn.MultiheadAttention transposes the tokens;
+    where the weight needs no gradient (the teacher), bfloat16 on a CPU then copies it for every token. Here
+    each projection is one product."""
     attention = block.attn
     projected = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
     query, key, value = projected.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -369,10 +367,10 @@ STARTS = tuple(GROUPS)
 # A CLIP and a Point-BERT small enough to pre-train on a CPU in a minute or two.
 TINY = {
     "embed_dim": 128,
-    "image": {"image_size": 64, "patch_size": 16, "width": 96, "layers": 4, "heads": 3},
-    "point": {"width": 96, "layers": 4, "heads": 3, "groups": 32, "group_size": 16, "stem": [32, 64, 96],
-              "token_width": 64, "drop_path": 0.0},
-    "text": {"fixed_tokens": True, "context_length": 20, "width": 64, "heads": 2, "layers": 2},
+    "image": dict(image_size=64, patch_size=16, width=96, layers=4, heads=3),
+    "point": dict(GROUPS["tiny"], width=96, layers=4, heads=3, stem=[32, 64, 96], token_width=64,
+                  drop_path=0.0),
+    "text": dict(fixed_tokens=True, context_length=20, width=64, heads=2, layers=2),
 }
 # What self-training adds to published towers: random where a file lacks it.
 MAY_BE_MISSING = ("visual.mask_token_embedding", "visual.ln_patch.", "visual.decoder.",
@@ -517,8 +515,7 @@ def read_start(path: str | Path, which: str = "teacher") -> dict:
     "model", "groups", "group_size", of a file of our own all that made it ("points", "views" ...).
 
     Families: our own starts and `last.pt`; ULIP-1 and ULIP-2 (SLIP image tower, text tower, Point-BERT);
-    ULIP-2 with colours (Point-BERT only); Cross-MoST's start and trained checkpoint.
-    Raises: UserError for a file of none of them."""
+    ULIP-2 with colours (Point-BERT only); Cross-MoST's start and trained file. Raises: UserError else."""
     content = read_file(path)
     try:
         if "architecture" not in content:
