@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import timeit
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -76,8 +76,8 @@ def defaults_of(chosen: argparse.Namespace) -> dict:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    """All options, with the original code's values, and over them defaults_of the data set and the start that
-    `argv` names; in `changed` those of the method that are others than these defaults."""
+    """All options, by default the original code's values and over them defaults_of; in `changed` those of the
+    method that are others."""
     parser = option_parser(__doc__.splitlines()[0])
     group = parser.add_argument_group("data").add_argument
     group("--dataset", default="shapes", help=f"{', '.join(DATASETS)}, or a folder of your own")
@@ -140,9 +140,10 @@ def train_step(student, teacher, views, optimizer, step, total_steps, args, trut
     """One update of the student, then of the teacher. Returns the detached terms and the labels used.
 
     `views` holds images and point clouds only; `truth` is None but for the oracle, --labels truth."""
+    warmup, share = int(args.warmup_epochs * total_steps / args.epochs), args.batch_size / 256
+    rate = learning_rate(step, total_steps, warmup, args.lr * share, 1e-6 * share)
     for group in optimizer.param_groups:
-        warmup, share = int(args.warmup_epochs * total_steps / args.epochs), args.batch_size / 256
-        group["lr"] = group["scale"] * learning_rate(step, total_steps, warmup, args.lr * share, 1e-6 * share)
+        group["lr"] = group["scale"] * rate
 
     # The teacher sees the weak views and names the objects [joint-label].
     labels = teacher_labels(teacher, views, args, truth)
@@ -166,22 +167,17 @@ def train_step(student, teacher, views, optimizer, step, total_steps, args, trut
 @torch.no_grad()
 def teacher_labels(teacher: CrossMoST, views: dict, args, truth: Tensor | None) -> dict:
     """(labels, keep) for each trained modality, from the teacher's weak views [joint-label]."""
-    image_probs = point_probs = None
+    probs = {"image": None, "point": None}
     if args.labels != "truth":
-        images = points = None
-        if args.modalities != "point":
-            images = teacher.normalise(my_share(views["weak_image"]))
-        if args.modalities != "image":
-            points = my_share(views["weak_points"])
+        images = None if args.modalities == "point" else teacher.normalise(my_share(views["weak_image"]))
+        points = None if args.modalities == "image" else my_share(views["weak_points"])
         with networks_precision(args):
             out = whole_batch(teacher(images, points))
-        if images is not None:
-            image_probs = out.image_logits.softmax(dim=-1)
-        if points is not None:
-            point_probs = out.point_logits.softmax(dim=-1)
+        for modality in ("image", "point") if args.modalities == "both" else (args.modalities,):
+            probs[modality] = getattr(out, f"{modality}_logits").softmax(dim=-1)
     rule = "separate" if args.modalities != "both" and args.labels == "joint" else args.labels
     thresholds = args.threshold[0], args.threshold[-1]
-    return pseudo_labels(rule, image_probs, point_probs, thresholds, args.point_weight, truth)
+    return pseudo_labels(rule, *probs.values(), thresholds, args.point_weight, truth)
 
 
 def student_terms(student: CrossMoST, views: dict, labels: dict, args) -> dict[str, Tensor]:
@@ -218,8 +214,7 @@ def learning_rate(step: int, total: int, warmup: int, peak: float, floor: float)
 
 
 def networks_precision(args) -> torch.autocast:
-    """Both networks in bfloat16 with --precision bf16; features, logits and losses stay in float32. `auto` is
-    settled before the first step (settled_precision)."""
+    """Both networks in bfloat16 with --precision bf16; features, logits and losses stay in float32."""
     return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
@@ -233,10 +228,10 @@ def self_train(run: "Run", objects: Objects, test: Objects, args):
     train_mode(run.student, args.freeze)
     bar = tqdm(total=total, initial=run.step, desc="self-training", unit="step", disable=not leader())
     with bar, stops_caught() as caught:
-        while run.step < total and not caught:
-            epoch, at = divmod(run.step, per_epoch)
+        for epoch in range(run.step // per_epoch, args.epochs):
             shuffle = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
-            batches = torch.randperm(len(points), generator=shuffle).split(args.batch_size)[at:per_epoch]
+            batches = torch.randperm(len(points), generator=shuffle).split(args.batch_size)
+            batches = batches[run.step % per_epoch:per_epoch]
             photographs = training_photographs(objects, batches, size, shuffle.initial_seed())
             for index, pictures in zip(batches, photographs):
                 index = index.to(run.device)
@@ -255,21 +250,19 @@ def self_train(run: "Run", objects: Objects, test: Objects, args):
                 found = evaluate(run.teacher, test, args.views)
                 run.log(epoch=epoch + 1, step=run.step, teacher=top_one(found))
             run.save()
-    if caught:
-        sys.exit(128 + caught[0])
+            if caught:
+                sys.exit(128 + caught[0])
 
 
 @contextmanager
 def stops_caught():
     """A list that Ctrl-C and SIGTERM fill, so that the step can finish."""
     caught = []
-    stops = () if dist.is_initialized() else (signal.SIGINT, signal.SIGTERM)  # processes would stop apart
-    before = {stop: signal.signal(stop, lambda number, _: caught.append(number)) for stop in stops}
-    try:
+    with ExitStack() as undo:
+        for stop in () if dist.is_initialized() else (signal.SIGINT, signal.SIGTERM):  # else they stop apart
+            before = signal.signal(stop, lambda number, _: caught.append(number))
+            undo.callback(signal.signal, stop, before)
         yield caught
-    finally:
-        for stop, handler in before.items():
-            signal.signal(stop, handler)
 
 
 # Read now: the files may change while a run lasts. A fork's run does not go on from what other code did.
@@ -278,8 +271,7 @@ CODE = hashlib.sha256(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes
 
 
 class Run:
-    """What a run needs to go on to the bit: models, optimiser, step, random state, log position, sums; and
-    what it was made by: options, classes, number of objects and code."""
+    """What a run needs to go on to the bit, and what it was made by: options, classes, objects and code."""
     def __init__(self, student: CrossMoST, teacher: CrossMoST, optimizer, args, objects: int):
         self.student, self.teacher, self.optimizer, self.device = student, teacher, optimizer, args.device
         self.path, self.log_path = args.out / "last.pt", args.out / "log.jsonl"
@@ -294,8 +286,7 @@ class Run:
                 file.write(json.dumps(row) + "\n")
 
     def count_step(self, terms: dict, labels: dict, truth: Tensor | None):
-        """Add up terms, names given, class by class, and, where the truth is known, how many were right: as
-        shares of the objects, modalities averaged."""
+        """Add up terms, and the shares of each name and of right names among the objects of both modalities."""
         classes = self.student.classifier.shape[1]
         given = [F.one_hot(label, classes) * keep[:, None] for label, keep in labels.values()]
         values = {**terms, "named": torch.stack(given).double().mean(dim=(0, 1))}
@@ -315,7 +306,7 @@ class Run:
                             f"the data; {self.path} is of the last whole epoch, if there was one")
 
     def flush(self, epoch: int) -> dict:
-        """Log the means since the last line and return them; starts new sums."""
+        """Log the means since the last line, and return them."""
         self.check()
         means = {name: total / self.count for name, total in self.sums.items()}
         correct, coverage = means.pop("correct", None), means["named"].sum()
@@ -405,21 +396,18 @@ def main(argv=None) -> dict:
 
 def settled_precision(args) -> str:
     """--precision, where `auto` becomes bf16 or fp32 once for the whole run: what OUT/last.pt was begun with,
-    else bfloat16 on a GPU that computes in it, and on a CPU that multiplies 1.3 times as fast in it."""
-    last = args.out / "last.pt"
+    else bfloat16 where the device multiplies matrices at least 1.3 times as fast in it."""
     if args.precision != "auto":
         return args.precision
+    last = args.out / "last.pt"
     if args.resume and not args.benchmark and last.exists():
         return read_file(last).get("options", {}).get("precision")  # None by other code: load() refuses it
-    if "cuda" in args.device:
-        fast, why = torch.cuda.is_bf16_supported(including_emulation=False), "what this GPU computes in"
-    else:
-        gain = torch.tensor(product_speed("cpu", torch.bfloat16) / product_speed("cpu", torch.float32))
-        if dist.is_initialized():
-            dist.broadcast(gain, 0)  # the first process measures for all
-        fast, why = gain >= 1.3, f"a product in bfloat16 is {gain:.1f} x as fast as in float32 on this CPU"
-    chosen = "bf16" if fast else "fp32"
-    print(f"--precision auto: {chosen}, {why}")
+    fast, exact = (product_speed(args.device, kind) for kind in (torch.bfloat16, torch.float32))
+    gain = torch.tensor(fast / exact)
+    if dist.is_initialized():
+        dist.broadcast(gain, 0)  # the first process measures for all
+    chosen = "bf16" if gain >= 1.3 else "fp32"
+    print(f"--precision auto: {chosen}, a product in bfloat16 is {gain:.1f} x as fast as in float32 here")
     return chosen
 
 
@@ -502,8 +490,8 @@ def print_opinions(before: dict, after: dict):
     signs = {"image and point agreed on few objects before training": before["agreement"] < 65,
              "they agree on fewer objects than before": after["agreement"] < before["agreement"] - 1,
              "a few names have taken the place of others": entropy[1] < entropy[0] - 0.1}
-    if any(signs.values()):
-        said = ", and ".join(sign for sign, seen in signs.items() if seen)
+    said = ", and ".join(sign for sign, seen in signs.items() if seen)
+    if said:
         print(f"warning: {said}: training may have done harm. Look at the names; list only names that occur, "
               "or say roughly how many objects of each there are (--shares)", file=sys.stderr)
 
@@ -655,10 +643,9 @@ def whole_batch(out):
 
 def sum_gradients(student: CrossMoST):
     """Under torchrun the sum of the processes' shares of the gradient."""
-    if dist.is_initialized():
-        for parameter in student.parameters():
-            if parameter.grad is not None:
-                dist.all_reduce(parameter.grad)
+    for parameter in student.parameters() if dist.is_initialized() else ():
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
 
 
 # ------ Benchmark -------------------------------------------------------------------------------------------
