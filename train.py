@@ -58,10 +58,9 @@ def defaults_of(chosen: argparse.Namespace) -> dict:
     """What holds for a data set and a start, in place of the original code's values that parse_args has."""
     start = read_start(chosen.start_checkpoint)["options"] if chosen.start_checkpoint else {}
     model = chosen.model or start.get("model") or ("tiny" if chosen.dataset == "shapes" else "ulip2")
-    row = dataset_row(chosen.dataset)
-    apart = chosen.labels == "separate" or chosen.modalities != "both"
-    values = {**row, "threshold": row["separate"] if apart else row["threshold"]}
-    values |= GROUPS.get(model, OTHER_GROUPS)
+    values = dataset_row(chosen.dataset) | GROUPS.get(model, OTHER_GROUPS)
+    if chosen.labels == "separate" or chosen.modalities != "both":
+        values["threshold"] = values["separate"]
     if model == "tiny":
         values |= TINY
         if chosen.dataset not in DATASETS:
@@ -223,8 +222,7 @@ def self_train(run: "Run", objects: Objects, test: Objects, args):
     """The loop. Ctrl-C and SIGTERM let the step finish, save, and leave with exit code 130 or 143."""
     per_epoch = max(1, len(objects) // args.batch_size)
     total, size = args.epochs * per_epoch, run.student.visual.image_size[0]
-    points, truth = objects.points.to(run.device), objects.labels
-    truth = None if truth is None else truth.to(run.device)
+    points = objects.points.to(run.device)
     train_mode(run.student, args.freeze)
     bar = tqdm(total=total, initial=run.step, desc="self-training", unit="step", disable=not leader())
     with bar, stops_caught() as caught:
@@ -234,12 +232,11 @@ def self_train(run: "Run", objects: Objects, test: Objects, args):
             batches = batches[run.step % per_epoch:per_epoch]
             photographs = training_photographs(objects, batches, size, shuffle.initial_seed())
             for index, pictures in zip(batches, photographs):
-                index = index.to(run.device)
-                real = None if truth is None else truth[index]
-                views = draw_views(points[index], size, pictures)
+                views = draw_views(points[index.to(run.device)], size, pictures)
+                truth = None if objects.labels is None else objects.labels[index].to(run.device)
                 terms, labels = train_step(run.student, run.teacher, views, run.optimizer, run.step, total,
-                                           args, real if args.labels == "truth" else None)
-                run.count_step(terms, labels, real)
+                                           args, truth if args.labels == "truth" else None)
+                run.count_step(terms, labels, truth)
                 bar.update()
                 if run.step % args.log_every == 0 or run.step % per_epoch == 0:
                     row = run.flush(epoch + 1)
@@ -286,7 +283,7 @@ class Run:
                 file.write(json.dumps(row) + "\n")
 
     def count_step(self, terms: dict, labels: dict, truth: Tensor | None):
-        """Add up terms, and the shares of each name and of right names among the objects of both modalities."""
+        """Add up terms and, as shares of the objects, each name and the right ones; modalities averaged."""
         classes = self.student.classifier.shape[1]
         given = [F.one_hot(label, classes) * keep[:, None] for label, keep in labels.values()]
         values = {**terms, "named": torch.stack(given).double().mean(dim=(0, 1))}
@@ -346,8 +343,8 @@ class Run:
             torch.set_rng_state(saved["random"])
             if "cuda" in self.device:
                 torch.cuda.set_rng_state(saved["cuda_random"], self.device)
-            with open(self.log_path, "a") as file:  # forget lines written after the checkpoint
-                file.truncate(min(saved["log_bytes"], self.log_path.stat().st_size))
+            whole = min(saved["log_bytes"], self.log_path.stat().st_size)
+            os.truncate(self.log_path, whole)  # forget lines written after the checkpoint
         except Exception as error:  # a broken file in any way
             raise UserError(f"cannot continue {self.path}: {error}; use the same, another --out, or "
                             "--no-resume to start over") from error
@@ -431,12 +428,11 @@ def refuse_contradictions(args, objects: Objects):
     if len(args.threshold) > (2 if args.labels == "separate" or not both else 1):
         raise UserError("--threshold takes one value; two, image's and point's, go with --labels separate")
     if args.shares and (len(args.shares) != len(classes) or not sum(args.shares)):
-        raise UserError(f"--shares has {args.shares}; expected {len(classes)} numbers, not all 0, for "
-                        f"{', '.join(classes)}")
+        raise UserError(f"--shares has {args.shares}; expected numbers, not all 0, for {', '.join(classes)}")
     batch = min(args.batch_size, len(objects))
-    if dist.is_initialized() and batch % dist.get_world_size():
-        raise UserError(f"{dist.get_world_size()} processes cannot share a batch of {batch} objects; choose "
-                        "--batch-size or their number otherwise")
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    if batch % processes:
+        raise UserError(f"{processes} processes cannot share a batch of {batch} objects; change --batch-size")
 
 
 def train_and_score(run: Run, objects: Objects, test: Objects, args, start: Path) -> dict:
@@ -507,8 +503,7 @@ def provenance(device: str) -> dict:
 
 # ------ Pre-training of a start -----------------------------------------------------------------------------
 PRETRAIN_VERSION = 2  # raised when what follows, the procedural objects or the small networks change
-# Objects, passes, batch, peak learning rate, weight decay; of `tiny`, and of a point encoder beside a CLIP
-# (ULIP's).
+# Objects, passes, batch, peak learning rate, weight decay: of `tiny`, and of a point encoder alone (ULIP's).
 PRETRAIN = {"tiny": (12000, 10, 32, 1e-3, 0.05), "clip": (4000, 12, 64, 5e-4, 0.1)}
 
 
@@ -608,8 +603,7 @@ def join_processes():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # `cuda` is this one from now on
-    # The others wait while the first evaluates: longer than the ten minutes that are usual.
-    dist.init_process_group(timeout=timedelta(days=1))
+    dist.init_process_group(timeout=timedelta(days=1))  # the others wait while the first evaluates
     atexit.register(dist.destroy_process_group)
     if not leader():
         sys.stdout = open(os.devnull, "w")
@@ -650,9 +644,9 @@ def sum_gradients(student: CrossMoST):
 
 # ------ Benchmark -------------------------------------------------------------------------------------------
 def benchmark(run: Run, objects: Objects, args) -> dict:
-    """Print the median seconds of a step, objects per second, the share of the device's own matrix product in
-    the same precision, and the memory. Photographs are decoded before. Returns the figures."""
-    size, gpu = run.student.visual.image_size[0], "cuda" in args.device
+    """Print and return a step's median seconds, its work, and how fast the device multiplies matrices in the
+    same precision. Photographs are decoded before."""
+    size = run.student.visual.image_size[0]
     some = objects.pick(torch.arange(args.batch_size) % len(objects))
     points, truth = some.points.to(args.device), torch.zeros(len(some), dtype=torch.long, device=args.device)
     pictures = next(iter(training_photographs(some, (torch.arange(len(some)),), size, seed=0)))
@@ -670,8 +664,8 @@ def benchmark(run: Run, objects: Objects, args) -> dict:
     peak = product_speed(args.device, kind)
     print(f"{args.model}, batch {len(some)}, {kind}{', compiled' * args.compile}, {provenance(args.device)}")
     print(f"{1000 * took:.1f} ms a step, {len(some) / took:.1f} objects/s, {work / took:.2f} TFLOP/s, "
-          f"{100 * work / took / peak:.0f} % of a matrix product's {peak:.2f}"
-          + f", {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB" * gpu)
+          f"{100 * work / took / peak:.0f} % of a matrix product's {peak:.2f}; "
+          f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB of a GPU")
     return {"step": took, "tflop": work, "peak": peak}
 
 
