@@ -181,16 +181,14 @@ def teacher_labels(teacher: CrossMoST, views: dict, args, truth: Tensor | None) 
 
 def student_terms(student: CrossMoST, views: dict, labels: dict, args) -> dict[str, Tensor]:
     """Every term of the loss, by name, from the student's strong and masked views."""
-    images = points = image_hidden = point_hidden = None
-    if args.modalities != "point":
-        images = student.normalise(views["strong_image"])
-        if args.mask_ratio > 0:
-            grid = student.visual.grid_size[0]
-            image_hidden = hide_patches(len(images), grid, args.mask_ratio, images.device)
-    if args.modalities != "image":
-        points = student.group(views["strong_points"])
-        if args.mask_ratio > 0:
-            point_hidden = hide_groups(points.centres, args.mask_ratio)
+    images = None if args.modalities == "point" else student.normalise(views["strong_image"])
+    points = None if args.modalities == "image" else student.group(views["strong_points"])
+    image_hidden = point_hidden = None
+    if images is not None and args.mask_ratio > 0:
+        grid = student.visual.grid_size[0]
+        image_hidden = hide_patches(len(images), grid, args.mask_ratio, images.device)
+    if points is not None and args.mask_ratio > 0:
+        point_hidden = hide_groups(points.centres, args.mask_ratio)
     with networks_precision(args):
         out = whole_batch(student(*map(my_share, (images, points, image_hidden, point_hidden))))
     terms = masked_terms(out, images, image_hidden, point_hidden)
@@ -255,8 +253,9 @@ def self_train(run: "Run", objects: Objects, test: Objects, args):
 def stops_caught():
     """A list that Ctrl-C and SIGTERM fill, so that the step can finish."""
     caught = []
+    stops = () if dist.is_initialized() else (signal.SIGINT, signal.SIGTERM)  # processes would stop apart
     with ExitStack() as undo:
-        for stop in () if dist.is_initialized() else (signal.SIGINT, signal.SIGTERM):  # else they stop apart
+        for stop in stops:
             before = signal.signal(stop, lambda number, _: caught.append(number))
             undo.callback(signal.signal, stop, before)
         yield caught
@@ -461,8 +460,8 @@ def train_and_score(run: Run, objects: Objects, test: Objects, args, start: Path
     student, teacher = evaluate(run.student, test, args.views), evaluate(run.teacher, test, args.views, names)
     results |= {"student": top_one(student), "teacher": top_one(teacher),
                 "teacher_per_class": teacher.get("per_class"),
-                **{key: {"start": run.before[key], "teacher": teacher[key]}
-                   for key in ("agreement", "shares")},
+                "agreement": {"start": run.before["agreement"], "teacher": teacher["agreement"]},
+                "shares": {"start": run.before["shares"], "teacher": teacher["shares"]},
                 "pseudo_label": pseudo_label_quality(run.log_path, args.epochs),
                 "seconds": round(time.perf_counter() - run.began, 1)}
     with whole_file(args.out / "curves.png") as picture:
