@@ -664,7 +664,7 @@ def benchmark(run: Run, objects: Objects, args) -> dict:
     print(f"{args.model}, batch {len(some)}, {kind}{', compiled' * args.compile}, {provenance(args.device)}")
     print(f"{1000 * took:.1f} ms a step, {len(some) / took:.1f} objects/s, {work / took:.2f} TFLOP/s, "
           f"{100 * work / took / peak:.0f} % of a matrix product's {peak:.2f}; "
-          f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB of a GPU")
+          f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB of GPU memory")
     return {"step": took, "tflop": work, "peak": peak}
 
 
