@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import timeit
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -58,10 +58,9 @@ def defaults_of(chosen: argparse.Namespace) -> dict:
     """What holds for a data set and a start, in place of the original code's values that parse_args has."""
     start = read_start(chosen.start_checkpoint)["options"] if chosen.start_checkpoint else {}
     model = chosen.model or start.get("model") or ("tiny" if chosen.dataset == "shapes" else "ulip2")
-    row = dataset_row(chosen.dataset)
-    apart = chosen.labels == "separate" or chosen.modalities != "both"
-    values = {**row, "threshold": row["separate"] if apart else row["threshold"]}
-    values |= GROUPS.get(model, OTHER_GROUPS)
+    values = dataset_row(chosen.dataset) | GROUPS.get(model, OTHER_GROUPS)
+    if chosen.labels == "separate" or chosen.modalities != "both":
+        values["threshold"] = values["separate"]
     if model == "tiny":
         values |= TINY
         if chosen.dataset not in DATASETS:
@@ -76,8 +75,8 @@ def defaults_of(chosen: argparse.Namespace) -> dict:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    """All options, with the original code's values, and over them defaults_of the data set and the start that
-    `argv` names; in `changed` those of the method that are others than these defaults."""
+    """All options, by default the original code's values and over them defaults_of; in `changed` those of the
+    method that are others."""
     parser = option_parser(__doc__.splitlines()[0])
     group = parser.add_argument_group("data").add_argument
     group("--dataset", default="shapes", help=f"{', '.join(DATASETS)}, or a folder of your own")
@@ -140,9 +139,10 @@ def train_step(student, teacher, views, optimizer, step, total_steps, args, trut
     """One update of the student, then of the teacher. Returns the detached terms and the labels used.
 
     `views` holds images and point clouds only; `truth` is None but for the oracle, --labels truth."""
+    warmup, share = int(args.warmup_epochs * total_steps / args.epochs), args.batch_size / 256
+    rate = learning_rate(step, total_steps, warmup, args.lr * share, 1e-6 * share)
     for group in optimizer.param_groups:
-        warmup, share = int(args.warmup_epochs * total_steps / args.epochs), args.batch_size / 256
-        group["lr"] = group["scale"] * learning_rate(step, total_steps, warmup, args.lr * share, 1e-6 * share)
+        group["lr"] = group["scale"] * rate
 
     # The teacher sees the weak views and names the objects [joint-label].
     labels = teacher_labels(teacher, views, args, truth)
@@ -166,36 +166,29 @@ def train_step(student, teacher, views, optimizer, step, total_steps, args, trut
 @torch.no_grad()
 def teacher_labels(teacher: CrossMoST, views: dict, args, truth: Tensor | None) -> dict:
     """(labels, keep) for each trained modality, from the teacher's weak views [joint-label]."""
-    image_probs = point_probs = None
+    probs = {"image": None, "point": None}
     if args.labels != "truth":
-        images = points = None
-        if args.modalities != "point":
-            images = teacher.normalise(my_share(views["weak_image"]))
-        if args.modalities != "image":
-            points = my_share(views["weak_points"])
+        images = None if args.modalities == "point" else teacher.normalise(my_share(views["weak_image"]))
+        points = None if args.modalities == "image" else my_share(views["weak_points"])
         with networks_precision(args):
             out = whole_batch(teacher(images, points))
-        if images is not None:
-            image_probs = out.image_logits.softmax(dim=-1)
-        if points is not None:
-            point_probs = out.point_logits.softmax(dim=-1)
+        for modality in ("image", "point") if args.modalities == "both" else (args.modalities,):
+            probs[modality] = getattr(out, f"{modality}_logits").softmax(dim=-1)
     rule = "separate" if args.modalities != "both" and args.labels == "joint" else args.labels
     thresholds = args.threshold[0], args.threshold[-1]
-    return pseudo_labels(rule, image_probs, point_probs, thresholds, args.point_weight, truth)
+    return pseudo_labels(rule, *probs.values(), thresholds, args.point_weight, truth)
 
 
 def student_terms(student: CrossMoST, views: dict, labels: dict, args) -> dict[str, Tensor]:
     """Every term of the loss, by name, from the student's strong and masked views."""
-    images = points = image_hidden = point_hidden = None
-    if args.modalities != "point":
-        images = student.normalise(views["strong_image"])
-        if args.mask_ratio > 0:
-            grid = student.visual.grid_size[0]
-            image_hidden = hide_patches(len(images), grid, args.mask_ratio, images.device)
-    if args.modalities != "image":
-        points = student.group(views["strong_points"])
-        if args.mask_ratio > 0:
-            point_hidden = hide_groups(points.centres, args.mask_ratio)
+    images = None if args.modalities == "point" else student.normalise(views["strong_image"])
+    points = None if args.modalities == "image" else student.group(views["strong_points"])
+    image_hidden = point_hidden = None
+    if images is not None and args.mask_ratio > 0:
+        grid = student.visual.grid_size[0]
+        image_hidden = hide_patches(len(images), grid, args.mask_ratio, images.device)
+    if points is not None and args.mask_ratio > 0:
+        point_hidden = hide_groups(points.centres, args.mask_ratio)
     with networks_precision(args):
         out = whole_batch(student(*map(my_share, (images, points, image_hidden, point_hidden))))
     terms = masked_terms(out, images, image_hidden, point_hidden)
@@ -218,8 +211,7 @@ def learning_rate(step: int, total: int, warmup: int, peak: float, floor: float)
 
 
 def networks_precision(args) -> torch.autocast:
-    """Both networks in bfloat16 with --precision bf16; features, logits and losses stay in float32. `auto` is
-    settled before the first step (settled_precision)."""
+    """Both networks in bfloat16 with --precision bf16; features, logits and losses stay in float32."""
     return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
@@ -228,23 +220,21 @@ def self_train(run: "Run", objects: Objects, test: Objects, args):
     """The loop. Ctrl-C and SIGTERM let the step finish, save, and leave with exit code 130 or 143."""
     per_epoch = max(1, len(objects) // args.batch_size)
     total, size = args.epochs * per_epoch, run.student.visual.image_size[0]
-    points, truth = objects.points.to(run.device), objects.labels
-    truth = None if truth is None else truth.to(run.device)
+    points = objects.points.to(run.device)
     train_mode(run.student, args.freeze)
     bar = tqdm(total=total, initial=run.step, desc="self-training", unit="step", disable=not leader())
     with bar, stops_caught() as caught:
-        while run.step < total and not caught:
-            epoch, at = divmod(run.step, per_epoch)
+        for epoch in range(run.step // per_epoch, args.epochs):
             shuffle = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
-            batches = torch.randperm(len(points), generator=shuffle).split(args.batch_size)[at:per_epoch]
+            batches = torch.randperm(len(points), generator=shuffle).split(args.batch_size)
+            batches = batches[run.step % per_epoch:per_epoch]
             photographs = training_photographs(objects, batches, size, shuffle.initial_seed())
             for index, pictures in zip(batches, photographs):
-                index = index.to(run.device)
-                real = None if truth is None else truth[index]
-                views = draw_views(points[index], size, pictures)
+                views = draw_views(points[index.to(run.device)], size, pictures)
+                truth = None if objects.labels is None else objects.labels[index].to(run.device)
                 terms, labels = train_step(run.student, run.teacher, views, run.optimizer, run.step, total,
-                                           args, real if args.labels == "truth" else None)
-                run.count_step(terms, labels, real)
+                                           args, truth if args.labels == "truth" else None)
+                run.count_step(terms, labels, truth)
                 bar.update()
                 if run.step % args.log_every == 0 or run.step % per_epoch == 0:
                     row = run.flush(epoch + 1)
@@ -255,8 +245,8 @@ def self_train(run: "Run", objects: Objects, test: Objects, args):
                 found = evaluate(run.teacher, test, args.views)
                 run.log(epoch=epoch + 1, step=run.step, teacher=top_one(found))
             run.save()
-    if caught:
-        sys.exit(128 + caught[0])
+            if caught:
+                sys.exit(128 + caught[0])
 
 
 @contextmanager
@@ -264,12 +254,11 @@ def stops_caught():
     """A list that Ctrl-C and SIGTERM fill, so that the step can finish."""
     caught = []
     stops = () if dist.is_initialized() else (signal.SIGINT, signal.SIGTERM)  # processes would stop apart
-    before = {stop: signal.signal(stop, lambda number, _: caught.append(number)) for stop in stops}
-    try:
+    with ExitStack() as undo:
+        for stop in stops:
+            before = signal.signal(stop, lambda number, _: caught.append(number))
+            undo.callback(signal.signal, stop, before)
         yield caught
-    finally:
-        for stop, handler in before.items():
-            signal.signal(stop, handler)
 
 
 # Read now: the files may change while a run lasts. A fork's run does not go on from what other code did.
@@ -278,8 +267,7 @@ CODE = hashlib.sha256(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes
 
 
 class Run:
-    """What a run needs to go on to the bit: models, optimiser, step, random state, log position, sums; and
-    what it was made by: options, classes, number of objects and code."""
+    """What a run needs to go on to the bit, and what it was made by: options, classes, objects and code."""
     def __init__(self, student: CrossMoST, teacher: CrossMoST, optimizer, args, objects: int):
         self.student, self.teacher, self.optimizer, self.device = student, teacher, optimizer, args.device
         self.path, self.log_path = args.out / "last.pt", args.out / "log.jsonl"
@@ -294,8 +282,7 @@ class Run:
                 file.write(json.dumps(row) + "\n")
 
     def count_step(self, terms: dict, labels: dict, truth: Tensor | None):
-        """Add up terms, names given, class by class, and, where the truth is known, how many were right: as
-        shares of the objects, modalities averaged."""
+        """Add up terms and, as shares of the objects, each name and the right ones; modalities averaged."""
         classes = self.student.classifier.shape[1]
         given = [F.one_hot(label, classes) * keep[:, None] for label, keep in labels.values()]
         values = {**terms, "named": torch.stack(given).double().mean(dim=(0, 1))}
@@ -315,7 +302,7 @@ class Run:
                             f"the data; {self.path} is of the last whole epoch, if there was one")
 
     def flush(self, epoch: int) -> dict:
-        """Log the means since the last line and return them; starts new sums."""
+        """Log the means since the last line, and return them."""
         self.check()
         means = {name: total / self.count for name, total in self.sums.items()}
         correct, coverage = means.pop("correct", None), means["named"].sum()
@@ -355,8 +342,8 @@ class Run:
             torch.set_rng_state(saved["random"])
             if "cuda" in self.device:
                 torch.cuda.set_rng_state(saved["cuda_random"], self.device)
-            with open(self.log_path, "a") as file:  # forget lines written after the checkpoint
-                file.truncate(min(saved["log_bytes"], self.log_path.stat().st_size))
+            whole = min(saved["log_bytes"], self.log_path.stat().st_size)
+            os.truncate(self.log_path, whole)  # forget lines written after the checkpoint
         except Exception as error:  # a broken file in any way
             raise UserError(f"cannot continue {self.path}: {error}; use the same, another --out, or "
                             "--no-resume to start over") from error
@@ -405,21 +392,18 @@ def main(argv=None) -> dict:
 
 def settled_precision(args) -> str:
     """--precision, where `auto` becomes bf16 or fp32 once for the whole run: what OUT/last.pt was begun with,
-    else bfloat16 on a GPU that computes in it, and on a CPU that multiplies 1.3 times as fast in it."""
-    last = args.out / "last.pt"
+    else bfloat16 where the device multiplies matrices at least 1.3 times as fast in it."""
     if args.precision != "auto":
         return args.precision
+    last = args.out / "last.pt"
     if args.resume and not args.benchmark and last.exists():
         return read_file(last).get("options", {}).get("precision")  # None by other code: load() refuses it
-    if "cuda" in args.device:
-        fast, why = torch.cuda.is_bf16_supported(including_emulation=False), "what this GPU computes in"
-    else:
-        gain = torch.tensor(product_speed("cpu", torch.bfloat16) / product_speed("cpu", torch.float32))
-        if dist.is_initialized():
-            dist.broadcast(gain, 0)  # the first process measures for all
-        fast, why = gain >= 1.3, f"a product in bfloat16 is {gain:.1f} x as fast as in float32 on this CPU"
-    chosen = "bf16" if fast else "fp32"
-    print(f"--precision auto: {chosen}, {why}")
+    fast, exact = (product_speed(args.device, kind) for kind in (torch.bfloat16, torch.float32))
+    gain = torch.tensor(fast / exact)
+    if dist.is_initialized():
+        dist.broadcast(gain, 0)  # the first process measures for all
+    chosen = "bf16" if gain >= 1.3 else "fp32"
+    print(f"--precision auto: {chosen}, a product in bfloat16 is {gain:.1f} x as fast as in float32 here")
     return chosen
 
 
@@ -443,12 +427,11 @@ def refuse_contradictions(args, objects: Objects):
     if len(args.threshold) > (2 if args.labels == "separate" or not both else 1):
         raise UserError("--threshold takes one value; two, image's and point's, go with --labels separate")
     if args.shares and (len(args.shares) != len(classes) or not sum(args.shares)):
-        raise UserError(f"--shares has {args.shares}; expected {len(classes)} numbers, not all 0, for "
-                        f"{', '.join(classes)}")
+        raise UserError(f"--shares has {args.shares}; expected numbers, not all 0, for {', '.join(classes)}")
     batch = min(args.batch_size, len(objects))
-    if dist.is_initialized() and batch % dist.get_world_size():
-        raise UserError(f"{dist.get_world_size()} processes cannot share a batch of {batch} objects; choose "
-                        "--batch-size or their number otherwise")
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    if batch % processes:
+        raise UserError(f"{processes} processes cannot share a batch of {batch} objects; change --batch-size")
 
 
 def train_and_score(run: Run, objects: Objects, test: Objects, args, start: Path) -> dict:
@@ -477,8 +460,8 @@ def train_and_score(run: Run, objects: Objects, test: Objects, args, start: Path
     student, teacher = evaluate(run.student, test, args.views), evaluate(run.teacher, test, args.views, names)
     results |= {"student": top_one(student), "teacher": top_one(teacher),
                 "teacher_per_class": teacher.get("per_class"),
-                **{key: {"start": run.before[key], "teacher": teacher[key]}
-                   for key in ("agreement", "shares")},
+                "agreement": {"start": run.before["agreement"], "teacher": teacher["agreement"]},
+                "shares": {"start": run.before["shares"], "teacher": teacher["shares"]},
                 "pseudo_label": pseudo_label_quality(run.log_path, args.epochs),
                 "seconds": round(time.perf_counter() - run.began, 1)}
     with whole_file(args.out / "curves.png") as picture:
@@ -502,8 +485,8 @@ def print_opinions(before: dict, after: dict):
     signs = {"image and point agreed on few objects before training": before["agreement"] < 65,
              "they agree on fewer objects than before": after["agreement"] < before["agreement"] - 1,
              "a few names have taken the place of others": entropy[1] < entropy[0] - 0.1}
-    if any(signs.values()):
-        said = ", and ".join(sign for sign, seen in signs.items() if seen)
+    said = ", and ".join(sign for sign, seen in signs.items() if seen)
+    if said:
         print(f"warning: {said}: training may have done harm. Look at the names; list only names that occur, "
               "or say roughly how many objects of each there are (--shares)", file=sys.stderr)
 
@@ -519,8 +502,7 @@ def provenance(device: str) -> dict:
 
 # ------ Pre-training of a start -----------------------------------------------------------------------------
 PRETRAIN_VERSION = 2  # raised when what follows, the procedural objects or the small networks change
-# Objects, passes, batch, peak learning rate, weight decay; of `tiny`, and of a point encoder beside a CLIP
-# (ULIP's).
+# Objects, passes, batch, peak learning rate, weight decay: of `tiny`, and of a point encoder alone (ULIP's).
 PRETRAIN = {"tiny": (12000, 10, 32, 1e-3, 0.05), "clip": (4000, 12, 64, 5e-4, 0.1)}
 
 
@@ -620,8 +602,7 @@ def join_processes():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # `cuda` is this one from now on
-    # The others wait while the first evaluates: longer than the ten minutes that are usual.
-    dist.init_process_group(timeout=timedelta(days=1))
+    dist.init_process_group(timeout=timedelta(days=1))  # the others wait while the first evaluates
     atexit.register(dist.destroy_process_group)
     if not leader():
         sys.stdout = open(os.devnull, "w")
@@ -655,17 +636,16 @@ def whole_batch(out):
 
 def sum_gradients(student: CrossMoST):
     """Under torchrun the sum of the processes' shares of the gradient."""
-    if dist.is_initialized():
-        for parameter in student.parameters():
-            if parameter.grad is not None:
-                dist.all_reduce(parameter.grad)
+    for parameter in student.parameters() if dist.is_initialized() else ():
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
 
 
 # ------ Benchmark -------------------------------------------------------------------------------------------
 def benchmark(run: Run, objects: Objects, args) -> dict:
-    """Print the median seconds of a step, objects per second, the share of the device's own matrix product in
-    the same precision, and the memory. Photographs are decoded before. Returns the figures."""
-    size, gpu = run.student.visual.image_size[0], "cuda" in args.device
+    """Print and return a step's median seconds, its work, and how fast the device multiplies matrices in the
+    same precision. Photographs are decoded before."""
+    size = run.student.visual.image_size[0]
     some = objects.pick(torch.arange(args.batch_size) % len(objects))
     points, truth = some.points.to(args.device), torch.zeros(len(some), dtype=torch.long, device=args.device)
     pictures = next(iter(training_photographs(some, (torch.arange(len(some)),), size, seed=0)))
@@ -683,8 +663,8 @@ def benchmark(run: Run, objects: Objects, args) -> dict:
     peak = product_speed(args.device, kind)
     print(f"{args.model}, batch {len(some)}, {kind}{', compiled' * args.compile}, {provenance(args.device)}")
     print(f"{1000 * took:.1f} ms a step, {len(some) / took:.1f} objects/s, {work / took:.2f} TFLOP/s, "
-          f"{100 * work / took / peak:.0f} % of a matrix product's {peak:.2f}"
-          + f", {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB" * gpu)
+          f"{100 * work / took / peak:.0f} % of a matrix product's {peak:.2f}; "
+          f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB of GPU memory")
     return {"step": took, "tflop": work, "peak": peak}
 
 
