@@ -57,10 +57,15 @@ def evaluate(model: CrossMoST, objects: Objects, views: int | None = None,
              predictions: Path | None = None) -> dict:
     """What assess says of the model's probabilities. predictions: a file for write_predictions."""
     probs = to_probs(embed(model, objects, views))
-    if predictions:
-        with whole_file(predictions) as path:
-            write_predictions(path, objects, probs)
+    write_whole(predictions, write_predictions, objects, probs)
     return assess(probs, objects)
+
+
+def write_whole(path: Path | None, write, *given):
+    """The whole file `path`, or none for None: write(a temporary name, *given)."""
+    if path:
+        with whole_file(path) as temporary:
+            write(temporary, *given)
 
 
 def assess(probs: dict[str, Tensor], objects: Objects) -> dict:
@@ -136,9 +141,8 @@ def collect(folder: Path, assets: Path) -> str:
     if not runs:
         raise FileNotFoundError(f"no results.json with accuracy below {folder}; README, Results, makes some")
     short, full = tables([*runs.values()])
-    for name, text in (("tables.md", full), ("results.json", json.dumps([*runs.values()], indent=0))):
-        with whole_file(assets / name) as temporary:
-            temporary.write_text(text)
+    write_whole(assets / "tables.md", Path.write_text, full)
+    write_whole(assets / "results.json", Path.write_text, json.dumps([*runs.values()], indent=0))
     return short
 
 
@@ -245,9 +249,8 @@ def plot_curves(log_path: Path, picture: Path, zero_shot: dict | None):
         left.plot([row["epoch"] for row in epochs], [row["teacher"][name] for row in epochs], color=colour,
                   label=name, marker="o", markersize=3)
     left.set(xlabel="epoch", ylabel="test top-1, %", title="teacher (dotted: zero-shot)")
-    steps = [row for row in rows if "coverage" in row]
     for key, colour in {"coverage": "#009E73", "label_accuracy": "#CC79A7"}.items():
-        known = [row for row in steps if row[key] is not None]
+        known = [row for row in rows if row.get(key) is not None]
         right.plot([row["step"] for row in known], [100 * row[key] for row in known], color=colour,
                    label=key.replace("_", " "))
     right.set(xlabel="step", ylabel="%", ylim=(0, 102), title="pseudo-labels")
@@ -256,7 +259,7 @@ def plot_curves(log_path: Path, picture: Path, zero_shot: dict | None):
     figure.savefig(picture, format="png", dpi=100)
 
 
-def plot_confusion(probs: Tensor, objects: Objects, picture: Path):
+def plot_confusion(picture: Path, probs: Tensor, objects: Objects):
     """Percent of each class (row) that was given each name (column)."""
     count, names = len(objects.class_names), objects.class_names
     truth, named = (F.one_hot(k, count).double() for k in (objects.labels, probs.argmax(dim=-1)))
@@ -273,24 +276,20 @@ def plot_confusion(probs: Tensor, objects: Objects, picture: Path):
     figure.savefig(picture, format="png", dpi=100)
 
 
-def plot_gallery(probs: dict[str, Tensor], objects: Objects, picture: Path, count: int = 12):
+def plot_gallery(picture: Path, probs: dict[str, Tensor], objects: Objects, count: int = 12):
     """View and cloud of objects that are named wrongly or in two ways, evenly spaced over all of these."""
-    named = {m: p.argmax(dim=-1) for m, p in probs.items()}
-    odd = named["image"] != named["point"]
-    if objects.labels is not None:
-        odd |= named["joint"] != objects.labels
-    odd = odd.nonzero()[:, 0]
-    chosen = odd[torch.linspace(0, len(odd) - 1, min(count, len(odd))).long()]
     rows, cells = name_objects(objects, probs), []
+    truth = None if objects.labels is None else [objects.class_names[k] for k in objects.labels]
+    odd = [k for k, row in enumerate(rows) if row[-1] == "no" or truth and row[1] != truth[k]]
+    chosen = torch.tensor(odd).long()[torch.linspace(0, len(odd) - 1, min(count, len(odd))).long()]
     for k, images in zip(chosen.tolist(), fixed_images(objects.pick(chosen), 1, 224, 1, "cpu")):
-        truth = "" if objects.labels is None else f"is {objects.class_names[objects.labels[k]]}\n"
-        cells.append((images[0, 0], truth + "image: {3} {4}\npoint: {5} {6}".format(*rows[k])))
+        text = "image: {3} {4}\npoint: {5} {6}".format(*rows[k])
+        cells.append((images[0, 0], f"is {truth[k]}\n{text}" if truth else text))
         cells.append((objects.points[k], ""))
-    draw_grid(cells, 8, picture, f"{objects.name} {objects.split}: {len(odd)} of {len(objects)} objects are "
-              "named wrongly or in two ways")
+    draw_grid(picture, cells, 8, f"{len(odd)} of {len(objects)} objects are named wrongly or in two ways")
 
 
-def draw_grid(cells: list, columns: int, picture: Path, title: str | None = None):
+def draw_grid(picture: Path, cells: list, columns: int, title: str | None = None):
     """Images (3, H, W) and clouds (P, 3), each with its title, row by row."""
     rows = math.ceil(len(cells) / columns)
     figure = Figure(figsize=(1.9 * columns, 2.3 * rows + 0.4), layout="constrained")
@@ -307,7 +306,7 @@ def draw_grid(cells: list, columns: int, picture: Path, title: str | None = None
     figure.savefig(picture, format="png", dpi=100)
 
 
-def preview(objects: Objects, picture: Path, size: int = 224, count: int = 8):
+def preview(picture: Path, objects: Objects, size: int = 224, count: int = 8):
     """A sheet of objects: cloud, one evaluation view, weak and strong views, and the strong ones masked."""
     torch.manual_seed(0)
     some = objects.pick(torch.linspace(0, len(objects) - 1, min(count, len(objects))).long())
@@ -318,12 +317,10 @@ def preview(objects: Objects, picture: Path, size: int = 224, count: int = 8):
     hidden = hide_patches(count, grid, 0.3, "cpu").view(count, 1, grid, grid).float()
     masked = views["strong_image"].masked_fill(F.interpolate(hidden, size=size) > 0, 0.5)
     names = some.names if some.labels is None else [some.class_names[k] for k in some.labels]
-    columns = {"cloud": some.points, "evaluation view": torch.cat(stills), "weak image": views["weak_image"],
-               "strong image": views["strong_image"], "masked image": masked,
-               "weak points": views["weak_points"], "strong points": views["strong_points"]}
+    columns = {"cloud": some.points, "evaluation": torch.cat(stills), **views, "masked_image": masked}
     cells = [(items[row], f"{names[row]}\n{title}" if title == "cloud" else title)
              for row in range(count) for title, items in columns.items()]
-    draw_grid(cells, len(columns), picture)
+    draw_grid(picture, cells, len(columns))
 
 
 # ------ The command line ------------------------------------------------------------------------------------
@@ -373,8 +370,7 @@ def main(argv=None) -> dict | None:
     known = read_start(path) if path else {"options": {}, "architecture": {"class_names": []}}
     objects = load_objects(args, known, args.split)
     if args.preview:
-        with whole_file(args.preview) as picture:
-            preview(objects, picture)
+        write_whole(args.preview, preview, objects)
         return print(f"some of {objects.name} {objects.split}'s {len(objects)} objects: {args.preview}")
     if objects.labels is None and (args.confusion or args.rival):
         raise UserError("--confusion and --rival need labels, of classes that are all among the names")
@@ -398,10 +394,13 @@ def main(argv=None) -> dict | None:
             print("{}: {} {} (image: {} {}, point: {} {})".format(*row))
     else:
         print(table(results, which))
-    write_files(args, results, probs, embedded, model, objects)
+    write_whole(args.predictions, write_predictions, objects, probs)
+    write_whole(args.embeddings, write_embeddings, embedded, model, objects)
+    write_whole(args.confusion, plot_confusion, probs["joint"], objects)
+    write_whole(args.gallery, plot_gallery, probs, objects)
+    write_whole(args.json, Path.write_text, json.dumps(results, indent=1) + "\n")
     if len(objects) < len(args.files):
-        unreadable = len(args.files) - len(objects)
-        raise UserError(f"{unreadable} of {len(args.files)} files could not be read, see above")
+        raise UserError(f"only {len(objects)} of {len(args.files)} files could be read, see above")
     return results
 
 
@@ -438,20 +437,6 @@ def rename(objects: Objects, names: list[str]):
     known = objects.labels is not None and set(before) <= set(names)
     objects.labels = torch.tensor([names.index(name) for name in before])[objects.labels] if known else None
     objects.class_names = names
-
-
-def write_files(args, results: dict, probs: dict, embedded: dict, model: CrossMoST, objects: Objects):
-    """Every file asked for."""
-    write = {"predictions": lambda path: write_predictions(path, objects, probs),
-             "embeddings": lambda path: write_embeddings(path, embedded, model, objects),
-             "confusion": lambda path: plot_confusion(probs["joint"], objects, path),
-             "gallery": lambda path: plot_gallery(probs, objects, path),
-             "json": lambda path: path.write_text(json.dumps(results, indent=1) + "\n")}
-    for name, into in write.items():
-        if path := getattr(args, name):
-            with whole_file(path) as temporary:
-                into(temporary)
-            print(f"wrote {path}")
 
 
 # ------ Command lines, train.py's as well -------------------------------------------------------------------
@@ -496,7 +481,8 @@ def usable_device(name: str) -> str:
     try:
         torch.zeros(1, device=name, dtype=torch.float64).item()  # Apple's mps has no float64
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise argparse.ArgumentTypeError(f"cannot compute on {name!r}: {str(error).split('. ')[0][:100]}")
+        said = str(error).split(". ")[0][:100]
+        raise argparse.ArgumentTypeError(f"cannot compute on {name!r}: {said}; use cpu, cuda or cuda:N")
     return name
 
 

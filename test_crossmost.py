@@ -1348,7 +1348,7 @@ def test_the_start_in_the_repository_names_single_files_and_a_broken_one_stops_n
     assert start.startswith("start ") and "--pretrain-epochs" in start
     assert re.fullmatch(rf"{chair}: chair [01]\.\d{{4}} \(image: .*, point: chair .*\)", line)
     asked += [str(broken), str(chair), "--predictions", str(tmp_path / "p.csv")]
-    assert_refused("1 of 2 files could not be read", evaluation.main, asked)
+    assert_refused("only 1 of 2 files could be read", evaluation.main, asked)
     assert f"error: {broken} has 0 points" in capsys.readouterr().err
     assert (tmp_path / "p.csv").read_text().splitlines()[1].startswith(f"{chair},chair,")
     assert_refused("--classes", evaluation.main, ["--model", "tiny", str(chair)])
