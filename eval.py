@@ -21,8 +21,8 @@ from torch import Tensor
 
 from data import (DATASETS, UP, Objects, UserError, dataset_row, draw_views, fixed_images, load_dataset,
                   load_files, read_lines, reading, training_photographs)
-from model import (STARTS, TEMPLATES, CrossMoST, build_model, hide_patches, load_checkpoint, read_start,
-                   start_file, whole_file)
+from model import (STARTS, TEMPLATES, CrossMoST, build_model, load_checkpoint, read_start, start_file,
+                   whole_file)
 
 MODALITIES = ("image", "point", "joint")
 
@@ -227,8 +227,7 @@ def write_predictions(path: Path, objects: Objects, probs: dict[str, Tensor]):
 
 
 def write_embeddings(path: Path, embedded: dict, model: CrossMoST, objects: Objects):
-    """An .npz file: what embed returns, the classifier (E, C), its names, the objects' names and labels (-1:
-    none). It opens with numpy.load(path), no pickle."""
+    """An .npz file: what embed returns, classifier (E, C), its names, objects' names and labels (-1: none)."""
     labels = torch.full((len(objects),), -1) if objects.labels is None else objects.labels
     with open(path, "wb") as file:
         np.savez_compressed(file, **embedded, classifier=model.classifier.detach().cpu(), labels=labels,
@@ -307,19 +306,16 @@ def draw_grid(picture: Path, cells: list, columns: int, title: str | None = None
 
 
 def preview(picture: Path, objects: Objects, size: int = 224, count: int = 8):
-    """A sheet of objects: cloud, one evaluation view, weak and strong views, and the strong ones masked."""
+    """A sheet of objects: cloud, one evaluation view, weak and strong views."""
     torch.manual_seed(0)
     some = objects.pick(torch.linspace(0, len(objects) - 1, min(count, len(objects))).long())
-    count, grid = len(some), size // 16
     stills = [images[:, 0] for images in fixed_images(some, None, size, count, "cpu")]
-    photographs = next(iter(training_photographs(some, (torch.arange(count),), size, seed=0)))
+    photographs = next(iter(training_photographs(some, (torch.arange(len(some)),), size, seed=0)))
     views = draw_views(some.points, size, photographs)
-    hidden = hide_patches(count, grid, 0.3, "cpu").view(count, 1, grid, grid).float()
-    masked = views["strong_image"].masked_fill(F.interpolate(hidden, size=size) > 0, 0.5)
     names = some.names if some.labels is None else [some.class_names[k] for k in some.labels]
-    columns = {"cloud": some.points, "evaluation": torch.cat(stills), **views, "masked_image": masked}
-    cells = [(items[row], f"{names[row]}\n{title}" if title == "cloud" else title)
-             for row in range(count) for title, items in columns.items()]
+    columns = {"cloud": some.points, "evaluation": torch.cat(stills), **views}
+    cells = [(items[row], f"{name}\n{title}" if title == "cloud" else title)
+             for row, name in enumerate(names) for title, items in columns.items()]
     draw_grid(picture, cells, len(columns))
 
 
