@@ -475,10 +475,11 @@ COUNT, SHARE, WEIGHT = number(1, kind=int), number(0, 1), number(0)
 def usable_device(name: str) -> str:
     """An argparse type: cpu, cuda or cuda:N, where torch can compute here."""
     try:
-        torch.zeros(1, device=name, dtype=torch.float64).item()  # Apple's mps has no float64
-    except (RuntimeError, AssertionError, TypeError) as error:
-        said = str(error).split(". ")[0][:100]
-        raise argparse.ArgumentTypeError(f"cannot compute on {name!r}: {said}; use cpu, cuda or cuda:N")
+        if torch.device(name).type not in ("cpu", "cuda"):  # Apple's mps has no float64, for one
+            raise argparse.ArgumentTypeError(f"{name!r} is not supported; use cpu or cuda")
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"cannot compute on {name!r}: {str(error).split('. ')[0][:100]}")
     return name
 
 

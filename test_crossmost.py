@@ -1028,7 +1028,7 @@ def test_two_processes_equal_one_and_share_a_batch_evenly(tmp_path, monkeypatch,
     ("--cross-temperature 0", "argument --cross-temperature: 0 is not in"),
     ("--epochs two", "argument --epochs: invalid int value: 'two'"),
     ("--device abacus", "argument --device: cannot compute on 'abacus': Expected one of cpu"),
-    ("--device meta", "argument --device: cannot compute on 'meta'"),
+    ("--device mps", "argument --device: 'mps' is not supported; use cpu or cuda"),
     ("--templates poem", "argument --templates: invalid choice: 'poem'")])
 def test_options_that_cannot_be_or_go_together_are_one_line(tmp_path, capsys, finished, asked, says):
     with pytest.raises(SystemExit) as ended, evaluation.one_line_errors():
