@@ -5,9 +5,9 @@
     python eval.py --dataset modelnet40 --preview sheet.png             # what the models see of a data set"""
 import argparse
 import csv
-import errno
 import json
 import math
+import os
 import statistics
 import sys
 from contextlib import contextmanager
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from data import (DATASETS, UP, Objects, UserError, dataset_row, draw_views, fixed_images, load_dataset,
                   load_files, read_lines, reading, training_photographs)
-from model import (OTHER_GROUPS, STARTS, TEMPLATES, CrossMoST, build_model, hide_patches, load_checkpoint,
-                   read_start, start_file, whole_file)
+from model import (STARTS, TEMPLATES, CrossMoST, build_model, load_checkpoint, read_start, start_file,
+                   whole_file)
 
 MODALITIES = ("image", "point", "joint")
 
@@ -30,9 +30,8 @@ MODALITIES = ("image", "point", "joint")
 @torch.no_grad()
 def embed(model: CrossMoST, objects: Objects, views: int | None = None, batch_size: int = 64) -> dict:
     """image_logits, point_logits (N, C), image_features, point_features (N, E) of all objects, on the CPU.
-
-    Inputs are fixed: an image's are the mean over `views` (6) depth views, or over all photographs, at most
-    `views`; the cloud is taken as it is. Raises: UserError where the model's classes are not the objects'."""
+    Inputs are fixed: fixed_images' mean over views, and the cloud as it is.
+    Raises: UserError where the model's classes are not the objects'."""
     numbers = [str(k) for k in range(len(objects.class_names))]  # a published file has no names of classes
     if list(model.class_names) not in (list(objects.class_names), numbers):
         raise UserError(f"{objects.name} has {objects.class_names[:4]}, the model {model.class_names[:4]}"
@@ -58,10 +57,15 @@ def evaluate(model: CrossMoST, objects: Objects, views: int | None = None,
              predictions: Path | None = None) -> dict:
     """What assess says of the model's probabilities. predictions: a file for write_predictions."""
     probs = to_probs(embed(model, objects, views))
-    if predictions:
-        with whole_file(predictions) as path:
-            write_predictions(path, objects, probs)
+    write_whole(predictions, write_predictions, objects, probs)
     return assess(probs, objects)
+
+
+def write_whole(path: Path | None, write, *given):
+    """The whole file `path`, or none for None: write(a temporary name, *given)."""
+    if path:
+        with whole_file(path) as temporary:
+            write(temporary, *given)
 
 
 def assess(probs: dict[str, Tensor], objects: Objects) -> dict:
@@ -75,9 +79,9 @@ def assess(probs: dict[str, Tensor], objects: Objects) -> dict:
     if objects.labels is not None:
         correct = {m: named[m] == objects.labels for m in MODALITIES}
         found |= {m: percent(correct[m]) for m in MODALITIES}
-        members = {name: objects.labels == k for k, name in enumerate(objects.class_names)}
-        found["per_class"] = {name: {m: percent(correct[m][own]) for m in MODALITIES}
-                              for name, own in members.items() if own.any()}
+        found["per_class"] = {
+            objects.class_names[k]: {m: percent(correct[m][objects.labels == k]) for m in MODALITIES}
+            for k in objects.labels.unique().tolist()}
     return found
 
 
@@ -88,11 +92,10 @@ def top_one(found: dict) -> dict | None:
 
 def predict_by_cache(model: CrossMoST, unlabelled: Objects, objects: Objects, views: int | None = None,
                      shots: int = 16, sharpness: float = 5.5) -> dict[str, Tensor]:
-    """A rival without training: a cache of confident objects, after Point-Cache (arXiv 2503.12150).
-
-    The `shots` unlabelled objects of each predicted class with the highest joint confidence are its keys;
-    logits_m + s sum_k exp(-sharpness (1 - f_m . f_mk)) onehot(y_k) / shots, in each modality m, with the
-    model's logit scale s. shots and sharpness are Tip-Adapter's (arXiv 2111.03930). Returns as to_probs."""
+    """to_probs' of a rival without training, a cache of objects, after Point-Cache (arXiv 2503.12150):
+    logits_m + s sum_k exp(-sharpness (1 - f_m . f_mk)) onehot(y_k) / shots, of each modality m, with the
+    model's logit scale s. Its keys k: of each predicted class y the `shots` unlabelled objects of the highest
+    joint confidence. shots and sharpness are Tip-Adapter's (arXiv 2111.03930)."""
     cached, out = embed(model, unlabelled, views), embed(model, objects, views)
     confidence, labels = to_probs(cached)["joint"].max(dim=-1)
     by_confidence = confidence.argsort(descending=True)
@@ -138,9 +141,8 @@ def collect(folder: Path, assets: Path) -> str:
     if not runs:
         raise FileNotFoundError(f"no results.json with accuracy below {folder}; README, Results, makes some")
     short, full = tables([*runs.values()])
-    for name, text in (("tables.md", full), ("results.json", json.dumps([*runs.values()], indent=0))):
-        with whole_file(assets / name) as temporary:
-            temporary.write_text(text)
+    write_whole(assets / "tables.md", Path.write_text, full)
+    write_whole(assets / "results.json", Path.write_text, json.dumps([*runs.values()], indent=0))
     return short
 
 
@@ -157,36 +159,37 @@ def setting(run: dict) -> str:
 def tables(runs: list[dict]) -> tuple[str, str]:
     """Many runs as Markdown: a short table (joint accuracy, a column for each data set), and a document with
     a whole table for each data set. A row is a setting, a cell start -> end over its seeds.
-
     gap: how much of the way from a run's start to its ceiling, --labels truth with its seed, was made."""
     def markdown(cells):
         return f"| {' | '.join(cells)} |"
-    sets, short = {}, {label: {} for label in ["Cross-MoST", *map(setting, runs)]}
-    for run in runs:
-        run = {**run, "end": run.get("teacher") or run["cache"]}
-        sets.setdefault(run["dataset"], {}).setdefault(setting(run), {})[run["seed"]] = run
     commits = ", ".join(sorted({run.get("commit", "unknown") for run in runs}))
     full = [f"# Results\n\nMade by `python eval.py --runs FOLDER` from runs of commit {commits}.",
             "Top-1 accuracy in percent: zero-shot start -> teacher after the last epoch, mean ± standard\n"
             "deviation over seeds. gap: the share of the way from the start to `--labels truth`, joint."]
-    for name, settings in sets.items():
-        objects = next(run["objects"] for run in runs if run["dataset"] == name)
-        heads = f"{name}, {objects} objects", *MODALITIES, "gap", "student, joint", "joint by seed"
+    settings = list(dict.fromkeys(["Cross-MoST", *map(setting, runs)]))
+    columns = [["joint top-1, %: start -> end (gap)", "---", *settings]]
+    for name in dict.fromkeys(run["dataset"] for run in runs):
+        own = [run for run in runs if run["dataset"] == name]
+        ceiling = {run["seed"]: run["teacher"]["joint"] for run in own if setting(run) == "`--labels truth`"}
+        heads = f"{name}, {own[0]['objects']} objects", *MODALITIES, "gap", "student, joint", "joint by seed"
         full += ["", markdown(heads), markdown(["---"] * len(heads))]
-        ceiling = {seed: run["end"]["joint"] for seed, run in settings.get("`--labels truth`", {}).items()}
-        for label, found in ((label, settings[label]) for label in short if label in settings):
-            start, end = ([run[key] for run in found.values()] for key in ("zero_shot", "end"))
+        columns.append([name, "---"])
+        for label in settings:
+            found = [run for run in own if setting(run) == label]
+            if not found:
+                columns[-1].append("")
+                continue
+            start = [run["zero_shot"] for run in found]
+            end = [run.get("teacher") or run["cache"] for run in found]
             cells = [f"{mean_and_std(start, m)} -> {mean_and_std(end, m)}" for m in MODALITIES]
-            way = [(b["joint"] - a["joint"]) / (ceiling[seed] - a["joint"])
-                   for seed, a, b in zip(found, start, end) if seed in ceiling]
+            way = [(b["joint"] - a["joint"]) / (ceiling[run["seed"]] - a["joint"])
+                   for run, a, b in zip(found, start, end) if run["seed"] in ceiling]
             gap = f"{100 * statistics.mean(way):.0f} %" if way else ""
-            students = mean_and_std([run["student"] for run in found.values() if "student" in run], "joint")
-            by_seed = ", ".join(f"{seed}: {b['joint']:.1f}" for seed, b in zip(found, end))
+            students = mean_and_std([run["student"] for run in found if "student" in run], "joint")
+            by_seed = ", ".join(f"{run['seed']}: {b['joint']:.1f}" for run, b in zip(found, end))
             full.append(markdown([label, *cells, gap, students, by_seed]))
-            short[label][name] = f"{cells[2]} ({gap})" if gap else cells[2]
-    lines = [["joint top-1, %: start -> end (gap)", *sets], ["---"] * (1 + len(sets))]
-    lines += [[label, *(cells.get(name, "") for name in sets)] for label, cells in short.items()]
-    return "\n".join(map(markdown, lines)), "\n".join(full) + "\n"
+            columns[-1].append(f"{cells[2]} ({gap})" if gap else cells[2])
+    return "\n".join(map(markdown, zip(*columns))), "\n".join(full) + "\n"
 
 
 def mean_and_std(found: list[dict], modality: str) -> str:
@@ -200,19 +203,15 @@ def pseudo_label_quality(log_path: Path, epochs: int) -> dict:
     """Coverage and accuracy, percent, of the last epoch's pseudo-labels; accuracy None without labels."""
     rows = [row for row in map(json.loads, log_path.read_text().splitlines())
             if row.get("epoch") == epochs and "coverage" in row]
-    steps = [row["steps"] for row in rows]
-    kept = np.average([row["coverage"] for row in rows], weights=steps).item()
-    right = np.average([row["coverage"] * (row["label_accuracy"] or 0) for row in rows], weights=steps).item()
+    shares = [(row["coverage"], row["coverage"] * (row["label_accuracy"] or 0)) for row in rows]
+    kept, right = np.average(shares, axis=0, weights=[row["steps"] for row in rows]).tolist()
     known = kept > 0 and rows[0]["label_accuracy"] is not None
     return {"coverage": round(100 * kept, 2), "accuracy": round(100 * right / kept, 2) if known else None}
 
 
 # ------ Predictions and embeddings --------------------------------------------------------------------------
-COLUMNS = "object class confidence image image_confidence point point_confidence agree".split()
-
-
 def name_objects(objects: Objects, probs: dict[str, Tensor]) -> list[list[str]]:
-    """COLUMNS of each object: the joint class and its probability, either modality's, whether these agree."""
+    """Each object's name, joint class and its probability, either modality's, and whether these agree."""
     rows = [[name] for name in objects.names]
     for m in ("joint", "image", "point"):
         for row, confidence, k in zip(rows, *probs[m].max(dim=-1)):
@@ -222,13 +221,13 @@ def name_objects(objects: Objects, probs: dict[str, Tensor]) -> list[list[str]]:
 
 def write_predictions(path: Path, objects: Objects, probs: dict[str, Tensor]):
     """A CSV file with a line for each object."""
+    head = "object class confidence image image_confidence point point_confidence agree".split()
     with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([COLUMNS, *name_objects(objects, probs)])
+        csv.writer(file).writerows([head, *name_objects(objects, probs)])
 
 
 def write_embeddings(path: Path, embedded: dict, model: CrossMoST, objects: Objects):
-    """An .npz file: what embed returns, the classifier (E, C), its names, the objects' names and labels (-1:
-    none). It opens with numpy.load(path), no pickle."""
+    """An .npz file: what embed returns, classifier (E, C), its names, objects' names and labels (-1: none)."""
     labels = torch.full((len(objects),), -1) if objects.labels is None else objects.labels
     with open(path, "wb") as file:
         np.savez_compressed(file, **embedded, classifier=model.classifier.detach().cpu(), labels=labels,
@@ -249,9 +248,8 @@ def plot_curves(log_path: Path, picture: Path, zero_shot: dict | None):
         left.plot([row["epoch"] for row in epochs], [row["teacher"][name] for row in epochs], color=colour,
                   label=name, marker="o", markersize=3)
     left.set(xlabel="epoch", ylabel="test top-1, %", title="teacher (dotted: zero-shot)")
-    steps = [row for row in rows if "coverage" in row]
     for key, colour in {"coverage": "#009E73", "label_accuracy": "#CC79A7"}.items():
-        known = [row for row in steps if row[key] is not None]
+        known = [row for row in rows if row.get(key) is not None]
         right.plot([row["step"] for row in known], [100 * row[key] for row in known], color=colour,
                    label=key.replace("_", " "))
     right.set(xlabel="step", ylabel="%", ylim=(0, 102), title="pseudo-labels")
@@ -260,12 +258,11 @@ def plot_curves(log_path: Path, picture: Path, zero_shot: dict | None):
     figure.savefig(picture, format="png", dpi=100)
 
 
-def plot_confusion(probs: Tensor, objects: Objects, picture: Path):
+def plot_confusion(picture: Path, probs: Tensor, objects: Objects):
     """Percent of each class (row) that was given each name (column)."""
     count, names = len(objects.class_names), objects.class_names
-    pairs = objects.labels * count + probs.argmax(dim=-1)
-    matrix = torch.bincount(pairs, minlength=count * count).view(count, count).double()
-    matrix = 100 * matrix / matrix.sum(dim=1, keepdim=True).clamp(min=1)
+    truth, named = (F.one_hot(k, count).double() for k in (objects.labels, probs.argmax(dim=-1)))
+    matrix = 100 * F.normalize(truth.T @ named, p=1)
     figure = Figure(figsize=(2.5 + 0.32 * count, 2 + 0.32 * count), layout="constrained")
     axes = figure.subplots()
     axes.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=100)
@@ -278,25 +275,20 @@ def plot_confusion(probs: Tensor, objects: Objects, picture: Path):
     figure.savefig(picture, format="png", dpi=100)
 
 
-def plot_gallery(probs: dict[str, Tensor], objects: Objects, picture: Path, count: int = 12):
+def plot_gallery(picture: Path, probs: dict[str, Tensor], objects: Objects, count: int = 12):
     """View and cloud of objects that are named wrongly or in two ways, evenly spaced over all of these."""
-    named = {m: p.argmax(dim=-1) for m, p in probs.items()}
-    odd = named["image"] != named["point"]
-    if objects.labels is not None:
-        odd |= named["joint"] != objects.labels
-    odd = odd.nonzero()[:, 0]
-    chosen = odd[torch.linspace(0, len(odd) - 1, min(count, len(odd))).long()]
-    some, cells = objects.pick(chosen), []
-    rows = name_objects(some, {m: p[chosen] for m, p in probs.items()})
-    for k, (row, images) in enumerate(zip(rows, fixed_images(some, 1, 224, 1, "cpu"))):
-        truth = "" if some.labels is None else f"is {some.class_names[some.labels[k]]}\n"
-        cells.append((images[0, 0], f"{truth}image: {row[3]} {row[4]}\npoint: {row[5]} {row[6]}"))
-        cells.append((some.points[k], ""))
-    draw_grid(cells, 8, picture, f"{objects.name} {objects.split}: {len(odd)} of {len(objects)} objects are "
-              "named wrongly or in two ways")
+    rows, cells = name_objects(objects, probs), []
+    truth = None if objects.labels is None else [objects.class_names[k] for k in objects.labels]
+    odd = [k for k, row in enumerate(rows) if row[-1] == "no" or truth and row[1] != truth[k]]
+    chosen = torch.tensor(odd).long()[torch.linspace(0, len(odd) - 1, min(count, len(odd))).long()]
+    for k, images in zip(chosen.tolist(), fixed_images(objects.pick(chosen), 1, 224, 1, "cpu")):
+        text = "image: {3} {4}\npoint: {5} {6}".format(*rows[k])
+        cells.append((images[0, 0], f"is {truth[k]}\n{text}" if truth else text))
+        cells.append((objects.points[k], ""))
+    draw_grid(picture, cells, 8, f"{len(odd)} of {len(objects)} objects are named wrongly or in two ways")
 
 
-def draw_grid(cells: list, columns: int, picture: Path, title: str | None = None):
+def draw_grid(picture: Path, cells: list, columns: int, title: str | None = None):
     """Images (3, H, W) and clouds (P, 3), each with its title, row by row."""
     rows = math.ceil(len(cells) / columns)
     figure = Figure(figsize=(1.9 * columns, 2.3 * rows + 0.4), layout="constrained")
@@ -304,10 +296,8 @@ def draw_grid(cells: list, columns: int, picture: Path, title: str | None = None
     for at, (item, text) in enumerate(cells):
         axes = figure.add_subplot(rows, columns, at + 1, projection="3d" if item.dim() == 2 else None)
         if item.dim() == 2:
-            x, y, z = item.T.numpy()
-            axes.scatter(x, y, z, s=1, c=z, cmap="viridis", linewidths=0)
+            axes.scatter(*item.T, s=1, c=item[:, 2], linewidths=0)
             axes.set(aspect="equal")
-            axes.view_init(20, -60)
         else:
             axes.imshow(item.permute(1, 2, 0).clamp(0, 1).numpy())
         axes.axis("off")
@@ -315,23 +305,18 @@ def draw_grid(cells: list, columns: int, picture: Path, title: str | None = None
     figure.savefig(picture, format="png", dpi=100)
 
 
-def preview(objects: Objects, picture: Path, size: int = 224, count: int = 8):
-    """A sheet of objects: cloud, one evaluation view, weak and strong views, and the strong ones masked."""
+def preview(picture: Path, objects: Objects, size: int = 224, count: int = 8):
+    """A sheet of objects: cloud, one evaluation view, weak and strong views."""
     torch.manual_seed(0)
     some = objects.pick(torch.linspace(0, len(objects) - 1, min(count, len(objects))).long())
-    count, grid = len(some), size // 16
     stills = [images[:, 0] for images in fixed_images(some, None, size, count, "cpu")]
-    photographs = next(iter(training_photographs(some, (torch.arange(count),), size, seed=0)))
+    photographs = next(iter(training_photographs(some, (torch.arange(len(some)),), size, seed=0)))
     views = draw_views(some.points, size, photographs)
-    hidden = hide_patches(count, grid, 0.3, "cpu").view(count, 1, grid, grid).float()
-    masked = views["strong_image"].masked_fill(F.interpolate(hidden, size=size) > 0, 0.5)
     names = some.names if some.labels is None else [some.class_names[k] for k in some.labels]
-    columns = {"cloud": some.points, "evaluation view": torch.cat(stills), "weak image": views["weak_image"],
-               "strong image": views["strong_image"], "masked image": masked,
-               "weak points": views["weak_points"], "strong points": views["strong_points"]}
-    cells = [(items[row], f"{names[row]}\n{title}" if title == "cloud" else title)
-             for row in range(count) for title, items in columns.items()]
-    draw_grid(cells, len(columns), picture)
+    columns = {"cloud": some.points, "evaluation": torch.cat(stills), **views}
+    cells = [(items[row], f"{name}\n{title}" if title == "cloud" else title)
+             for row, name in enumerate(names) for title, items in columns.items()]
+    draw_grid(picture, cells, len(columns))
 
 
 # ------ The command line ------------------------------------------------------------------------------------
@@ -378,11 +363,10 @@ def main(argv=None) -> dict | None:
     path = args.checkpoint or args.start_checkpoint
     if args.model in STARTS and not path:
         path = start_file(args.model, args.cache, args.download is not False)
-    known = read_start(path) if path else {"options": OTHER_GROUPS, "architecture": {"class_names": []}}
-    objects, unreadable = load_objects(args, known)
+    known = read_start(path) if path else {"options": {}, "architecture": {"class_names": []}}
+    objects = load_objects(args, known, args.split)
     if args.preview:
-        with whole_file(args.preview) as picture:
-            preview(objects, picture)
+        write_whole(args.preview, preview, objects)
         return print(f"some of {objects.name} {objects.split}'s {len(objects)} objects: {args.preview}")
     if objects.labels is None and (args.confusion or args.rival):
         raise UserError("--confusion and --rival need labels, of classes that are all among the names")
@@ -391,35 +375,35 @@ def main(argv=None) -> dict | None:
         models = {which: load_checkpoint(path, which=which) for which in ("student", "teacher")}
     else:
         templates = TEMPLATES[args.templates or dataset_row(args.dataset)["templates"]]
-        groups = {key: known["options"][key] for key in OTHER_GROUPS}
         name = args.model or known["options"]["model"]
-        models = {"zero_shot": build_model(name, objects.class_names, templates, args.pretrained, path,
-                                           **groups)}
+        models = {"zero_shot": build_model(name, objects.class_names, templates, args.pretrained, path)}
         results |= {"start": Path(path or name).stem, "seed": known["options"].get("seed", 0)}
     for which, model in models.items():
         embedded = embed(model.to(args.device), objects, args.views)
         probs = to_probs(embedded)
         results[which] = assess(probs, objects)
     if args.rival:
-        unlabelled, _ = load_objects(args, known, "train")
+        unlabelled = load_objects(args, known, "train")
         results["cache"] = assess(predict_by_cache(model, unlabelled, objects, args.views), objects)
     if args.files:
-        for name, *said, _ in name_objects(objects, probs):
-            print("{}: {} {} (image: {} {}, point: {} {})".format(name, *said))
+        for row in name_objects(objects, probs):
+            print("{}: {} {} (image: {} {}, point: {} {})".format(*row))
     else:
         print(table(results, which))
-    write_files(args, results, probs, embedded, model, objects)
-    if unreadable:
-        raise UserError(f"{unreadable} of {len(args.files)} files could not be read, see above")
+    write_whole(args.predictions, write_predictions, objects, probs)
+    write_whole(args.embeddings, write_embeddings, embedded, model, objects)
+    write_whole(args.confusion, plot_confusion, probs["joint"], objects)
+    write_whole(args.gallery, plot_gallery, probs, objects)
+    write_whole(args.json, Path.write_text, json.dumps(results, indent=1) + "\n")
+    if len(objects) < len(args.files):
+        raise UserError(f"only {len(objects)} of {len(args.files)} files could be read, see above")
     return results
 
 
-def load_objects(args, known: dict, split: str | None = None) -> tuple[Objects, int]:
-    """The objects asked for, and how many files could not be read (each was named on stderr).
-
-    On the data set a checkpoint was trained on, options not given are its own; points and views are its own
-    on any data set."""
-    own, unreadable = known["options"], 0
+def load_objects(args, known: dict, split: str) -> Objects:
+    """The objects asked for. On the data set a checkpoint was trained on, options not given are its own;
+    points and views are its own on any data set."""
+    own = known["options"]
     if args.dataset in (None, own.get("dataset")):
         args.dataset = own.get("dataset", "shapes")
         args.domain = args.domain or own.get("domain")
@@ -428,17 +412,17 @@ def load_objects(args, known: dict, split: str | None = None) -> tuple[Objects, 
     row = dataset_row(args.dataset)
     points = args.points or own.get("points") or row["points"]
     if args.files:
-        objects, unreadable = load_files(args.files, points, args.up or row["up"])
+        objects, _ = load_files(args.files, points, args.up or row["up"])
         objects.class_names = known["architecture"]["class_names"]
     else:
-        objects = load_dataset(args.dataset, args.data_root, split or args.split, points, args.domain,
-                               args.download, args.up)
+        objects = load_dataset(args.dataset, args.data_root, split, points, args.domain, args.download,
+                               args.up)
     if args.classes:
-        is_file = Path(args.classes).is_file()
+        is_file = os.path.isfile(args.classes)  # Path.is_file refuses a long list as a name too long
         rename(objects, read_lines(Path(args.classes)) if is_file else args.classes.split(","))
     if not (objects.class_names or args.preview):
         raise UserError("a start names files by --classes \"mug,bowl,...\"; add it")
-    return objects, unreadable
+    return objects
 
 
 def rename(objects: Objects, names: list[str]):
@@ -449,20 +433,6 @@ def rename(objects: Objects, names: list[str]):
     known = objects.labels is not None and set(before) <= set(names)
     objects.labels = torch.tensor([names.index(name) for name in before])[objects.labels] if known else None
     objects.class_names = names
-
-
-def write_files(args, results: dict, probs: dict, embedded: dict, model: CrossMoST, objects: Objects):
-    """Every file asked for."""
-    write = {"predictions": lambda path: write_predictions(path, objects, probs),
-             "embeddings": lambda path: write_embeddings(path, embedded, model, objects),
-             "confusion": lambda path: plot_confusion(probs["joint"], objects, path),
-             "gallery": lambda path: plot_gallery(probs, objects, path),
-             "json": lambda path: path.write_text(json.dumps(results, indent=1) + "\n")}
-    for name, into in write.items():
-        if path := getattr(args, name):
-            with whole_file(path) as temporary:
-                into(temporary)
-            print(f"wrote {path}")
 
 
 # ------ Command lines, train.py's as well -------------------------------------------------------------------
@@ -478,15 +448,13 @@ def one_line_errors():
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        said, advice = " ".join(str(error).split()), ""
+        said = " ".join(str(error).split())
         # By type, or by what torch's CPU allocator says: other errors that speak of memory are bugs.
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator: can't" in said:
-            advice = "out of memory; lower --batch-size, --groups or --points, or add --grad-checkpointing: "
+            said = f"out of memory; lower --batch-size, --groups or --points, or --grad-checkpointing: {said}"
         elif not isinstance(error, (UserError, OSError)):
             raise
-        elif getattr(error, "errno", 0) == errno.ENOSPC:
-            advice = "make room; what was saved before is whole: "
-        print(f"error: {advice}{said}", file=sys.stderr)
+        print(f"error: {said}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -1038,7 +1038,7 @@ def test_options_that_cannot_be_or_go_together_are_one_line(tmp_path, capsys, fi
 
 
 @pytest.mark.parametrize("error, says", [
-    (UserError("no such data"), "no such data"), (OSError(28, "No space left"), "make room; .*No space left"),
+    (UserError("no such data"), "no such data"), (OSError(28, "No space left"), "No space left"),
     (MemoryError("much"), "lower --batch-size"), (torch.OutOfMemoryError("much"), "lower --batch-size"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "lower --batch-size"),
     (ValueError("a fork's own"), None), (RuntimeError("CUDA error: an illegal memory access"), None),
@@ -1348,7 +1348,7 @@ def test_the_start_in_the_repository_names_single_files_and_a_broken_one_stops_n
     assert start.startswith("start ") and "--pretrain-epochs" in start
     assert re.fullmatch(rf"{chair}: chair [01]\.\d{{4}} \(image: .*, point: chair .*\)", line)
     asked += [str(broken), str(chair), "--predictions", str(tmp_path / "p.csv")]
-    assert_refused("1 of 2 files could not be read", evaluation.main, asked)
+    assert_refused("only 1 of 2 files could be read", evaluation.main, asked)
     assert f"error: {broken} has 0 points" in capsys.readouterr().err
     assert (tmp_path / "p.csv").read_text().splitlines()[1].startswith(f"{chair},chair,")
     assert_refused("--classes", evaluation.main, ["--model", "tiny", str(chair)])
