@@ -557,8 +557,8 @@ def read_objects(files: list[Path], points: int, most: int) -> Tensor:
     return torch.from_numpy(np.stack(clouds))
 
 
-def load_files(files: list[Path], points: int, up: str) -> tuple[Objects, int]:
-    """Single objects without labels, and how many could not be read: of each of these a line on stderr."""
+def load_files(files: list[Path], points: int, up: str) -> Objects:
+    """Single objects without labels. Of each file that cannot be read a line on stderr says why."""
     clouds, names = [], []
     for file in files:
         try:
@@ -569,7 +569,7 @@ def load_files(files: list[Path], points: int, up: str) -> tuple[Objects, int]:
             print(f"error: {error}", file=sys.stderr)
     if not clouds:
         raise UserError(f"none of {len(files)} files could be read")
-    return Objects(torch.cat(clouds), None, [], "files", names=names), len(files) - len(clouds)
+    return Objects(torch.cat(clouds), None, [], "files", names=names)
 
 
 def find_photographs(folder: Path, names: list[str]) -> list | None:

@@ -227,7 +227,7 @@ def write_predictions(path: Path, objects: Objects, probs: dict[str, Tensor]):
 
 
 def write_embeddings(path: Path, embedded: dict, model: CrossMoST, objects: Objects):
-    """An .npz file: what embed returns, classifier (E, C), its names, objects' names and labels (-1: none)."""
+    """An .npz file: what embed returns, the classifier, class names, objects' names and labels (-1: none)."""
     labels = torch.full((len(objects),), -1) if objects.labels is None else objects.labels
     with open(path, "wb") as file:
         np.savez_compressed(file, **embedded, classifier=model.classifier.detach().cpu(), labels=labels,
@@ -412,7 +412,7 @@ def load_objects(args, known: dict, split: str) -> Objects:
     row = dataset_row(args.dataset)
     points = args.points or own.get("points") or row["points"]
     if args.files:
-        objects, _ = load_files(args.files, points, args.up or row["up"])
+        objects = load_files(args.files, points, args.up or row["up"])
         objects.class_names = known["architecture"]["class_names"]
     else:
         objects = load_dataset(args.dataset, args.data_root, split, points, args.domain, args.download,
