@@ -30,7 +30,7 @@ MODALITIES = ("image", "point", "joint")
 @torch.no_grad()
 def embed(model: CrossMoST, objects: Objects, views: int | None = None, batch_size: int = 64) -> dict:
     """image_logits, point_logits (N, C), image_features, point_features (N, E) of all objects, on the CPU.
-    Inputs are fixed: fixed_images' mean over views, and the cloud as it is.
+    Inputs are fixed: the views of fixed_images, over which an image's are the mean, and the cloud as it is.
     Raises: UserError where the model's classes are not the objects'."""
     numbers = [str(k) for k in range(len(objects.class_names))]  # a published file has no names of classes
     if list(model.class_names) not in (list(objects.class_names), numbers):
@@ -62,7 +62,7 @@ def evaluate(model: CrossMoST, objects: Objects, views: int | None = None,
 
 
 def write_whole(path: Path | None, write, *given):
-    """The whole file `path`, or none for None: write(a temporary name, *given)."""
+    """Make the file `path`, whole or not at all, by write(temporary name, *given); nothing for None."""
     if path:
         with whole_file(path) as temporary:
             write(temporary, *given)
@@ -86,15 +86,15 @@ def assess(probs: dict[str, Tensor], objects: Objects) -> dict:
 
 
 def top_one(found: dict) -> dict | None:
-    """Of what assess returns accuracy only, None without labels."""
+    """Of what assess returns the accuracy alone; None without labels."""
     return {m: found[m] for m in MODALITIES} if "joint" in found else None
 
 
 def predict_by_cache(model: CrossMoST, unlabelled: Objects, objects: Objects, views: int | None = None,
                      shots: int = 16, sharpness: float = 5.5) -> dict[str, Tensor]:
-    """to_probs' of a rival without training, a cache of objects, after Point-Cache (arXiv 2503.12150):
-    logits_m + s sum_k exp(-sharpness (1 - f_m . f_mk)) onehot(y_k) / shots, of each modality m, with the
-    model's logit scale s. Its keys k: of each predicted class y the `shots` unlabelled objects of the highest
+    """A rival without training, after Point-Cache (arXiv 2503.12150); probabilities as to_probs returns them.
+    logits_m + s sum_k exp(-sharpness (1 - f_m . f_mk)) onehot(y_k) / shots, in each modality m, with the
+    model's logit scale s. The keys k are of each predicted class the `shots` unlabelled objects of highest
     joint confidence. shots and sharpness are Tip-Adapter's (arXiv 2111.03930)."""
     cached, out = embed(model, unlabelled, views), embed(model, objects, views)
     confidence, labels = to_probs(cached)["joint"].max(dim=-1)
@@ -139,7 +139,7 @@ def collect(folder: Path, assets: Path) -> str:
                 if runs.setdefault((run["dataset"], setting(run), run["seed"]), run) is not run:
                     raise ValueError("another run there has its options and seed")
     if not runs:
-        raise FileNotFoundError(f"no results.json with accuracy below {folder}; README, Results, makes some")
+        raise FileNotFoundError(f"no results.json with accuracy in {folder}; README, Ablations, makes some")
     short, full = tables([*runs.values()])
     write_whole(assets / "tables.md", Path.write_text, full)
     write_whole(assets / "results.json", Path.write_text, json.dumps([*runs.values()], indent=0))
@@ -235,7 +235,7 @@ def write_embeddings(path: Path, embedded: dict, model: CrossMoST, objects: Obje
 
 
 # ------ Pictures --------------------------------------------------------------------------------------------
-def plot_curves(log_path: Path, picture: Path, zero_shot: dict | None):
+def plot_curves(picture: Path, log_path: Path, zero_shot: dict | None):
     """Accuracy of the teacher by epoch with its zero-shot lines; coverage and accuracy of pseudo-labels."""
     rows = [json.loads(line) for line in log_path.read_text().splitlines()]
     figure = Figure(figsize=(10, 3.6), layout="constrained")
@@ -451,7 +451,8 @@ def one_line_errors():
         said = " ".join(str(error).split())
         # By type, or by what torch's CPU allocator says: other errors that speak of memory are bugs.
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator: can't" in said:
-            said = f"out of memory; lower --batch-size, --groups or --points, or --grad-checkpointing: {said}"
+            said = ("out of memory; lower --batch-size, --groups or --points, or add --grad-checkpointing: "
+                    + said)
         elif not isinstance(error, (UserError, OSError)):
             raise
         print(f"error: {said}", file=sys.stderr)

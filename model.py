@@ -514,8 +514,8 @@ def read_start(path: str | Path, which: str = "teacher") -> dict:
     file has no image tower), of most "text" and "text_architecture"; what "may_be_missing"; and "options":
     "model", "groups", "group_size", of a file of our own all that made it ("points", "views" ...).
 
-    Families: our own starts and `last.pt`; ULIP-1 and ULIP-2 (SLIP image tower, text tower, Point-BERT);
-    ULIP-2 with colours (Point-BERT only); Cross-MoST's start and trained file. Raises: UserError else."""
+    Families: our own starts and `last.pt`; ULIP-1, ULIP-2 (SLIP image tower, text tower, Point-BERT); ULIP-2
+    with colours (Point-BERT only); Cross-MoST's start and trained file. Raises: UserError for any other."""
     content = read_file(path)
     try:
         if "architecture" not in content:

@@ -32,12 +32,13 @@ from tqdm import tqdm
 from data import (DATASETS, Objects, UserError, dataset_row, draw_views, load_dataset, lock, random_yaw,
                   sample_shapes, training_photographs)
 from eval import (COUNT, DEVICE, SHARE, WEIGHT, add_data_options, evaluate, number, one_line_errors,
-                  option_parser, plot_curves, pseudo_label_quality, table, top_one, usable_device)
+                  option_parser, plot_curves, pseudo_label_quality, table, top_one, usable_device,
+                  write_whole)
 from losses import (cross_modal_alignment_loss, fairness_loss, masked_terms, name_alignment_loss,
                     pseudo_labels, self_training_loss)
 from model import (GROUPS, OTHER_GROUPS, STARTS, TEMPLATES, CrossMoST, Groups, build_model, hide_groups,
                    hide_patches, parameter_groups, random_tiny, read_file, read_start, save_file, save_start,
-                   start_file, teacher_momentum, train_mode, update_teacher, whole_file)
+                   start_file, teacher_momentum, train_mode, update_teacher)
 
 # `tiny` is trained for hundreds of steps, not 10^5: a larger step, a lower threshold (its confidences are
 # low); of its 4 x 4 patches few are hidden, and repainting them weighs little.
@@ -464,10 +465,8 @@ def train_and_score(run: Run, objects: Objects, test: Objects, args, start: Path
                 "shares": {"start": run.before["shares"], "teacher": teacher["shares"]},
                 "pseudo_label": pseudo_label_quality(run.log_path, args.epochs),
                 "seconds": round(time.perf_counter() - run.began, 1)}
-    with whole_file(args.out / "curves.png") as picture:
-        plot_curves(run.log_path, picture, results["zero_shot"])
-    with whole_file(args.out / "results.json") as path:
-        path.write_text(json.dumps(results, indent=1))
+    write_whole(args.out / "curves.png", plot_curves, run.log_path, results["zero_shot"])
+    write_whole(args.out / "results.json", Path.write_text, json.dumps(results, indent=1))
     print(f"\n{table(results)}\npseudo-labels of the last epoch, %: {results['pseudo_label']}")
     print_opinions(run.before, teacher)
     print(f"a name for each object: {names}")
