@@ -36,7 +36,7 @@ from eval import (COUNT, DEVICE, SHARE, WEIGHT, add_data_options, evaluate, numb
                   write_whole)
 from losses import (cross_modal_alignment_loss, fairness_loss, masked_terms, name_alignment_loss,
                     pseudo_labels, self_training_loss)
-from model import (GROUPS, OTHER_GROUPS, STARTS, TEMPLATES, CrossMoST, Groups, build_model, hide_groups,
+from model import (OTHER_GROUPS, STARTS, TEMPLATES, CrossMoST, Groups, build_model, hide_groups,
                    hide_patches, parameter_groups, random_tiny, read_file, read_start, save_file, save_start,
                    start_file, teacher_momentum, train_mode, update_teacher)
 
@@ -59,7 +59,7 @@ def defaults_of(chosen: argparse.Namespace) -> dict:
     """What holds for a data set and a start, in place of the original code's values that parse_args has."""
     start = read_start(chosen.start_checkpoint)["options"] if chosen.start_checkpoint else {}
     model = chosen.model or start.get("model") or ("tiny" if chosen.dataset == "shapes" else "ulip2")
-    values = dataset_row(chosen.dataset) | GROUPS.get(model, OTHER_GROUPS)
+    values = dataset_row(chosen.dataset) | STARTS.get(model, OTHER_GROUPS)
     if chosen.labels == "separate" or chosen.modalities != "both":
         values["threshold"] = values["separate"]
     if model == "tiny":
@@ -143,7 +143,7 @@ def train_step(student, teacher, views, optimizer, step, total_steps, args, trut
     warmup, share = int(args.warmup_epochs * total_steps / args.epochs), args.batch_size / 256
     rate = learning_rate(step, total_steps, warmup, args.lr * share, 1e-6 * share)
     for group in optimizer.param_groups:
-        group["lr"] = group["scale"] * rate
+        group["lr"] = group["lr_scale"] * rate
 
     # The teacher sees the weak views and names the objects [joint-label].
     labels = teacher_labels(teacher, views, args, truth)
@@ -423,7 +423,7 @@ def refuse_contradictions(args, objects: Objects):
         raise UserError(f"--labels truth needs labels, {objects.name} has none; use --labels joint")
     if args.labels in ("mean", "agree") and not both:
         raise UserError(f"--labels {args.labels} needs both modalities; drop it, or --modalities")
-    if args.stage == "pretrain" and (args.start_checkpoint or args.model in STARTS[1:]):
+    if args.stage == "pretrain" and (args.start_checkpoint or args.model in STARTS and args.model != "tiny"):
         raise UserError(f"{args.start_checkpoint or args.model} is a finished start; drop --stage pretrain")
     if len(args.threshold) > (2 if args.labels == "separate" or not both else 1):
         raise UserError("--threshold takes one value; two, image's and point's, go with --labels separate")
