@@ -34,9 +34,9 @@ import eval as evaluation
 import model as models
 import train
 from data import UserError
-from losses import (cross_modal_alignment_loss, fairness_loss, global_local_alignment_loss,
+from losses import (RULES, Evidence, cross_modal_alignment_loss, fairness_loss, global_local_alignment_loss,
                     joint_pseudo_labels, masked_image_loss, masked_point_loss, masked_terms,
-                    name_alignment_loss, pseudo_labels, self_training_loss)
+                    name_alignment_loss, self_training_loss)
 from model import (CrossMoST, build_model, farthest_point_sample, group_points, hide_groups, hide_patches,
                    load_checkpoint, update_teacher)
 
@@ -148,9 +148,16 @@ def test_the_more_confident_modality_names_the_object_and_a_tie_takes_one_of_the
 def test_every_label_rule_does_what_its_name_says(rule, thresholds, labels, keep):
     image = torch.tensor([[0.90, 0.08, 0.02], [0.70, 0.20, 0.10]])
     point = torch.tensor([[0.10, 0.85, 0.05], [0.95, 0.03, 0.02]])
-    given = pseudo_labels(rule, image, point, thresholds, truth=torch.tensor([2, 1]))
+    given = RULES[rule].label(Evidence(image, point, thresholds, truth=torch.tensor([2, 1])))
     assert [given[m][0].tolist() for m in ("image", "point")] == labels
     assert [given[m][1].tolist() for m in ("image", "point")] == keep
+
+
+def test_joint_labels_of_one_modality_are_its_own():
+    image = torch.tensor([[0.90, 0.08, 0.02], [0.70, 0.20, 0.10]])
+    given = RULES["joint"].label(Evidence(image, None, [0.84, 0.5]))
+    assert list(given) == ["image"]
+    assert given["image"][0].tolist() == [0, 0] and given["image"][1].tolist() == [True, False]
 
 
 def test_self_training_counts_kept_objects_only_and_fairness_is_least_at_a_uniform_mean():
@@ -490,9 +497,13 @@ def test_learning_rates_of_the_full_size_model_decay_by_image_layer_and_by_step(
         decay = 0 if parameter.ndim == 1 else 0.05  # logit_scale is 0-D: the original decays it
         assert parameter.requires_grad == trained == (id(parameter) in of), name
         assert not trained or of[id(parameter)] == (pytest.approx(0.65 ** (13 - layer)), decay), name
-    rate = [train.learning_rate(step, 100, 10, 1.0, 0.05) for step in range(100)]
-    assert rate[0] == 0 and rate[10] == 1.0 and rate[99] == pytest.approx(0.05)
+    args = options("--lr", "2", "--batch-size", "128", "--epochs", "10", "--warmup-epochs", "1")
+    rate = [train.learning_rate(step, 100, args) for step in range(100)]
+    assert rate[0] == pytest.approx(0.1) and rate[9] == rate[10] == 1.0  # of a batch of 256: half
+    assert rate[99] == pytest.approx(0.05)  # a twentieth of the peak, as 1e-6 of 2e-5
     assert rate[:11] == sorted(rate[:11]) and rate[10:] == sorted(rate[10:], reverse=True)
+    args.lr = 0.0
+    assert {train.learning_rate(step, 100, args) for step in range(100)} == {0.0}
 
 
 @pytest.mark.parametrize("name, threshold, apart, point_weight", [
@@ -901,10 +912,13 @@ def weights(out, which="student"):
 
 
 def outcome(out):
-    """All that a run leaves, but for its duration and the log's first line: to compare two."""
+    """All that a run leaves, but for durations and the log's first line: to compare two."""
     results = json.loads((out / "results.json").read_text())
-    del results["seconds"]
-    return (results, (out / "log.jsonl").read_text().splitlines()[1:], (out / "predictions.csv").read_text(),
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()[1:]]
+    for timed in (results, *rows):
+        timed.pop("seconds", None)
+        timed.pop("objects_per_second", None)
+    return (results, rows, (out / "predictions.csv").read_text(), (out / "predictions-start.csv").read_text(),
             {path.name for path in out.iterdir()})
 
 
@@ -932,45 +946,98 @@ def test_true_labels_do_not_touch_training(tmp_path, monkeypatch, request, kind)
     assert_refused("truth needs labels, own has none", run, "no", lambda labels: None, "--labels", "truth")
 
 
+def stop_in_step(monkeypatch, number, seen=None):
+    """Ctrl-C in the step of this number; strong images go into `seen`. A save after every epoch."""
+    real, calls = train.train_step, []
+
+    def step(student, teacher, views, *more):
+        calls.append(1)
+        if seen is not None:
+            seen.append(views["strong_image"])
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return real(student, teacher, views, *more)
+    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(train, "SAVE_EVERY", 0)
+
+
 @pytest.mark.parametrize("kind", ["finished", "photographed"])
 def test_a_run_that_stops_and_goes_on_equals_one_that_does_not(tmp_path, monkeypatch, request, kind):
-    (folder, _), out, step, calls = request.getfixturevalue(kind), tmp_path / "out", train.train_step, []
-
-    def interrupt(student, teacher, views, *more):  # Ctrl-C in the middle of the second epoch
-        calls.append((views["strong_image"][:, 0] != views["strong_image"][:, 2]).any().item())
-        if len(calls) == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(student, teacher, views, *more)
-    monkeypatch.setattr(train, "train_step", interrupt)
-    with pytest.raises(SystemExit) as stopped:
+    (folder, _), out, images = request.getfixturevalue(kind), tmp_path / "out", []
+    stop_in_step(monkeypatch, 5, images)  # in the middle of the second epoch
+    with pytest.raises(KeyboardInterrupt, match="last.pt holds the last saved epoch; the same command goes on"):
         small_run(folder, "--out", out)
+    coloured = [(image[:, 0] != image[:, 2]).any().item() for image in images]
+    assert set(coloured) == {kind == "photographed"}  # what is coloured is no depth view
+
     saved = models.read_file(out / "last.pt")
-    assert stopped.value.code == 130 and saved["step"] == 5
-    assert set(calls) == {kind == "photographed"}  # what is coloured is no depth view
+    assert saved["epoch"] == 1
     models.save_file(saved | {"seconds": 1000.0}, out / "last.pt")
     with open(out / "log.jsonl", "a") as log:
         log.write("a line a killed process left behind")
     assert small_run(folder, "--out", out, "--grad-checkpointing")["seconds"] > 1000  # of all processes
+    assert_equal(folder / "out", out)
+
+
+def test_a_run_continues_only_with_its_own_options_data_and_code(tmp_path, monkeypatch, finished):
+    folder, out = finished[0], shutil.copytree(finished[0] / "out", tmp_path / "out")
     load, names = data.load_dataset, ["pouffe", *NAMES[1:]]
+
+    def others(*given):  # as many clouds with the same names, from another scanner
+        objects = load(*given)
+        return replace(objects, points=objects.points.flip(1))
     for name, value, says in (
-            ("load_dataset", lambda *given: load(*given).pick(torch.arange(15)), "other options.*48 -> 15"),
-            ("load_dataset", lambda *given: replace(load(*given), class_names=names), "continue .*'pouffe'"),
-            ("CODE", "edited", "last.pt: it was made with other .*code.* another --out, or --no-resume")):
+            ("load_dataset", others, "another objects: "),
+            ("load_dataset", lambda *given: replace(load(*given), class_names=names), "another classes: "),
+            ("CODE", "edited", "another code: .* then, edited now; use the same, another --out, or --no-resume")):
         with monkeypatch.context() as patch:
             patch.setattr(train, name, value)
             assert_refused(says, small_run, folder, "--out", out)
+    assert_refused("another w_cross: 1 then, 0 now;", small_run, folder, "--out", out, "--w-cross", "0")
     with data.lock(out / "last.pt"):
         assert_refused(f"another process writes to {out};", small_run, folder, "--out", out)
-    assert_refused("other options.*seed", small_run, folder, "--out", out, "--seed", "3")
     assert_equal(folder / "out", out)  # which no refused run has touched
+    (out / "log.jsonl").write_text("{}\n")
+    assert_refused("log.jsonl is shorter than it was when", small_run, folder, "--out", out)
+
+
+def test_starting_over_removes_what_the_run_before_left(tmp_path, monkeypatch, finished):
+    out = shutil.copytree(finished[0] / "out", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 1)
+        with pytest.raises(KeyboardInterrupt, match="no epoch is saved yet"):
+            small_run(finished[0], "--out", out, "--no-resume", "--w-cross", "0")
+    left = {path.name for path in out.iterdir()}
+    assert left == {"log.jsonl", "predictions-start.csv", ".last.pt.lock"}
+    small_run(finished[0], "--out", out)  # nothing of the stopped ablation is in it
+    assert_equal(finished[0] / "out", out)
+
+
+@pytest.mark.parametrize("given, name", [
+    ("", "shapes-tiny"), ("--seed 1 --w-cross 0", "shapes-tiny-w-cross-0-seed-1"),
+    ("--w-cross 0 --seed 1", "shapes-tiny-w-cross-0-seed-1"), ("--w-cross 1 --lr 2e-3 --device cpu", "shapes-tiny"),
+    ("--dataset modelnet10 --model tiny --domain target", "modelnet10-tiny-domain-target"),
+    ("--dataset co3d --labels separate --threshold 0.5 0.6", "co3d-ulip2-labels-separate-threshold-0.5-0.6")])
+def test_what_differs_from_the_defaults_is_in_the_folders_name(given, name):
+    assert train.parse_args(given.split()).out == Path("runs", name)
+
+
+def test_what_was_changed_is_said_first_and_last_with_the_seed(tmp_path, capsys, finished):
+    small_run(finished[0], "--out", tmp_path / "out", "--w-cross", "0", "--seed", "3", "--epochs", "1")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == lines[-1] and re.search("own with tiny, seed 3, .*--w-cross 0 instead of 1", lines[0])
+    assert any(re.match("  small start's recipe: .*lr 0.002", line) for line in lines)
+    assert any(re.match("  command line: .*w_cross 0", line) for line in lines)
 
 
 def test_a_run_killed_at_any_moment_continues_to_the_bit(tmp_path):
     """KILLS=50 kills more often. A run that gets to its end is compared and begins anew."""
     moments, kills, last = random.Random(0), 0, int(os.environ.get("KILLS", 3))
     whole, parts, log = (tmp_path / name for name in ("whole", "parts", "parts/log.jsonl"))
-    command = [sys.executable, HERE / "train.py", *small_flags(tmp_path, "--epochs", 16, "--log-every", 3)]
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    saves_often = "import train; train.SAVE_EVERY = 0; train.main()"
+    command = [sys.executable, "-c", saves_often, *small_flags(tmp_path, "--epochs", 16, "--log-every", 3)]
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=HERE,
+                 env=os.environ | {"OMP_NUM_THREADS": "1"})
     subprocess.run([*command, "--out", whole], check=True, **quiet)
     while kills < last or parts.exists():
         before = log.stat().st_mtime if log.exists() else 0
@@ -1076,56 +1143,42 @@ def test_a_weight_of_zero_removes_its_term(flag, gone):
     assert removed == pytest.approx(0.5 * sum(whole[name] for name in gone).item(), abs=1e-4)
 
 
-def test_a_single_modality_trains_only_itself_and_takes_less_work(tmp_path, capsys, finished):
+def test_a_single_modality_trains_only_itself():
     for modality, absent, idle in (("image", "point", "point_encoder"), ("point", "image", "visual")):
         terms, student = one_step("--modalities", modality, "--threshold", "0")
         assert f"self_{modality}" in terms and f"self_{absent}" not in terms and "cross" not in terms
         assert all(parameter.grad is None for parameter in getattr(student, idle).parameters())
-    found, narrow = (small_run(finished[0], "--out", tmp_path / "out", "--benchmark", *more)
-                     for more in ((), ("--modalities", "point")))
-    assert not (tmp_path / "out").exists() and "objects/s" in capsys.readouterr().out
-    assert min(narrow.values()) > 0 and narrow["tflop"] < found["tflop"]
 
 
-def test_a_step_that_fails_says_why_and_leaves_the_last_checkpoint(tmp_path, monkeypatch, finished):
-    out = shutil.copytree(finished[0] / "out", tmp_path / "out")
-    before, real = (out / "last.pt").read_bytes(), train.train_step
+def test_a_loss_that_is_not_finite_is_named_with_its_step_and_the_last_checkpoint_stays(tmp_path, monkeypatch, finished):
+    out, real, steps = tmp_path / "out", train.fairness_loss, []
 
-    def interrupt(*given):  # Ctrl-C in the very step that spoils the weights
-        os.kill(os.getpid(), signal.SIGINT)
-        return real(*given)
-    monkeypatch.setattr(train, "fairness_loss", lambda logits, shares: logits.sum() / 0)
-    infinite = "not finite at step 0: .*'self_image': [0-9].*'cross': [0-9]"
-    for step in (real, interrupt):
-        monkeypatch.setattr(train, "train_step", step)
-        assert_refused(infinite, small_run, finished[0], "--out", out, "--no-resume")
-        assert (out / "last.pt").read_bytes() == before
+    def spoilt(logits, shares):  # from the fifth step on: each has two such terms
+        steps.append(1)
+        return real(logits, shares) if len(steps) < 9 else logits.sum() / 0
+    monkeypatch.setattr(train, "fairness_loss", spoilt)
+    monkeypatch.setattr(train, "SAVE_EVERY", 0)
+    assert_refused("not finite at step 4: .*'self_image': [0-9].*'cross': [0-9]", small_run, finished[0], "--out", out)
+    assert models.read_file(out / "last.pt")["epoch"] == 1
+    assert all(value.isfinite().all() for value in weights(out).values())
 
 
-def test_bfloat16_is_for_the_networks_only_and_auto_takes_it_where_it_gains(monkeypatch, capsys, tmp_path):
+def test_bfloat16_is_for_the_networks_only():
     student, (views, names), terms = tiny(), views_and_labels(), {}
-    for precision in ("fp32", "bf16"):
+    for precision in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
-        terms[precision] = train.student_terms(student, views, names, options("--precision", precision))
+        student.precision = precision
+        terms[precision] = train.student_terms(student, views, names, options())
     exact, fast = terms.values()
     assert all(term.dtype == torch.float32 for term in fast.values())
     assert all(fast[name].item() == pytest.approx(exact[name].item(), rel=0.05) for name in exact)
     assert any(fast[name] != exact[name] for name in exact)
-    with train.networks_precision(options("--precision", "bf16")):
-        groups = student.group(views["weak_points"])
-        assert student.logits(torch.ones(1, 128)).dtype == groups.centres.dtype == torch.float32
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train.F, "linear", Mock(wraps=F.linear))
-        assert train.product_speed("cpu", torch.bfloat16) > 0
-        assert {given.dtype for given in train.F.linear.call_args.args} == {torch.bfloat16}
-    run = partial(small_run, tmp_path, "--epochs", "1", "--precision")
-    for gain, resume, says in ((1.29, "--no-resume", "auto: fp32, a"), (1.31, "--no-resume", "auto: bf16, a"),
-                               (0.5, "--resume", "continuing")):
-        monkeypatch.setattr(train, "product_speed", lambda _, kind: gain if kind == torch.bfloat16 else 1.0)
-        run("auto", resume)
-        assert says in capsys.readouterr().out
-    assert_refused("other options.*precision.*bf16 -> fp32", run, "fp32")
+
+def test_a_run_trains_and_is_scored_in_its_precision(tmp_path, finished):
+    results = small_run(finished[0], "--out", tmp_path / "out", "--precision", "bf16", "--epochs", "1")
+    assert results["precision"] == "bfloat16" and finished[1]["precision"] == "float32"
+    assert results["zero_shot"] is not None
 
 
 def test_one_batch_overfits():
@@ -1142,19 +1195,34 @@ def test_one_batch_overfits():
     assert sum(history[-5:]) / 5 < 0.3 * history[0]
 
 
-def test_the_log_tells_names_given_and_how_many_rightly(tmp_path):
-    run = train.Run(tiny(), None, None, options("--out", str(tmp_path)), 4)
+def test_the_log_tells_names_given_and_how_many_rightly():
     truth = torch.tensor([0, 0, 1, 9])
     image = torch.tensor([0, 1, 1, 9]), torch.tensor([True, True, True, False])
     point = truth, torch.tensor([True, False, False, False])
-    for loss, labels, known in ((2.0, {"image": image, "point": point}, truth),
-                                (1.0, {"image": (truth, truth < 0)}, None)):
-        run.count_step({"loss": torch.tensor(loss)}, labels, known)
-        run.flush(1)
-    row, empty = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    step = 0, {"loss": torch.tensor(2.0), "lr": 0.1}, {"image": image, "point": point}, truth
+    row = train.interval_means([step], 10)
     assert row["coverage"] == 0.5 and row["label_accuracy"] == 0.75 and row["loss"] == 2  # 4 of 8, 3 of 4
     assert row["named"] == [0.25, 0.25, *[0] * 8] and row["entropy"] == pytest.approx(math.log(2))
-    assert empty["coverage"] == empty["entropy"] == 0 and empty["label_accuracy"] is None
+    assert row["lr"] == pytest.approx(0.1)  # a number that is no tensor
+
+    nothing = 0, {"loss": torch.tensor(1.0)}, {"image": (truth, truth < 0)}, None
+    row = train.interval_means([nothing, nothing], 10)
+    assert row["coverage"] == row["entropy"] == 0 and row["label_accuracy"] is None
+
+
+def test_every_line_of_the_log_tells_speed_and_learning_rate(finished):
+    rows = [json.loads(line) for line in (finished[0] / "out/log.jsonl").read_text().splitlines()[1:]]
+    steps = [row for row in rows if "steps" in row]
+    assert [row["step"] for row in steps] == [3, 6] and [row["epoch"] for row in rows] == [1, 2, 2]
+    assert all(row["lr"] > 0 and row["seconds"] > 0 and row["objects_per_second"] > 0 for row in steps)
+
+
+def test_evaluating_is_as_rare_as_asked(tmp_path, monkeypatch, finished):
+    for every, epochs in ((1, [1, 2, 3]), (2, [2, 3]), (0, [3])):  # the last one always
+        out = tmp_path / str(every)
+        small_run(finished[0], "--out", out, "--epochs", "3", "--eval-every", every)
+        rows = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+        assert [row["epoch"] for row in rows if "teacher" in row] == epochs
 
 
 def test_a_start_made_here_is_kept_by_what_made_it(tmp_path, monkeypatch):
@@ -1216,11 +1284,9 @@ def test_on_a_gpu_nothing_mixes_devices_or_waits_for_a_value(tmp_path, monkeypat
         for labels in ("joint", "mean", "separate", "agree", "truth"):
             for modalities in ("both", "image", "point") if labels == "joint" else ("both",):
                 args = options("--out", str(tmp_path), "--labels", labels, "--modalities", modalities)
-                args.device = "cuda:0"
-                given = train.teacher_labels(model, views, args, truth)
+                given = train.teacher_labels(model, views, 0, args, truth if labels == "truth" else None)
                 terms = train.student_terms(model, views, given, args)
                 assert {term.device.type for term in terms.values()} == {"cuda"}
-                train.Run(model, model, None, args, 4).count_step(terms, given, truth)
         assert model(model.normalise(data.fixed_views(points, 2, 64)), points).image_logits.shape == (4, 10)
         for label, tower in ((3, text), (3, None), (-1, text), (-1, None)):  # a number a fake tensor knows
             loss = train.pretrain_loss(model, tower, points[:1], torch.tensor([label]), NAMES)
