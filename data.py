@@ -1,7 +1,8 @@
 """Objects to learn from: depth views, weak and strong views, photographs, data sets, the procedural `shapes`.
 
 Coordinates are right-handed, z up, float32; every cloud is centred and scaled into the unit sphere.
-Angles are in radians. N objects, B batch, P points, V views."""
+Angles are in radians. N objects, B batch, P points, V views.
+"""
 import hashlib
 import json
 import math
@@ -29,13 +30,19 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """What a user can put right. It ends train.py and eval.py with its one line and exit code 2."""
+    """What a user can put right. It ends train.py and eval.py with this one line and exit code 2."""
 
 
 @dataclass
 class Objects:
-    """A split of a data set: points (N, P, 3); labels (N,) or None; names of the N objects (without: their
-    numbers); images: a list of photographs' paths for each, or None where depth views are rendered."""
+    """A split of a data set: N clouds of P points, and what is known of each object.
+
+    points: (N, P, 3) float32; a loader may give the list of the N files to read them from instead.
+    labels: (N,) int64 numbers of the true classes, or None.
+    names: what the objects are called; their numbers, where nobody named them.
+    images: for each object the list of its photographs, or None where depth views are rendered.
+    """
+
     points: Tensor
     labels: Tensor | None
     class_names: list[str]
@@ -51,62 +58,93 @@ class Objects:
         return len(self.points)
 
     def pick(self, index: Tensor) -> "Objects":
-        """Those of the indices (n,)."""
-        labels = None if self.labels is None else self.labels[index]
-        images = self.images and [self.images[i] for i in index]
-        return replace(self, points=self.points[index], labels=labels, images=images,
-                       names=[self.names[i] for i in index])
+        """The objects of these numbers (n,), in this order."""
+        return replace(
+            self,
+            points=self.points[index],
+            labels=None if self.labels is None else self.labels[index],
+            names=[self.names[i] for i in index],
+            images=self.images and [self.images[i] for i in index],
+        )
 
 
-def to_unit_sphere(points: Tensor, names: list | None = None) -> Tensor:
-    """Centre each cloud on its mean, scale its farthest point to norm 1. (N, P, 3) -> (N, P, 3).
-    Raises: UserError naming an object whose coordinates are not finite, or whose points all coincide."""
-    names = names or range(len(points))
-    problems = {"NaN or infinite coordinates": ~points.sum(dim=(1, 2)).isfinite(),  # without a second copy
-                "all its points in one place": (points == points[:, :1]).all(dim=1).all(dim=1)}
-    for problem, found in problems.items():
-        if found.any():
-            raise UserError(f"object {names[found.int().argmax()]} has {problem}; repair or remove its file")
-    points = points - points.mean(dim=1, keepdim=True)
-    radius = points.norm(dim=-1).amax(dim=1)
-    return points.div_(radius[:, None, None])  # our own copy; a large set is in memory twice at most
+def to_unit_sphere(points: Tensor, names: list | None = None, up: str = "z") -> Tensor:
+    """Turn clouds upright, centre each on its mean, scale its farthest point to norm 1. A new tensor.
+
+    points (N, P, 3) -> (N, P, 3) float32. `up` is the axis that points upwards in `points` (see UP), `names`
+    are the objects' for messages. Clouds in float64 are centred before they become float32: the digits of
+    coordinates far from the origin, as on a map, would not fit.
+    Raises: UserError naming an object whose coordinates are not finite, or whose points all coincide.
+    """
+    unit = torch.empty(points.shape, device=points.device)
+    for start in range(0, len(points), 64):  # in parts: a large set is in memory twice, and no third time
+        part = to_z_up(points[start:start + 64], up)
+        problems = {
+            "NaN or infinite coordinates": ~part.isfinite().all(dim=2).all(dim=1),
+            "all its points in one place": (part == part[:, :1]).all(dim=2).all(dim=1),
+        }
+        for problem, has_problem in problems.items():
+            if has_problem.any():
+                i = start + has_problem.int().argmax().item()
+                raise UserError(f"object {names[i] if names else i} has {problem}; repair or remove its file")
+
+        part = part - part.mean(dim=1, keepdim=True)
+        radius = part.norm(dim=-1).amax(dim=1)
+        unit[start:start + 64] = part / radius[:, None, None]
+    return unit
 
 
 # ------ Depth views -----------------------------------------------------------------------------------------
 def project(points: Tensor, azimuths: Tensor, elevations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Orthographic camera coordinates: right, up, towards the camera, each (B, V, P), from points (B, P, 3).
-    azimuths, elevations (B, V): where the camera stands; azimuth 0 looks along +y, from -y."""
-    x, y, z = (c.unsqueeze(1) for c in points.unbind(-1))  # (B, 1, P)
+    """Orthographic camera coordinates of clouds: to the right, up, and towards the camera.
+
+    points (B, P, 3); azimuths, elevations (B, V) say where the camera stands. Azimuth 0 is at -y and looks
+    along +y. Returns three tensors (B, V, P).
+    """
+    x, y, z = (coordinate.unsqueeze(1) for coordinate in points.unbind(-1))  # (B, 1, P)
     sin_a, cos_a = azimuths.sin().unsqueeze(-1), azimuths.cos().unsqueeze(-1)
     sin_e, cos_e = elevations.sin().unsqueeze(-1), elevations.cos().unsqueeze(-1)
+
     right = cos_a * x + sin_a * y
     away = cos_a * y - sin_a * x
-    return right, cos_e * z + sin_e * away, sin_e * z - cos_e * away
+    up = cos_e * z + sin_e * away
+    towards = sin_e * z - cos_e * away
+    return right, up, towards
 
 
+@torch.no_grad()
 def render_depth_views(points: Tensor, azimuths: Tensor, elevations: Tensor, size: int) -> Tensor:
-    """Depth maps in PointCLIP V2's recipe: quantise, densify, smooth, squeeze (arXiv 2211.11682).
-    The nearest point of each cell of a grid of 1.6 sqrt(P) cells a side wins, holes of up to four cells are
-    closed, edges smoothed. Points (B, P, 3) in the unit sphere, z up; azimuths, elevations (B, V) or
-    (1, V). Returns (B, V, 3, size, size) without gradient: near = 1, far = 0.2, background 0."""
-    batch, views, total = len(points), azimuths.shape[1], points.shape[1]
-    grid = min(size, int(1.6 * total ** 0.5))
-    with torch.no_grad():
-        u, v, depth = project(points, azimuths, elevations)
-        column = ((u * 0.48 + 0.5) * grid).long().clamp(0, grid - 1)  # 0.48: a thin margin
-        row = ((0.5 - v * 0.48) * grid).long().clamp(0, grid - 1)
-        bright = 0.6 + 0.4 * depth.clamp(-1, 1)
-        image = points.new_zeros(batch, views, grid * grid)
-        image = image.scatter_reduce(2, row * grid + column, bright, "amax").view(-1, grid, grid)
-        for _ in range(2):  # a closing, one cell wider; on a CPU 1-D pools are much faster than a 2-D one
-            image = F.max_pool1d(F.pad(image, (2, 2)), 5, 1).transpose(1, 2)
-        for _ in range(2):
-            image = -F.max_pool1d(F.pad(-image, (1, 1)), 3, 1).transpose(1, 2)
-        for _ in range(2):  # a Gaussian, one axis after the other
-            wide = F.pad(image, (1, 1))
-            image = (0.25 * wide[..., :-2] + 0.5 * image + 0.25 * wide[..., 2:]).transpose(1, 2)
-        if grid != size:
-            image = F.interpolate(image.unsqueeze(1), (size, size), mode="bilinear", align_corners=False)
+    """Depth maps of clouds, in PointCLIP V2's recipe: quantise, densify, smooth, squeeze (arXiv 2211.11682).
+
+    points (B, P, 3) in the unit sphere, z up; azimuths, elevations (B, V) or (1, V).
+    Returns (B, V, 3, size, size) without gradient: near = 1, far = 0.2, background = 0.
+    """
+    batch, views = len(points), azimuths.shape[1]
+    # A grid of 1.6 sqrt(P) cells a side: finer, and a surface would have holes between its points.
+    grid = min(size, int(1.6 * points.shape[1] ** 0.5))
+
+    # Quantise: the nearest point of each cell wins.
+    right, up, towards = project(points, azimuths, elevations)
+    column = ((right * 0.48 + 0.5) * grid).long().clamp(0, grid - 1)  # 0.48 leaves a thin margin
+    row = ((0.5 - up * 0.48) * grid).long().clamp(0, grid - 1)
+    brightness = 0.6 + 0.4 * towards.clamp(-1, 1)
+    image = points.new_zeros(batch, views, grid * grid)
+    image = image.scatter_reduce(2, row * grid + column, brightness, "amax").view(-1, grid, grid)
+
+    # Densify: a closing fills holes of up to four cells; the object stays one cell wider. One axis after the
+    # other, because on a CPU two 1-D pools are much faster than a 2-D one.
+    for _ in range(2):
+        image = F.max_pool1d(F.pad(image, (2, 2)), 5, 1).transpose(1, 2)
+    for _ in range(2):
+        image = -F.max_pool1d(F.pad(-image, (1, 1)), 3, 1).transpose(1, 2)
+
+    # Smooth with a Gaussian (1/4, 1/2, 1/4), again one axis after the other.
+    for _ in range(2):
+        padded = F.pad(image, (1, 1))
+        image = (0.25 * padded[..., :-2] + 0.5 * image + 0.25 * padded[..., 2:]).transpose(1, 2)
+
+    if grid != size:
+        image = F.interpolate(image.unsqueeze(1), (size, size), mode="bilinear", align_corners=False)
     return image.clamp(0, 1).view(batch, views, 1, size, size).expand(-1, -1, 3, -1, -1)
 
 
@@ -123,69 +161,85 @@ def random_view(points: Tensor, size: int) -> Tensor:
     return render_depth_views(points, azimuth, elevation, size)[:, 0]
 
 
-# ------ Weak and strong views, drawn anew per object on the objects' device; inputs are left untouched ------
+# ------ Weak and strong views -------------------------------------------------------------------------------
+# Drawn anew for each object, on the device the objects are on. Inputs are left untouched.
+def draw_views(points: Tensor, size: int, photographs: tuple | None = None) -> dict[str, Tensor]:
+    """Weak [joint-label] and strong views [self-training] of clouds (B, P, 3) for one training step.
+
+    Images (B, 3, size, size) are the pair `photographs` that training_photographs gives, or else two crops
+    of one random depth view. Deviation D22: a depth map has no colours for the original's RandAugment, and
+    its smaller crops would lose the object.
+    """
+    if photographs is None:
+        image = random_view(points, size)
+        grey = image[:, :1]  # the three channels of a depth view are equal: crop one
+        weak = random_crop(grey, 0.85, aspect=1, flip=0).expand_as(image)
+        strong = random_crop(grey, 0.6, aspect=4 / 3, flip=0.5).expand_as(image)
+    else:
+        weak, strong = (images.to(points.device, non_blocking=True) for images in photographs)
+    return {"weak_image": weak, "strong_image": strong,
+            "weak_points": weak_points(points), "strong_points": strong_points(points)}
+
+
 def random_crop(images: Tensor, smallest: float, aspect: float, flip: float) -> Tensor:
-    """Random resized crop: an area share U(smallest, 1), an aspect ratio 1/aspect to aspect, and a mirror
-    image with probability `flip`. (B, channels, H, W) in [0, 1] -> the same"""
-    n, device = len(images), images.device
-    area = smallest + (1 - smallest) * torch.rand(n, device=device)
-    ratio = torch.exp((2 * torch.rand(n, device=device) - 1) * math.log(aspect))
-    w, h = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-    x, y = ((1 - s) * (2 * torch.rand(n, device=device) - 1) for s in (w, h))
-    mirror = torch.where(torch.rand(n, device=device) < flip, -1.0, 1.0)
-    zero = torch.zeros_like(w)
-    matrix = torch.stack([w * mirror, zero, x, zero, h, y], dim=-1).view(n, 2, 3)
+    """Random resized crops: share of the area U(smallest, 1), aspect ratio 1/aspect to aspect (uniform in
+    its logarithm), mirrored with probability `flip`. (B, channels, H, W) -> the same shape
+    """
+    count, device = len(images), images.device
+    area = smallest + (1 - smallest) * torch.rand(count, device=device)
+    ratio = torch.exp((2 * torch.rand(count, device=device) - 1) * math.log(aspect))
+    width = (area * ratio).sqrt().clamp(max=1)
+    height = (area / ratio).sqrt().clamp(max=1)
+    x = (1 - width) * (2 * torch.rand(count, device=device) - 1)
+    y = (1 - height) * (2 * torch.rand(count, device=device) - 1)
+    mirror = torch.where(torch.rand(count, device=device) < flip, -1.0, 1.0)
+
+    zero = torch.zeros_like(width)
+    matrix = torch.stack([width * mirror, zero, x, zero, height, y], dim=-1).view(count, 2, 3)
     grid = F.affine_grid(matrix, images.shape, align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
 
 
-def rotate_about_xyz(points: Tensor, angles: Tensor) -> Tensor:
-    """Rotate clouds about x, then y, then z. points (B, P, 3), angles (B, 3)."""
-    for axis in range(3):
-        sin, cos = angles[:, axis, None].sin(), angles[:, axis, None].cos()
-        fixed, a, b = points.roll(-axis, -1).unbind(-1)
-        points = torch.stack([fixed, cos * a - sin * b, sin * a + cos * b], dim=-1).roll(axis, -1)
-    return points
+def weak_points(points: Tensor) -> Tensor:
+    """Weak clouds [joint-label]: scaled by U(0.9, 1.1), turned a little about all axes (sigma 0.06 radians, at
+    most 0.18). (B, P, 3) -> (B, P, 3)
+    """
+    count, device = len(points), points.device
+    angles = (0.06 * torch.randn(count, 3, device=device)).clamp(-0.18, 0.18)
+    return rotate_about_xyz(points, angles) * (0.9 + 0.2 * torch.rand(count, 1, 1, device=device))
+
+
+def strong_points(points: Tensor) -> Tensor:
+    """Strong clouds [self-training]: any yaw, scaled by U(0.5, 2), shifted by U(-0.5, 0.5) of their extent,
+    jitter of sigma 0.01 (at most 0.05), and a share U(0, 0.875) of the points dropped.
+
+    A dropped point becomes the cloud's first, so that P stays. (B, P, 3) -> (B, P, 3)
+    """
+    count, device = len(points), points.device
+    points = random_yaw(points) * (0.5 + 1.5 * torch.rand(count, 1, 1, device=device))
+    low, high = points.aminmax(dim=1, keepdim=True)
+    points = points + (high - low) * (torch.rand(count, 1, 3, device=device) - 0.5)
+    points = points + (0.01 * torch.randn(points.shape, device=device)).clamp(-0.05, 0.05)
+
+    chance = torch.rand(count, points.shape[1], 1, device=device)
+    dropped = chance < 0.875 * torch.rand(count, 1, 1, device=device)
+    return torch.where(dropped, points[:, :1], points)
 
 
 def random_yaw(points: Tensor) -> Tensor:
-    """Rotate each cloud about the upright axis by any angle. (B, P, 3)"""
+    """Rotate each cloud about the upright axis by any angle. (B, P, 3) -> (B, P, 3)"""
     angles = torch.zeros(len(points), 3, device=points.device)
     angles[:, 2] = 2 * math.pi * torch.rand(len(points), device=points.device)
     return rotate_about_xyz(points, angles)
 
 
-def weak_points(points: Tensor) -> Tensor:
-    """Scale U(0.9, 1.1), small rotation about all axes (sigma 0.06, at most 0.18) [joint-label]. (B, P, 3)"""
-    n, device = len(points), points.device
-    angles = (0.06 * torch.randn(n, 3, device=device)).clamp(-0.18, 0.18)
-    return rotate_about_xyz(points, angles) * (0.9 + 0.2 * torch.rand(n, 1, 1, device=device))
-
-
-def strong_points(points: Tensor) -> Tensor:
-    """Scale U(0.5, 2), any yaw, shift U(-0.5, 0.5) x extent, jitter of sigma 0.01 (at most 0.05), dropout up
-    to 0.875 [self-training]. A dropped point becomes the cloud's first, so that P stays. (B, P, 3)"""
-    n, device = len(points), points.device
-    points = random_yaw(points) * (0.5 + 1.5 * torch.rand(n, 1, 1, device=device))
-    low, high = points.aminmax(dim=1, keepdim=True)
-    points = points + (high - low) * (torch.rand(n, 1, 3, device=device) - 0.5)
-    points = points + (0.01 * torch.randn(points.shape, device=device)).clamp(-0.05, 0.05)
-    dropped = torch.rand(n, points.shape[1], 1, device=device) < 0.875 * torch.rand(n, 1, 1, device=device)
-    return torch.where(dropped, points[:, :1], points)
-
-
-def draw_views(points: Tensor, size: int, photographs: tuple | None = None) -> dict[str, Tensor]:
-    """Weak [joint-label] and strong views [self-training] of clouds (B, P, 3) for one training step. Images
-    are crops of one random depth view (Deviation D22: a depth map has no colours for RandAugment, a smaller
-    crop loses the object), or `photographs`, a pair that training_photographs gives."""
-    if photographs is None:
-        image = random_view(points, size)
-        grey = image[:, :1]  # its three channels are one
-        crops = random_crop(grey, 0.85, aspect=1, flip=0), random_crop(grey, 0.6, aspect=4 / 3, flip=0.5)
-        photographs = [crop.expand_as(image) for crop in crops]
-    weak, strong = (images.to(points.device, non_blocking=True) for images in photographs)
-    return {"weak_image": weak, "strong_image": strong,
-            "weak_points": weak_points(points), "strong_points": strong_points(points)}
+def rotate_about_xyz(points: Tensor, angles: Tensor) -> Tensor:
+    """Rotate clouds about x, then y, then z. points (B, P, 3), angles (B, 3) -> (B, P, 3)"""
+    for axis in range(3):
+        sin, cos = angles[:, axis, None].sin(), angles[:, axis, None].cos()
+        fixed, a, b = points.roll(-axis, -1).unbind(-1)
+        points = torch.stack([fixed, cos * a - sin * b, sin * a + cos * b], dim=-1).roll(axis, -1)
+    return points
 
 
 # ------ Photographs -----------------------------------------------------------------------------------------
