@@ -550,18 +550,18 @@ def test_an_archive_is_unpacked_once_inside_its_folder_and_whole_or_not_at_all(t
     odd = write_zip(tmp_path / "odd.zip", files)
     broken.write_bytes(odd.read_bytes()[:60])
     for archive, members in ((broken, None), (odd, {"set/1.txt": "0" * 64})):
-        assert_refused(f"cannot unpack .*{archive.name}", data.unpack, [archive], folder, members=members)
+        assert_refused(f"cannot unpack .*{archive.name}", data.unpack, archive, folder, members=members)
     with monkeypatch.context() as patch:
         patch.setattr(data.os, "replace", None)  # as if the process ended before
-        assert_refused("TypeError", data.unpack, [odd], folder)
+        assert_refused("TypeError", data.unpack, odd, folder)
     assert not folder.exists() and not list(tmp_path.rglob("*.txt"))
     (folder.parent / ".set.part/set").mkdir(parents=True)  # left by a killed process
     (folder.parent / ".set.part/set/half.txt").write_text("1")
     with ThreadPoolExecutor() as pool:  # the second thread waits, and finds it there
-        assert [*pool.map(data.unpack, 2 * [[odd]], 2 * [folder])] == [None, None]
+        assert [*pool.map(data.unpack, 2 * [odd], 2 * [folder])] == [None, None]
     assert (folder / "1.txt").read_text() == "1" and not list(tmp_path.rglob("half.txt"))
     assert all(folder in path.parents for path in tmp_path.rglob("*.txt"))
-    assert_named_if_broken(odd, lambda path: data.unpack([path], tmp_path / f"{random.random()}"))
+    assert_named_if_broken(odd, lambda path: data.unpack(path, tmp_path / f"{random.random()}"))
 
 
 def test_shapes_are_the_same_for_a_seed_and_made_of_surfaces_and_a_scan_is_one_sided():
@@ -586,6 +586,38 @@ def test_shapes_are_the_same_for_a_seed_and_made_of_surfaces_and_a_scan_is_one_s
     assert outer[depth > 0.5].all() and not outer[depth < -0.2].any() and inner.float().mean() < 0.02
     low, high = data.scan(shell, 2000, seed=0).aminmax(dim=1)  # its mean is 0
     assert ((low + high) / 2)[:, :2].norm(dim=-1).mean() > 0.07  # a whole sphere's middle lies in its mean
+
+
+HASHES = {"source": "6da010e89ddf9284", "target": "b0bea5ac40c31780"}
+
+
+def test_shapes_are_the_same_with_every_numpy():
+    """Equal to the bit with 1.26.4, 2.0.2, 2.2.6 and 2.4.6. Rounded here: other processors differ in the last
+    digits of a sine. If this fails, NumPy's Generator draws other numbers, and tables and tiny.pt are old."""
+    for domain, expected in HASHES.items():
+        points = data.sample_shapes(10, 0, domain, points=64).points[:, :16]
+        thousandths = (points * 1000).round().to(torch.int32).numpy()
+        assert hashlib.sha256(thousandths.tobytes()).hexdigest()[:16] == expected, np.__version__
+
+
+def test_a_large_or_far_away_set_is_scaled_in_twice_its_memory_and_keeps_its_digits(tmp_path):
+    far = LEANING[None, :64].astype(np.float64) + [4e5, 5.5e6, 300]  # metres of a map: float32 has halves
+    assert torch.allclose(data.to_unit_sphere(torch.from_numpy(far)), CLOUD, atol=1e-6)
+    with h5py.File(tmp_path / "far.h5", "w") as file:
+        file.update(data=far, label=[0])
+    clouds = data.read_h5(tmp_path / "far.h5", 1)[0]
+    assert clouds.dtype == torch.float32 and torch.allclose(data.to_unit_sphere(clouds), CLOUD, atol=1e-5)
+
+    script = """if True:
+        import resource, torch, data
+        points = torch.rand(4000, 4096, 3)
+        data.to_unit_sphere(points[:8], up="-y")  # what torch loads when it is first used
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        data.to_unit_sphere(points, up="-y")
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / points.nbytes)"""
+    more = float(subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True,
+                                check=True).stdout)
+    assert 0.5 < more < 1.15  # the result, and nothing else of the set's size
 
 
 def one_view(points, size, azimuth=0.0):
@@ -697,39 +729,33 @@ def write_pictures(folder, *names, size=(40, 30)):
         Image.new("RGB", size, (20 * k % 256, 100, 200)).save(folder / name)
 
 
-def test_redwood_and_co3d_are_fetched_piece_by_piece_and_read_and_so_is_shapenet(tmp_path, monkeypatch):
-    ids, fetched = [f"{i:05d}" for i in range(60)], {}
-    lists = {"categories.json": {name: ids[k::9] for k, name in enumerate(data.REDWOOD)} | {"amp": ["7"]},
-             "meshes.json": [*ids[1:-1], "7"],  # without the first, which is a cloud, and the last
-             "co3d_sha256.json": {"singlesequence": {f"{c}_00{k}.zip": k for c in data.CO3D for k in (0, 1)}}}
-    for folder in ("redwood/points", "ShapeNet-55", "shapenet_pc"):
+def test_redwood_co3d_and_shapenet_are_read_as_their_authors_tools_leave_them(tmp_path):
+    ids = [f"{i:05d}" for i in range(60)]
+    for folder in ("redwood/points", "redwood/meshes", "ShapeNet-55", "shapenet_pc"):
         (tmp_path / folder).mkdir(parents=True)
     for file in ("redwood/points/00000", "shapenet_pc/03001627-a", "shapenet_pc/02691156-b"):
         np.save(tmp_path / f"{file}.npy", LEANING[:64])
     for split, names in (("train", "03001627-a.npy\n02691156-b.npy\n"), ("test", "02691156-b.npy\n")):
         (tmp_path / f"ShapeNet-55/{split}.txt").write_text(names)
-    cloud = trimesh.PointCloud(LEANING[:64]).export(file_type="ply")
 
-    def fetch(path, urls, sha256=None):
-        fetched[urls[0].rsplit("/", 1)[1]] = sha256
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.name in lists:
-            path.write_text(json.dumps(lists[path.name]))
-        elif path.suffix == ".ply":
-            path.write_bytes(cloud)
-        elif path.stem in ids:
-            write_zip(path, dict.fromkeys(["depth/1.png", *(f"rgb/{i:03d}.jpg" for i in range(50))], ""))
-        else:
-            folder = f"{path.stem.split('_')[0]}/{path.stem}"
-            write_zip(path, {f"{folder}/pointcloud.ply": cloud, f"{folder}/images/a.jpg": "", "LICENSE": ""})
-        return path
-    monkeypatch.setattr(data, "fetch", fetch)
+    cloud = trimesh.PointCloud(LEANING[:64])
+    categories = {name: ids[k::9] for k, name in enumerate(data.REDWOOD)} | {"amp": ["7"]}
+    (tmp_path / "redwood/categories.json").write_text(json.dumps(categories))
+    for one in [*ids[1:-1], "7"]:  # without the first, which is a cloud, and the last; the amp is no class
+        cloud.export(tmp_path / f"redwood/meshes/{one}.ply")
+    for one in ids[::2]:
+        write_pictures(tmp_path / "redwood/images" / one, "1.jpg", "2.jpg")
+    for category in data.CO3D:
+        for k in (0, 1):
+            write_pictures(tmp_path / f"co3d/{category}/{category}_{k}/images", "a.jpg")
+            cloud.export(tmp_path / f"co3d/{category}/{category}_{k}/pointcloud.ply")
+
     y_up, y_down = CLOUD[..., [2, 0, 1]], CLOUD[..., [0, 2, 1]] * torch.tensor([1, 1, -1])
     for name, count, classes, shots, stood, named in (
-            ("redwood", 59, 9, {0, 24}, y_down, lambda name: data.REDWOOD[int(name) % 9]),
+            ("redwood", 59, 9, {0, 2}, y_down, lambda name: data.REDWOOD[int(name) % 9]),
             ("co3d", 84, 42, {1}, y_down, lambda name: data.CO3D[name.split("_")[0]]),
             ("shapenet55", 2, 55, None, y_up, lambda name: "chair" if "-a" in name else "airplane")):
-        both = [data.load_dataset(name, tmp_path, split, 64, download=True) for split in ("train", "test")]
+        both = [data.load_dataset(name, tmp_path, split, 64) for split in ("train", "test")]
         assert len({*both[0].names, *both[1].names}) == count and len(both[0]) > len(both[1]) > 0
         for objects in both:
             assert [objects.class_names[k] for k in objects.labels] == list(map(named, objects.names))
@@ -737,9 +763,6 @@ def test_redwood_and_co3d_are_fetched_piece_by_piece_and_read_and_so_is_shapenet
             assert torch.allclose(objects.points, stood.expand(len(objects), -1, -1), atol=1e-5)
             for one, paths in zip(objects.names, objects.images or ()):
                 assert len(paths) in shots and all(one in path.parts for path in paths)
-    assert (tmp_path / "redwood/images/00001/rgb/049.jpg").exists()  # 24 of 50 frames, first and last too
-    assert not {"7.ply", "00059.ply"} & fetched.keys() and fetched["bench_001_singlesequence.zip"] == 1
-    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".zip", ".part")]
 
 
 def assert_named_if_broken(path, read):
@@ -857,10 +880,10 @@ def test_missing_data_sets_are_fetched_checked_unpacked_and_read(tmp_path, monke
 @pytest.mark.parametrize("name, file, content, says", [  # in place of a file: None is nothing
     ("modelnet41", "", b"", "unknown data set 'modelnet41'.*folder of your own"),
     ("shapenet55", "", b"", "no .*ShapeNet-55/test.txt.*form: https://huggingface"),
-    ("redwood", "", b"", "no .*categories.json; --download fetches"),
-    ("co3d", "", b"", "no .*pointcloud.ply; --download fetches.*8.9 GB, CC BY-NC"),
+    ("redwood", "", b"", "no .*categories.json; github.com/isl-org/redwood-3dscan fetches"),
+    ("co3d", "", b"", "no .*pointcloud.ply; github.com/facebookresearch/co3d fetches"),
     ("scanobjectnn-hardest", "", b"", "no .*test_objectdataset_augmentedrot_scale75.h5"),
-    ("modelnet40", "shape_names.txt", None, "no .*shape_names.txt; README, Data"),
+    ("modelnet40", "shape_names.txt", None, "no .*shape_names.txt; README, \"Data sets\""),
     ("modelnet40", "test_files.txt", b"\n", "test_files.txt is empty"),
     ("modelnet40", "ply_data_test0.h5", dict(labels=[0, 200]), "label 200 in .*but there are 11 classes"),
     ("modelnet40", "ply_data_test0.h5", dict(labels=[1], clouds=np.nan), "object 0 has NaN"),
