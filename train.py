@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from data import (DATASETS, Objects, UserError, dataset_row, draw_views, load_dataset, lock, random_yaw,
                   sample_shapes, training_photographs)
-from eval import (COUNT, DEVICE, SHARE, WEIGHT, add_data_options, evaluate, number, one_line_errors,
+from eval import (CODE, COUNT, DEVICE, SHARE, WEIGHT, add_data_options, evaluate, number, one_line_errors,
                   option_parser, plot_curves, pseudo_label_quality, table, top_one, usable_device,
                   write_whole)
 from losses import (cross_modal_alignment_loss, fairness_loss, masked_terms, name_alignment_loss,
@@ -262,11 +262,6 @@ def stops_caught():
         yield caught
 
 
-# Read now: the files may change while a run lasts. A fork's run does not go on from what other code did.
-CODE = hashlib.sha256(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in (
-    "losses", "model", "data", "eval", "train"))).hexdigest()[:8]
-
-
 class Run:
     """What a run needs to go on to the bit, and what it was made by: options, classes, objects and code."""
     def __init__(self, student: CrossMoST, teacher: CrossMoST, optimizer, args, objects: int):
@@ -450,6 +445,7 @@ def train_and_score(run: Run, objects: Objects, test: Objects, args, start: Path
         run.before = evaluate(run.student, test, args.views, names)
     results = {"dataset": objects.name, "split": test.split, "objects": len(test),
                "classes": len(test.class_names), "model": args.model, "start": start.stem, "seed": args.seed,
+               "pretrain_epochs": args.pretrain_epochs, "precision": args.precision, "code": CODE,
                "epochs": args.epochs, "changed": args.changed, "commit": provenance(args.device)["commit"],
                "zero_shot": run.before and top_one(run.before)}
     print(table(results))
@@ -510,7 +506,7 @@ def find_start(args, target: Objects) -> Path:
     --cache, under a hash of the options that made it and, where the target's clouds were used, of these."""
     own = args.pretrain_epochs or args.stage == "pretrain" or args.dataset == "shapenet55"
     if args.start_checkpoint or args.model in STARTS and not (args.model == "tiny" and own):
-        return args.start_checkpoint or start_file(args.model, args.cache, args.download is not False)
+        return args.start_checkpoint or start_file(args.model, args.cache, args.download)
     made_by = {key: getattr(args, key) for key in ("model", "pretrained", "pretrain_epochs", "groups",
                                                    "group_size", "seed", "points")}
     if args.model != "tiny" or args.dataset == "shapenet55":
