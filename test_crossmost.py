@@ -1438,36 +1438,42 @@ def test_gathering_refuses_broken_results_and_two_runs_that_differ_in_nothing(tm
 
 def test_all_runs_of_the_tables_are_one_command_that_can_be_stopped_and_continued(
         tmp_path, monkeypatch, capsys, finished):
-    data_set = "--dataset toys"
-    flags = small_flags(finished[0])
-    start, points = flags[flags.index("--start-checkpoint") + 1], ["--points", "128", "--views", "2"]
-    monkeypatch.setattr(make_tables, "ROWS", {"": (data_set,), "--labels truth": (data_set,)})
-    monkeypatch.setattr(make_tables, "SEEDS", (0, 1))
-    monkeypatch.setattr(make_tables, "ALL_RUNS", " ".join(
-        ["--start-checkpoint", start, *points, "--batch-size", "16", "--epochs", "1", "--device", "cpu"]))
+    rows = {"": ("--dataset toys",), "--labels nonsense": ("--dataset toys",)}
+    monkeypatch.setattr(make_tables, "ROWS", rows)
+    monkeypatch.setattr(make_tables, "SEEDS", (0,))
+    start = f"--start-checkpoint {finished[0] / 'start.pt'}"
+    small = "--points 128 --views 2 --batch-size 16 --epochs 1 --device cpu"
+    monkeypatch.setattr(make_tables, "ALL_RUNS", f"{start} {small}")
     shutil.copytree(finished[0] / "own", tmp_path / "toys")
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs/tables"
+    done = folder / "toys/default/seed-0/results.json"
 
-    def run_tables(*argv):
-        make_tables.main([*argv])
-        return capsys.readouterr().out
-    assert len(make_tables.planned_runs()) == 6
-    said = run_tables("--only", "seed-0", "--into", "shown")
-    assert "2 runs, 2 remain" in said and re.search(r"seed-0 done; 1 remain, about 0:00:\d\d h:m:s", said)
-    assert (folder / "tables.md").read_text() == Path("shown/tables.md").read_text()
-    assert "--labels truth" in said and "cache, no training" in said
-    # What is done is not run again; a run that was begun and stopped continues.
-    (folder / "toys/labels-truth/seed-0/results.json").unlink()
-    before = (folder / "toys/default/seed-0/results.json").stat().st_mtime_ns
-    said = run_tables("--only", "seed-0")
-    assert "2 runs, 1 remain, about 0:00:" in said
-    assert "continuing" in (folder / "toys/labels-truth/seed-0/output.txt").read_text()
-    assert (folder / "toys/default/seed-0/results.json").stat().st_mtime_ns == before
     # One that fails is named, and stops no other.
-    monkeypatch.setattr(make_tables, "ROWS", {"--labels nonsense": (data_set,), "": (data_set,)})
-    assert_refused("1 runs failed.*toys/labels-nonsense/seed-1", make_tables.main, ["--only", "seed-1"])
-    assert (folder / "toys/default/seed-1/results.json").exists()
+    assert_refused("1 runs failed.*toys/labels-nonsense/seed-0", make_tables.main, ["--into", "shown"])
+    said = capsys.readouterr().out
+    assert "2 runs, 2 remain" in said and "cache, no training" in said
+    assert (folder / "tables.md").read_text() == Path("shown/tables.md").read_text()
+    assert "invalid choice" in (folder / "toys/labels-nonsense/seed-0/output.txt").read_text()
+
+    # A run that was begun and stopped continues, what is done is not run again.
+    done.unlink()
+    for remain, ended in ((1, True), (0, False)):
+        make_tables.main(["--only", "default", "seed-0"])
+        said = capsys.readouterr().out
+        assert f"1 runs, {remain} remain" in said and ("default/seed-0 done; 0 remain" in said) == ended
+        assert "continuing" in done.with_name("output.txt").read_text()
+
+
+def test_the_time_left_is_that_of_the_runs_done_on_the_same_data_set(tmp_path):
+    runs = [make_tables.Run(f"{name}/seed-{seed}", "") for name in ("a", "b", "c") for seed in range(2)]
+    assert make_tables.remaining(runs, runs, tmp_path, 2) == "6 remain"
+    for run, seconds in ((runs[0], 100), (runs[2], 300)):
+        path = make_tables.results_path(tmp_path, run)
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"seconds": seconds}))
+    left = [runs[1], runs[3], runs[4], runs[5]]  # 100, 300, and 200, the mean, twice
+    assert make_tables.remaining(left, runs, tmp_path, 2) == "4 remain, about 0:06:40 h:m:s"
 
 
 def test_stopping_the_tables_stops_their_runs(tmp_path, monkeypatch):
