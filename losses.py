@@ -1,6 +1,11 @@
 """Every formula of the method, one function per tag, no state. Losses are computed in float32.
 
-B batch, C classes, E joint embedding, L tokens (image patches or point groups), S points per group."""
+B batch, C classes, E joint embedding, L tokens (image patches or point groups), S points per group.
+"""
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,62 +19,38 @@ def joint_pseudo_labels(image_probs: Tensor, point_probs: Tensor, threshold: flo
     keep = max(s_I, s_P) > tau. An exact tie goes to the image (Deviation D5).
 
     Args:
-        image_probs, point_probs: (B, C) teacher probabilities for the weak views, rows sum to 1.
+        image_probs: (B, C) teacher probabilities for the weak images, rows sum to 1.
+        point_probs: (B, C) the same for the weak point clouds.
         threshold: tau, the confidence in [0, 1] an object must exceed to be trained on.
         point_weight: w_P, the factor on the point confidence before the two are compared.
     Returns:
         labels: (B,) int64 class index, set for every object.
         keep: (B,) bool, True where the winning confidence is above the threshold.
-    Raises: ValueError if the two inputs differ in shape."""
+    Raises:
+        ValueError: the two inputs differ in shape.
+    """
     if image_probs.shape != point_probs.shape:
         raise ValueError(f"need equal (B, C): images {image_probs.shape}, points {point_probs.shape}")
+
     image_confidence, image_label = image_probs.max(dim=-1)
     point_confidence, point_label = point_probs.max(dim=-1)
     point_confidence = point_weight * point_confidence
+
     labels = torch.where(point_confidence > image_confidence, point_label, image_label)
-    return labels, torch.maximum(image_confidence, point_confidence) > threshold
-
-
-def pseudo_labels(rule: str, image_probs: Tensor | None, point_probs: Tensor | None,
-                  thresholds: tuple[float, float], point_weight: float = 1.0,
-                  truth: Tensor | None = None) -> dict[str, tuple[Tensor, Tensor]]:
-    """The labels and keep each modality trains on, by the rule of `--labels`.
-
-    joint     joint_pseudo_labels: the more confident modality names the object (the method)
-    mean      argmax of the mean of the two probability vectors, kept where that mean exceeds the threshold
-    agree     joint, but kept only where both modalities name the same class
-    separate  each modality its own argmax and confidence (Deviation D14), also where only one is given
-    truth     the true labels, all kept: an oracle, the ceiling of what better pseudo-labels could bring
-
-    image_probs, point_probs: (B, C), rows sum to 1, or None. thresholds: of images and of points; where both
-    share a label the first. truth: (B,), for the oracle only.
-    Returns {"image": (labels (B,), keep (B,)), "point": (labels, keep)}. Raises: ValueError, unknown rule."""
-    if rule == "separate":
-        labelled = {}
-        for name, probs, threshold in zip(("image", "point"), (image_probs, point_probs), thresholds):
-            if probs is not None:
-                confidence, labels = probs.max(dim=-1)
-                labelled[name] = labels, confidence > threshold
-        return labelled
-    if rule == "truth":
-        labels, keep = truth, torch.ones_like(truth, dtype=torch.bool)
-    elif rule == "mean":
-        confidence, labels = ((image_probs + point_probs) / 2).max(dim=-1)
-        keep = confidence > thresholds[0]
-    elif rule in ("joint", "agree"):
-        labels, keep = joint_pseudo_labels(image_probs, point_probs, thresholds[0], point_weight)
-        if rule == "agree":
-            keep = keep & (image_probs.argmax(dim=-1) == point_probs.argmax(dim=-1))
-    else:
-        raise ValueError(f"unknown rule {rule!r}; one of joint, mean, agree, separate, truth")
-    return {"image": (labels, keep), "point": (labels, keep)}
+    keep = torch.maximum(image_confidence, point_confidence) > threshold
+    return labels, keep
 
 
 def self_training_loss(logits: Tensor, labels: Tensor, keep: Tensor) -> Tensor:
     """Cross-entropy in nats, averaged over the kept objects [self-training].
 
     sum_i keep_i * -log p_i[y_i] / sum_i keep_i.  Zero, not NaN, when none is kept (Deviation D8).
-    logits (B, C), labels (B,) int64, keep (B,) bool -> scalar."""
+
+    Args:
+        logits: (B, C) of the student.
+        labels: (B,) int64 pseudo-labels.
+        keep: (B,) bool, True = trained on.
+    """
     per_object = F.cross_entropy(logits.float(), labels, reduction="none")  # (B,)
     return (per_object * keep).sum() / keep.sum().clamp(min=1)
 
@@ -77,33 +58,47 @@ def self_training_loss(logits: Tensor, labels: Tensor, keep: Tensor) -> Tensor:
 def fairness_loss(logits: Tensor, shares: list[float] | None = None) -> Tensor:
     """Cross-entropy of the batch's mean prediction against the names' expected shares, in nats [fairness].
 
-    -sum_k q_k log( mean_batch softmax(l) )_k.  It keeps the student from naming everything alike: it is least
-    where the mean prediction is q. logits (B, C) -> scalar. shares: q times any number; else q = 1/C."""
-    # Through log-sum-exp, so that a class nobody predicts costs much but not infinity.
-    log_mean = logits.float().log_softmax(dim=-1).logsumexp(dim=0) - torch.tensor(float(len(logits))).log()
+    -sum_k q_k log( mean_batch softmax(l) )_k.  It keeps the student from giving every object the same name, and
+    is least where the mean prediction equals q.
+
+    Args:
+        logits: (B, C) of the student.
+        shares: q, times any number. Without it all names are expected alike, q = 1/C (the method).
+    """
+    # log(mean) through log-sum-exp: a class nobody predicts then costs much, but not infinity.
+    log_mean = logits.float().log_softmax(dim=-1).logsumexp(dim=0) - math.log(len(logits))  # (C,)
     if shares is None:
         return -log_mean.mean()
     expected = torch.tensor(shares, device=logits.device)
-    return -(expected / expected.sum() * log_mean).sum()
+    expected = expected / expected.sum()
+    return -(expected * log_mean).sum()
 
 
 def cross_modal_alignment_loss(image_features: Tensor, point_features: Tensor,
                                temperature: float = 1.0) -> Tensor:
     """Pull the two views of an object together, push those of different objects apart [cross-align].
 
-    A = f_P f_I^T / temperature (B x B);  CE(A, identity) + CE(A^T, identity), each a mean over B objects, in
-    nats. The method has no temperature (1) and no `keep` here. Features (B, E), unit norm -> scalar; if they
-    are aligned and orthogonal: 2 log(1 + (B-1) exp(-1/temperature)). Half of it is ULIP's InfoNCE."""
-    similarity = point_features.float() @ image_features.float().T / temperature
-    own = torch.arange(len(similarity), device=similarity.device)
-    return F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)
+    A = f_P f_I^T / temperature (B x B);  CE(A, identity) + CE(A^T, identity), each a mean over B objects, in nats.
+
+    The method has no temperature (1), and takes all objects, whether kept or not. If features of an object are
+    equal and those of different objects orthogonal, it costs 2 log(1 + (B - 1) exp(-1 / temperature)). Half of it
+    is ULIP's InfoNCE. Features are (B, E), of unit norm.
+    """
+    similarity = point_features.float() @ image_features.float().T / temperature  # (B, B)
+    itself = torch.arange(len(similarity), device=similarity.device)
+    return F.cross_entropy(similarity, itself) + F.cross_entropy(similarity.T, itself)
 
 
 def global_local_alignment_loss(cls_features: Tensor, token_features: Tensor, hidden: Tensor) -> Tensor:
     """Mean squared distance of hidden tokens to their object's global feature [gl-align].
 
-    sum over hidden tokens of ||t - g||^2 / their number; 0 to 4 for unit vectors, 0 if none is hidden.
-    cls_features g (B, E), token_features t (B, L, E); hidden (B, L) bool, True = was masked -> scalar."""
+    sum over hidden tokens of ||t - g||^2 / their number: 0 to 4 for unit vectors, 0 if none is hidden.
+
+    Args:
+        cls_features: g, (B, E), unit norm.
+        token_features: t, (B, L, E), unit norm.
+        hidden: (B, L) bool, True = was masked.
+    """
     distance = (token_features.float() - cls_features.float().unsqueeze(1)).square().sum(dim=-1)  # (B, L)
     return (distance * hidden).sum() / hidden.sum().clamp(min=1)
 
@@ -111,35 +106,55 @@ def global_local_alignment_loss(cls_features: Tensor, token_features: Tensor, hi
 def masked_image_loss(prediction: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
     """Mean absolute error over hidden pixels and channels [mim] (Deviation D3: the divisor).
 
-    prediction, images (B, 3, H, W) in normalised pixel units; hidden (B, L) bool, True = patch was masked,
-    L = a square grid of patches in row order -> scalar. Zero if none is hidden."""
-    grid = int(hidden.shape[1] ** 0.5)
+    Args:
+        prediction, images: (B, 3, H, W) in normalised pixel units.
+        hidden: (B, L) bool, True = patch was masked; L is a square grid of patches in row order.
+    Returns:
+        A scalar, 0 if no patch is hidden.
+    Raises:
+        ValueError: the patches do not tile the image.
+    """
+    grid = math.isqrt(hidden.shape[1])
     if grid * grid != hidden.shape[1] or images.shape[-1] % grid:
         raise ValueError(f"{hidden.shape[1]} patches do not tile an image of {tuple(images.shape[-2:])}")
+
+    # From patches to pixels: (B, L) -> (B, 1, H, W).
     patch = images.shape[-1] // grid
-    pixels = hidden.view(-1, 1, grid, grid).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
-    error = (prediction.float() - images.float()).abs() * pixels
-    return error.sum() / (pixels.sum() * images.shape[1]).clamp(min=1)
+    hidden_pixels = hidden.view(-1, 1, grid, grid).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+
+    error = (prediction.float() - images.float()).abs() * hidden_pixels
+    channels = images.shape[1]
+    return error.sum() / (hidden_pixels.sum() * channels).clamp(min=1)
 
 
 def masked_point_loss(prediction: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
-    """Reconstruct the hidden point groups [mpm] (Deviations D1: what is the target, D2: the divisor).
+    """Reconstruct the hidden point groups [mpm] (Deviations D1: what is rebuilt, D2: the divisor).
 
-    Target tokens (B, G, D): mean absolute error over hidden groups and D. Target points (B, G, S, 3): Chamfer
-    distance, the mean of the nearest squared distances over hidden groups and both directions, in the unit
-    sphere's units. hidden (B, G) bool, True = was masked -> scalar. The target carries no gradient."""
+    Tokens, (B, G, D): mean absolute error over hidden groups and D. Points, (B, G, S, 3): Chamfer distance, the
+    mean of the nearest squared distances over hidden groups and both directions, in squared units of the unit
+    sphere. The target carries no gradient.
+
+    Args:
+        prediction, target: both tokens, or both points.
+        hidden: (B, G) bool, True = was masked.
+    """
     target = target.detach().float()
     if target.dim() == 3:
         error = (prediction.float() - target).abs().mean(dim=-1)  # (B, G)
     else:
-        distance = (prediction.float().unsqueeze(-2) - target.unsqueeze(-3)).square().sum(dim=-1)
-        error = (distance.amin(dim=-1).mean(dim=-1) + distance.amin(dim=-2).mean(dim=-1)) / 2
+        distance = (prediction.float().unsqueeze(-2) - target.unsqueeze(-3)).square().sum(dim=-1)  # (B, G, S, S)
+        to_target = distance.amin(dim=-1).mean(dim=-1)
+        to_prediction = distance.amin(dim=-2).mean(dim=-1)
+        error = (to_target + to_prediction) / 2
     return (error * hidden).sum() / hidden.sum().clamp(min=1)
 
 
 def masked_terms(out, images: Tensor, image_hidden: Tensor | None,
                  point_hidden: Tensor | None) -> dict[str, Tensor]:
-    """mim, mpm and gl-align, by name, of whichever modality has something hidden; `out` of CrossMoST."""
+    """mim, mpm and gl-align by name, of each modality that has something hidden.
+
+    out: what CrossMoST returns; images: (B, 3, H, W) normalised; masks: (B, L) and (B, G) bool, or None.
+    """
     terms = {}
     if image_hidden is not None:
         terms["mim"] = masked_image_loss(out.image_pixels, images, image_hidden)
@@ -150,11 +165,90 @@ def masked_terms(out, images: Tensor, image_hidden: Tensor | None,
     return terms
 
 
-def name_alignment_loss(features: Tensor, names: Tensor, labels: Tensor, logit_scale: Tensor) -> Tensor:
-    """ULIP's InfoNCE against text, a name counted once however many objects bear it (Deviation D21).
+def name_alignment_loss(features: Tensor, texts: Tensor, labels: Tensor, logit_scale: Tensor) -> Tensor:
+    """ULIP's InfoNCE against text, where a name counts once however many objects bear it (Deviation D21).
 
-    CE(s f t^T, own name) and, the other way, every object of a name as its positive; the mean of the two, in
-    nats. features f (B, E), names t (C, E), unit norm; labels (B,) index names; logit_scale s -> scalar."""
-    logits = logit_scale * features.float() @ names.float().T  # (B, C)
-    to_object = -logits.log_softmax(dim=0).gather(1, labels[:, None]).mean()
-    return (F.cross_entropy(logits, labels) + to_object) / 2
+    With logits s f t^T: an object against all names, CE(logits, y), and a name against all objects, where every
+    object that bears it is a positive; the mean of the two, in nats.
+
+    Args:
+        features: f, (B, E), unit norm.
+        texts: t, (C, E), unit norm, one for each name.
+        labels: y, (B,) int64 index into the names.
+        logit_scale: s.
+    """
+    logits = logit_scale * features.float() @ texts.float().T  # (B, C)
+    object_to_name = F.cross_entropy(logits, labels)
+    name_to_object = -logits.log_softmax(dim=0).gather(1, labels[:, None]).mean()
+    return (object_to_name + name_to_object) / 2
+
+
+# ------ Label rules: `--labels` -----------------------------------------------------------------------------
+class Evidence(NamedTuple):
+    """What a label rule may look at, of one batch."""
+
+    image_probs: Tensor | None  # (B, C) the teacher's probabilities of the weak images; None if not trained
+    point_probs: Tensor | None  # (B, C) the same of the weak clouds
+    thresholds: list[float]  # confidence to exceed; two where images and points are judged apart
+    point_weight: float = 1.0  # w_P
+    step: int = 0  # of the run, for rules that change on the way
+    truth: Tensor | None = None  # (B,) true labels, for the oracle only
+    together: Tensor | None = None  # (B, C) what transduced_labels says, for `together` only
+
+
+def label_jointly(evidence: Evidence) -> dict:
+    """joint_pseudo_labels for both modalities; where only one is trained, its own label."""
+    if evidence.image_probs is None or evidence.point_probs is None:
+        return label_separately(evidence)
+    labels, keep = joint_pseudo_labels(evidence.image_probs, evidence.point_probs, evidence.thresholds[0],
+                                       evidence.point_weight)
+    return {"image": (labels, keep), "point": (labels, keep)}
+
+
+def label_by_mean(evidence: Evidence) -> dict:
+    """argmax of the mean of the two probability vectors, kept where that mean exceeds the threshold."""
+    confidence, labels = ((evidence.image_probs + evidence.point_probs) / 2).max(dim=-1)
+    keep = confidence > evidence.thresholds[0]
+    return {"image": (labels, keep), "point": (labels, keep)}
+
+
+def label_where_they_agree(evidence: Evidence) -> dict:
+    """The joint label, kept only where both modalities name the same class."""
+    labels, keep = label_jointly(evidence)["image"]
+    keep = keep & (evidence.image_probs.argmax(dim=-1) == evidence.point_probs.argmax(dim=-1))
+    return {"image": (labels, keep), "point": (labels, keep)}
+
+
+def label_separately(evidence: Evidence) -> dict:
+    """Each modality's own argmax, kept where it exceeds the modality's threshold (Deviation D14)."""
+    given = {}
+    if evidence.image_probs is not None:
+        confidence, labels = evidence.image_probs.max(dim=-1)
+        given["image"] = labels, confidence > evidence.thresholds[0]
+    if evidence.point_probs is not None:
+        confidence, labels = evidence.point_probs.max(dim=-1)
+        given["point"] = labels, confidence > evidence.thresholds[-1]
+    return given
+
+
+def label_truly(evidence: Evidence) -> dict:
+    """The true labels, all kept."""
+    keep = torch.ones_like(evidence.truth, dtype=torch.bool)
+    return {"image": (evidence.truth, keep), "point": (evidence.truth, keep)}
+
+
+class Rule(NamedTuple):
+    """A label rule: label(evidence) -> {modality: (labels (B,) int64, keep (B,) bool)}."""
+
+    label: Callable
+    purpose: str
+    needs_both: bool = False  # both modalities must be trained
+
+
+RULES = {
+    "joint": Rule(label_jointly, "the surer modality does (the method)"),
+    "mean": Rule(label_by_mean, "the mean of both does", needs_both=True),
+    "agree": Rule(label_where_they_agree, "joint, where both say the same", needs_both=True),
+    "separate": Rule(label_separately, "each modality its own"),
+    "truth": Rule(label_truly, "an oracle that uses the real labels: the ceiling"),
+}

@@ -480,7 +480,7 @@ def test_learning_rates_of_the_full_size_model_decay_by_image_layer_and_by_step(
             published = [p.numel() for n, p in encoder.named_parameters() if not n.startswith(added)]
             assert sum(published) == size
     groups = models.parameter_groups(model, 0.05, 0.65, ["point_encoder.encoder"])
-    of = {id(p): (g["scale"], g["weight_decay"]) for g in groups for p in g["params"]}
+    of = {id(p): (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
     for name, parameter in model.named_parameters():
         layer, block = 13, re.match(r"visual\.transformer\.resblocks\.(\d+)\.", name)
         if block:

@@ -1,7 +1,8 @@
 """Cross-modal self-training (Cross-MoST, arXiv 2404.10146): a zero-shot start, then training without labels.
 
     python train.py                                          # procedural objects, small start, no download
-    python train.py --dataset modelnet10 --model tiny"""
+    python train.py --dataset modelnet10 --model tiny
+"""
 import argparse
 import atexit
 import copy
@@ -9,13 +10,10 @@ import hashlib
 import json
 import math
 import os
-import signal
-import statistics
 import subprocess
 import sys
 import time
-import timeit
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,76 +23,131 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from filelock import Timeout
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import (DATASETS, Objects, UserError, dataset_row, draw_views, load_dataset, lock, random_yaw,
-                  sample_shapes, training_photographs)
-from eval import (CODE, COUNT, DEVICE, SHARE, WEIGHT, add_data_options, evaluate, number, one_line_errors,
-                  option_parser, plot_curves, pseudo_label_quality, table, top_one, usable_device,
-                  write_whole)
-from losses import (cross_modal_alignment_loss, fairness_loss, masked_terms, name_alignment_loss,
-                    pseudo_labels, self_training_loss)
-from model import (GROUPS, OTHER_GROUPS, STARTS, TEMPLATES, CrossMoST, Groups, build_model, hide_groups,
-                   hide_patches, parameter_groups, random_tiny, read_file, read_start, save_file, save_start,
-                   start_file, teacher_momentum, train_mode, update_teacher)
+from data import (DATASETS, MODELNET10, Objects, UserError, dataset_row, draw_views, load_dataset, lock,
+                  random_yaw, sample_shapes, training_photographs)
+from eval import (CODE, COUNT, DEVICE, SHARE, WEIGHT, add_data_options, assess, embed, number,
+                  one_line_errors, option_parser, plot_curves, pseudo_label_quality, table, to_probs, top_one,
+                  usable_device, write_predictions, write_whole)
+from losses import (RULES, Evidence, cross_modal_alignment_loss, fairness_loss, masked_terms,
+                    name_alignment_loss, self_training_loss)
+from model import (STARTS, TEMPLATES, CrossMoST, build_model, hide_groups, hide_patches, parameter_groups,
+                   precision_for, random_tiny, read_file, read_start, save_file, save_start, start_file,
+                   teacher_momentum, train_mode, update_teacher)
 
-# `tiny` is trained for hundreds of steps, not 10^5: a larger step, a lower threshold (its confidences are
-# low); of its 4 x 4 patches few are hidden, and repainting them weighs little.
-TINY = dict(epochs=3, batch_size=32, lr=2e-3, layer_decay=1.0, momentum=0.999, points=1024, views=12,
-            threshold=[0.6], mask_ratio=0.1, w_fair=2.0, w_mim=0.1, w_mpm=0.1, w_gl=0.02,
-            cross_temperature=0.07, precision="fp32")
-# `tiny` on what a scanner sees is far from its start: the teacher follows sooner and longer, and `fairness`
-# weighs more against the many wrong names of the first epochs (measured on `shapes`).
-TINY_ON_SCANS = dict(epochs=10, momentum=0.99, w_fair=4.0)
-TINY_ON_FOLDER = dict(epochs=20)  # mostly a few hundred objects: more passes make enough steps
-MAY_CHANGE_ON_RESUME = ("out", "cache", "data_root", "download", "resume", "device", "log_every", "compile",
-                        "grad_checkpointing", "benchmark", "stage")
-NOT_THE_METHOD = (*MAY_CHANGE_ON_RESUME, "dataset", "model", "seed", "domain", "pretrain_epochs",
-                  "start_checkpoint", "precision")
+# ------ Recipes: which values hold for a data set and a start -----------------------------------------------
+# The small start is trained for hundreds of steps instead of 10^5, so its learning rate is larger. Its
+# confidences are low, so the threshold is lower. It has 4 x 4 patches: few are hidden, and painting them back
+# weighs little. Measured on `shapes`.
+SMALL = dict(epochs=3, batch_size=32, lr=2e-3, layer_decay=1.0, momentum=0.999, points=1024, views=12,
+             threshold=[0.6], mask_ratio=0.1, w_fair=2.0, w_mim=0.1, w_mpm=0.1, w_gl=0.02,
+             cross_temperature=0.07, precision="fp32", eval_every=2)
+# What a scanner sees is far from what the small start has seen. The teacher follows sooner and for longer, and
+# `fairness` weighs more against the many wrong names of the first epochs.
+SMALL_ON_SCANS = dict(SMALL, epochs=10, momentum=0.99, w_fair=4.0)
+# A user's folder mostly holds a few hundred objects: more passes make enough steps.
+SMALL_ON_FOLDER = dict(SMALL, epochs=20)
+
+# `together`: epochs between two namings of all training objects.
+RENEW_EVERY = 5
+
+# Options that do not change what is computed: a run may continue with others.
+NO_MATTER = ("out", "cache", "data_root", "download", "resume", "device", "log_every", "eval_every", "compile",
+             "grad_checkpointing", "stage")
+# Options that say what is trained on what: the tables of results have columns for them.
+SETTING = ("dataset", "domain", "model", "pretrained", "start_checkpoint", "pretrain_epochs", "precision",
+           "seed")
+# What a run writes into OUT; one that starts over removes it first.
+LEFT_BY_A_RUN = ("last.pt", "log.jsonl", "results.json", "curves.png", "predictions.csv",
+                 "predictions-start.csv")
 
 
-def defaults_of(chosen: argparse.Namespace) -> dict:
-    """What holds for a data set and a start, in place of the original code's values that parse_args has."""
-    start = read_start(chosen.start_checkpoint)["options"] if chosen.start_checkpoint else {}
-    model = chosen.model or start.get("model") or ("tiny" if chosen.dataset == "shapes" else "ulip2")
-    values = dataset_row(chosen.dataset) | GROUPS.get(model, OTHER_GROUPS)
-    if chosen.labels == "separate" or chosen.modalities != "both":
-        values["threshold"] = values["separate"]
+def recipe_of(given: dict) -> dict:
+    """The values that hold in place of the original's: {option: (value, where it comes from)}.
+
+    given: the options of the command line. Later layers win over earlier ones; what the command line gives wins
+    over all of them (parse_args).
+    """
+    dataset = given.get("dataset", "shapes")
+    in_file = read_start(given["start_checkpoint"])["options"] if "start_checkpoint" in given else {}
+    model = given.get("model") or in_file.get("model") or ("tiny" if dataset == "shapes" else "ulip2")
+    row = dataset_row(dataset)
+    is_folder = dataset not in DATASETS
+    is_scanned = given.get("domain") == "target" or (dataset == "shapes" and "domain" not in given)
+
+    layers = [("data set", row)]
+    if given.get("labels") == "separate" or given.get("modalities", "both") != "both":
+        layers.append(("data set, without joint labels", {"threshold": row["separate"]}))
+    layers.append(("start", STARTS.get(model, STARTS["crossmost"])))  # any open_clip model cuts as `crossmost`
     if model == "tiny":
-        values |= TINY
-        if chosen.dataset not in DATASETS:
-            values |= TINY_ON_FOLDER
-        elif (chosen.domain or chosen.dataset) in ("target", "shapes"):
-            values |= TINY_ON_SCANS
-    if chosen.dataset not in DATASETS and not chosen.shares:
-        values["w_fair"] = 0.0  # a pull towards equal shares is wrong where most objects are chairs
-    values |= {key: start[key] for key in ("points", "groups", "group_size") if start.get(key)}
-    return {"model": model, "out": Path("runs", f"{Path(chosen.dataset).name}-{model.replace('/', '-')}"),
-            **{key: value for key, value in values.items() if key in vars(chosen)}}
+        small = SMALL_ON_FOLDER if is_folder else SMALL_ON_SCANS if is_scanned else SMALL
+        layers.append(("small start's recipe", small))
+    if is_folder and "shares" not in given:
+        # A pull towards equal shares is wrong where most objects are chairs.
+        layers.append(("folder without --shares", {"w_fair": 0.0}))
+    file_values = {key: in_file[key] for key in ("points", "groups", "group_size") if in_file.get(key)}
+    layers.append(("start's file", file_values))
+
+    recipe = {"model": (model, "data set")}
+    for source, values in layers:
+        recipe |= {option: (value, source) for option, value in values.items()}
+    return recipe
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    """All options, by default the original code's values and over them defaults_of; in `changed` those of the
-    method that are others."""
+    """All options of a run, and three things about them.
+
+    sources: {option: where its value comes from}; changed: {option: value} of the method's options that are other
+    than the defaults for this data set and start; changes: the same, and the seed, as a sentence.
+    """
+    parser = make_parser()
+    argv = sys.argv[1:] if argv is None else argv
+    # First only what is given: the data set and the start decide the defaults of the rest.
+    unset = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))
+    given = vars(parser.parse_args([word for word in argv if word not in ("-h", "--help")], unset))
+    given = {option: value for option, value in given.items() if value is not None}
+
+    recipe = {option: value for option, value in recipe_of(given).items() if option in vars(unset)}
+    parser.set_defaults(**{option: value for option, (value, _) in recipe.items()})
+    args = parser.parse_args(argv)
+    args.sources = {option: source for option, (_, source) in recipe.items()}
+    args.sources |= dict.fromkeys(given, "command line")
+
+    differing = {option: value for option, value in plain_options(args).items()
+                 if option in given and option not in NO_MATTER and value != parser.get_default(option)}
+    args.changed = {option: value for option, value in differing.items() if option not in SETTING}
+    args.changes = ", ".join(f"{flag(option)} {words(args.changed[option])} instead of "
+                             f"{words(parser.get_default(option))}" for option in args.changed)
+    if args.out is None:
+        args.out = Path("runs", run_name(args, differing))
+    return args
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Every option, with the original code's value as its default where it has one."""
     parser = option_parser(__doc__.splitlines()[0])
+
     group = parser.add_argument_group("data").add_argument
     group("--dataset", default="shapes", help=f"{', '.join(DATASETS)}, or a folder of your own")
     add_data_options(group)
     group("--templates", choices=sorted(TEMPLATES), help="texts around a class name")
+
     group = parser.add_argument_group("start").add_argument
     group("--model", help=f"zero-shot start: {', '.join(STARTS)}, or an open_clip name")
     group("--pretrained", help="open_clip's weights of --model: a tag or a file")
     group("--start-checkpoint", type=Path, help="the start's file, of any family, instead of its own")
-    group("--pretrain-epochs", type=COUNT, help="make a start of one's own: passes over procedural objects")
+    group("--pretrain-epochs", type=COUNT, help="make a start of one's own: passes over the objects")
     group("--groups", type=COUNT, help="point groups per cloud")
     group("--group-size", type=COUNT, help="points per group")
     group("--cache", type=Path, default=Path("cache"), help="folder of fetched and pre-trained starts")
+
     group = parser.add_argument_group("method").add_argument
     group("--modalities", choices=("both", "image", "point"), default="both", help="what is trained")
-    group("--labels", choices=("joint", "mean", "separate", "agree", "truth"), default="joint",
-          help="joint-label: who names the objects; truth is an oracle that uses the real labels")
+    rules = "; ".join(f"{name}: {rule.purpose}" for name, rule in RULES.items())
+    group("--labels", choices=tuple(RULES), default="joint", help=f"joint-label: who names the objects. {rules}")
     group("--threshold", type=SHARE, nargs="+", help="joint-label: confidence to exceed; two if separate")
     group("--point-weight", type=WEIGHT, help="joint-label: factor on the point confidence")
     group("--w-fair", type=WEIGHT, default=1.0, help="fairness: weight; 0 removes it, as for all weights")
@@ -107,46 +160,99 @@ def parse_args(argv=None) -> argparse.Namespace:
     group("--point-target", choices=("tokens", "points"), default="tokens", help="mpm: what is reconstructed")
     group("--mask-ratio", type=SHARE, default=0.3, help="share of patches and groups hidden; 0 hides nothing")
     group("--momentum", type=SHARE, default=0.9998, help="ema: after 400 steps, from 0.99 at the first")
+
     group = parser.add_argument_group("optimisation").add_argument
     group("--epochs", type=COUNT, default=200, help="passes over the training objects")
-    group("--batch-size", type=COUNT, default=128, help="objects per step")
-    group("--lr", type=WEIGHT, default=2e-5, help="peak learning rate for a batch of 256")
+    group("--batch-size", type=COUNT, default=128, help="objects per step, of all GPUs together")
+    group("--lr", type=WEIGHT, default=2e-5, help="peak learning rate for a batch of 256; it is scaled to yours")
     group("--weight-decay", type=WEIGHT, default=0.05, help="AdamW, not on 1-D parameters")
     group("--layer-decay", type=SHARE, default=0.65, help="factor on lr for each image block below the last")
     group("--warmup-epochs", type=WEIGHT, default=1.0, help="epochs of linear warm-up")
-    group("--freeze", nargs="*", default=["point_encoder.encoder"], help="parameters not trained, by prefix")
+    group("--freeze", nargs="*", default=["point_encoder.encoder"],
+          help="modules or parameters that are not trained, in place of the default: the mini-PointNet")
+
     group = parser.add_argument_group("run").add_argument
     group("--stage", choices=("pretrain", "train"), default="train", help="pretrain: only make the start")
-    group("--out", type=Path, help="results folder (default: runs/DATASET-MODEL)")
+    group("--out", type=Path, help="results folder (default: runs/DATASET-MODEL and what differs from defaults)")
     group("--seed", type=number(0, 2 ** 32, int), default=0, help="of a new start, views, order and masks")
     group("--resume", action=argparse.BooleanOptionalAction, default=True, help="continue OUT/last.pt")
     group("--device", type=usable_device, default=DEVICE, help="where to compute")
-    group("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: the faster one here")
-    group("--compile", action="store_true", help="compile the encoders (minutes at first, then faster)")
+    group("--precision", choices=("auto", "bf16", "fp32"), default="auto",
+          help="of both networks; auto: bf16 on a GPU that supports it, else fp32. Some CPUs are fast in bf16, too")
+    group("--compile", action="store_true", help="compile the encoders' blocks (slow first step, then faster)")
     group("--grad-checkpointing", action="store_true", help="less memory: compute image blocks twice")
-    group("--benchmark", action="store_true", help="time a step, and leave")
+    group("--eval-every", type=number(0, kind=int), default=5,
+          help="epochs between evaluations of the teacher; 0: only at the end")
     group("--log-every", type=COUNT, default=10, help="steps per line of log.jsonl")
-    argv = sys.argv[1:] if argv is None else argv
-    chosen, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    parser.set_defaults(**defaults_of(chosen))
-    args = parser.parse_args(argv)
-    args.changed = {key: value for key, value in plain_options(args, NOT_THE_METHOD).items()
-                    if value != parser.get_default(key)}
-    return args
+    return parser
+
+
+def run_name(args, differing: dict) -> str:
+    """The results folder's name: data set, start, and what differs from the defaults in the options' order."""
+    parts = [Path(args.dataset).name, args.model.replace("/", "-")]
+    for option, value in differing.items():
+        if option not in ("dataset", "model"):
+            value = Path(value).stem if option == "start_checkpoint" else words(value)
+            parts += [flag(option).lstrip("-"), value.replace("/", "-").replace(" ", "-")]
+    name = "-".join(parts)
+    if len(name) > 120:  # file systems allow 255; many --shares would not fit
+        name = f"{name[:110]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
+
+
+def flag(option: str) -> str:
+    """w_cross -> --w-cross"""
+    return "--" + option.replace("_", "-")
+
+
+def words(value) -> str:
+    """An option's value as one types it: 0.0 -> 0, [0.5, 0.6] -> 0.5 0.6."""
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(words, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def plain_options(args) -> dict:
+    """The options in the parser's order, as values that a file can keep."""
+    not_options = ("sources", "changed", "changes")
+    return {option: str(value) if isinstance(value, Path) else value for option, value in vars(args).items()
+            if option not in not_options}
+
+
+def print_settings(args):
+    """One line per source: the values that hold for this run, and where they come from."""
+    by_source = {"original code": []}
+    for option, value in plain_options(args).items():
+        if option not in NO_MATTER and value is not None:
+            by_source.setdefault(args.sources.get(option, "original code"), []).append(
+                f"{option} {words(value)}")
+    print("settings, by where they come from:")
+    for source, values in by_source.items():
+        print(f"  {source}: {', '.join(values)}")
 
 
 # ------ One step --------------------------------------------------------------------------------------------
-def train_step(student, teacher, views, optimizer, step, total_steps, args, truth=None):
+def train_step(student, teacher, views, optimizer, step, total_steps, args, truth=None, together=None):
     """One update of the student, then of the teacher. Returns the detached terms and the labels used.
 
-    `views` holds images and point clouds only; `truth` is None but for the oracle, --labels truth."""
-    warmup, share = int(args.warmup_epochs * total_steps / args.epochs), args.batch_size / 256
-    rate = learning_rate(step, total_steps, warmup, args.lr * share, 1e-6 * share)
+    `views` holds images and point clouds only. True labels enter for the oracle alone (`--labels truth`).
+
+    Args:
+        student: CrossMoST, or under torchrun its DistributedDataParallel.
+        views: what draw_views returns of this process's objects (b = B / number of processes).
+        step, total_steps: this step's number from 0, and how many the run has.
+        truth: (B,) true labels, or None.
+        together: (B, C) what transduced_labels says of these objects, or None.
+    Returns:
+        terms: {name: value} of the total `loss`, each term before weighting, and the learning rate `lr`.
+        labels: {modality: (labels (B,), keep (B,))}.
+    """
+    rate = learning_rate(step, total_steps, args)
     for group in optimizer.param_groups:
-        group["lr"] = group["scale"] * rate
+        group["lr"] = group["lr_scale"] * rate
 
     # The teacher sees the weak views and names the objects [joint-label].
-    labels = teacher_labels(teacher, views, args, truth)
+    labels = teacher_labels(teacher, views, step, args, truth, together)
 
     # The student must agree from the strong, masked views, align its modalities and repaint what was hidden.
     weights = {"self_image": 1, "self_point": 1, "fair_image": args.w_fair, "fair_point": args.w_fair,
@@ -154,201 +260,263 @@ def train_step(student, teacher, views, optimizer, step, total_steps, args, trut
                "cross": args.w_cross}
     terms = student_terms(student, views, labels, args)
     loss = sum(weights[name] * term for name, term in terms.items() if weights[name])
-    terms = {name: term.detach() for name, term in {"loss": loss, **terms}.items()}
 
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    sum_gradients(student)
     optimizer.step()
-    update_teacher(teacher, student, teacher_momentum(step, args.momentum))
-    return terms, labels
+    update_teacher(teacher, without_ddp(student), teacher_momentum(step, total_steps, args.momentum))
+
+    detached = {name: term.detach() for name, term in terms.items()}
+    return {"loss": loss.detach(), **detached, "lr": rate}, labels
 
 
 @torch.no_grad()
-def teacher_labels(teacher: CrossMoST, views: dict, args, truth: Tensor | None) -> dict:
-    """(labels, keep) for each trained modality, from the teacher's weak views [joint-label]."""
-    probs = {"image": None, "point": None}
-    if args.labels != "truth":
-        images = None if args.modalities == "point" else teacher.normalise(my_share(views["weak_image"]))
-        points = None if args.modalities == "image" else my_share(views["weak_points"])
-        with networks_precision(args):
-            out = whole_batch(teacher(images, points))
-        for modality in ("image", "point") if args.modalities == "both" else (args.modalities,):
-            probs[modality] = getattr(out, f"{modality}_logits").softmax(dim=-1)
-    rule = "separate" if args.modalities != "both" and args.labels == "joint" else args.labels
-    thresholds = args.threshold[0], args.threshold[-1]
-    return pseudo_labels(rule, *probs.values(), thresholds, args.point_weight, truth)
+def teacher_labels(teacher: CrossMoST, views: dict, step: int, args, truth: Tensor | None = None,
+                   together: Tensor | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+    """The rule of `--labels` applied to the teacher's view of the weak images and clouds [joint-label].
+
+    Returns {modality: (labels (B,), keep (B,))} of the whole batch. A modality that is not trained gives no
+    probabilities, and the teacher is not asked at all where the truth is known.
+    """
+    image_probs = point_probs = None
+    if truth is None:
+        images = None if args.modalities == "point" else teacher.normalise(views["weak_image"])
+        points = None if args.modalities == "image" else views["weak_points"]
+        out = teacher(images, points)
+        if images is not None:
+            image_probs = whole_batch(out.image_logits).softmax(dim=-1)
+        if points is not None:
+            point_probs = whole_batch(out.point_logits).softmax(dim=-1)
+    evidence = Evidence(image_probs, point_probs, args.threshold, args.point_weight, step, truth, together)
+    return RULES[args.labels].label(evidence)
 
 
-def student_terms(student: CrossMoST, views: dict, labels: dict, args) -> dict[str, Tensor]:
-    """Every term of the loss, by name, from the student's strong and masked views."""
-    images = None if args.modalities == "point" else student.normalise(views["strong_image"])
-    points = None if args.modalities == "image" else student.group(views["strong_points"])
+def student_terms(student, views: dict, labels: dict, args) -> dict[str, Tensor]:
+    """Every term of the loss, by name, from the student's strong and masked views.
+
+    self-training, fairness and cross-align see the whole batch, also under torchrun; the masked terms are means
+    over this process's own share.
+    """
+    model = without_ddp(student)
+    images = None if args.modalities == "point" else model.normalise(views["strong_image"])
+    points = None if args.modalities == "image" else model.group(views["strong_points"])
+
     image_hidden = point_hidden = None
     if images is not None and args.mask_ratio > 0:
-        grid = student.visual.grid_size[0]
+        grid = model.visual.grid_size[0]
         image_hidden = hide_patches(len(images), grid, args.mask_ratio, images.device)
     if points is not None and args.mask_ratio > 0:
         point_hidden = hide_groups(points.centres, args.mask_ratio)
-    with networks_precision(args):
-        out = whole_batch(student(*map(my_share, (images, points, image_hidden, point_hidden))))
+
+    out = student(images, points, image_hidden, point_hidden)
     terms = masked_terms(out, images, image_hidden, point_hidden)
-    for modality in ("image", "point") if args.modalities == "both" else (args.modalities,):
-        logits = getattr(out, f"{modality}_logits")
-        terms[f"self_{modality}"] = self_training_loss(logits, *labels[modality])
-        terms[f"fair_{modality}"] = fairness_loss(logits, args.shares)
-    if args.modalities == "both":
-        features = out.image_features, out.point_features
+    if images is not None:
+        logits = whole_batch(out.image_logits)
+        terms["self_image"] = self_training_loss(logits, *labels["image"])
+        terms["fair_image"] = fairness_loss(logits, args.shares)
+    if points is not None:
+        logits = whole_batch(out.point_logits)
+        terms["self_point"] = self_training_loss(logits, *labels["point"])
+        terms["fair_point"] = fairness_loss(logits, args.shares)
+    if images is not None and points is not None:
+        features = whole_batch(out.image_features), whole_batch(out.point_features)
         terms["cross"] = cross_modal_alignment_loss(*features, args.cross_temperature)
     return terms
 
 
-def learning_rate(step: int, total: int, warmup: int, peak: float, floor: float) -> float:
-    """Linear warm-up from 0 to peak, then a cosine to floor at the last step."""
-    if step < warmup:
-        return peak * step / warmup
-    done = (step - warmup) / max(1, total - 1 - warmup)
-    return floor + (peak - floor) * (1 + math.cos(math.pi * min(1, done))) / 2
+def learning_rate(step: int, total_steps: int, args) -> float:
+    """Linear warm-up, then a cosine from the peak to its twentieth at the last step.
 
-
-def networks_precision(args) -> torch.autocast:
-    """Both networks in bfloat16 with --precision bf16; features, logits and losses stay in float32."""
-    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16")
+    The peak is lr x batch / 256. The first step has 1 / warm-up steps of it: a rate of 0 would waste that step.
+    The original's numbers end at a twentieth of the peak, too: 1e-6 of 2e-5.
+    """
+    peak = args.lr * args.batch_size / 256
+    warmup_steps = int(args.warmup_epochs * total_steps / args.epochs)
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
+    floor = peak / 20
+    return floor + (peak - floor) * (1 + math.cos(math.pi * min(1, progress))) / 2
 
 
 # ------ The loop --------------------------------------------------------------------------------------------
-def self_train(run: "Run", objects: Objects, test: Objects, args):
-    """The loop. Ctrl-C and SIGTERM let the step finish, save, and leave with exit code 130 or 143."""
-    per_epoch = max(1, len(objects) // args.batch_size)
-    total, size = args.epochs * per_epoch, run.student.visual.image_size[0]
-    points = objects.points.to(run.device)
-    train_mode(run.student, args.freeze)
-    bar = tqdm(total=total, initial=run.step, desc="self-training", unit="step", disable=not leader())
-    with bar, stops_caught() as caught:
-        for epoch in range(run.step // per_epoch, args.epochs):
-            shuffle = torch.Generator().manual_seed(args.seed * 100_003 + epoch)
-            batches = torch.randperm(len(points), generator=shuffle).split(args.batch_size)
-            batches = batches[run.step % per_epoch:per_epoch]
-            photographs = training_photographs(objects, batches, size, shuffle.initial_seed())
-            for index, pictures in zip(batches, photographs):
-                views = draw_views(points[index.to(run.device)], size, pictures)
-                truth = None if objects.labels is None else objects.labels[index].to(run.device)
-                terms, labels = train_step(run.student, run.teacher, views, run.optimizer, run.step, total,
-                                           args, truth if args.labels == "truth" else None)
-                run.count_step(terms, labels, truth)
-                bar.update()
-                if run.step % args.log_every == 0 or run.step % per_epoch == 0:
-                    row = run.flush(epoch + 1)
-                    bar.set_postfix(loss=f"{row['loss']:.2f}", coverage=f"{row['coverage']:.2f}")
-                if caught:
-                    break
-            if run.step % per_epoch == 0 and test.labels is not None and leader():
-                found = evaluate(run.teacher, test, args.views)
-                run.log(epoch=epoch + 1, step=run.step, teacher=top_one(found))
-            run.save()
-            if caught:
-                sys.exit(128 + caught[0])
+def self_train(state: "TrainingState", objects: Objects, test: Objects, args):
+    """Train from the last saved epoch to the last one; log, evaluate and save on the way.
+
+    Everything random in an epoch follows from the seed and the epoch's number, so that a run that stops and goes
+    on from a saved epoch computes what one does that never stopped.
+    """
+    batch_size = min(args.batch_size, len(objects))
+    steps_per_epoch = len(objects) // batch_size
+    total_steps = args.epochs * steps_per_epoch
+    image_size = state.student.visual.image_size[0]
+    points = objects.points.to(args.device)
+    student = with_ddp(state.student)
+    train_mode(state.student, args.freeze)
+
+    bar = tqdm(total=args.epochs * steps_per_epoch * batch_size, initial=state.epoch * steps_per_epoch * batch_size,
+               desc="self-training", unit="object", unit_scale=True, disable=not leader())
+    interval, interval_began, last_save = [], time.perf_counter(), time.perf_counter()
+    for epoch in range(state.epoch, args.epochs):
+        if args.labels == "together" and epoch % RENEW_EVERY == 0:
+            state.together = name_together(state.teacher, objects, args)
+
+        torch.manual_seed(args.seed * 100_003 + epoch)
+        batches = torch.randperm(len(objects)).split(batch_size)[:steps_per_epoch]
+        shares = [my_share(batch) for batch in batches]
+        torch.manual_seed((args.seed * 100_003 + epoch) * 1_009 + rank())  # each process draws its own views
+        photographs = training_photographs(objects, shares, image_size, torch.initial_seed())
+
+        for step, (batch, share, pictures) in enumerate(zip(batches, shares, photographs), epoch * steps_per_epoch):
+            views = draw_views(points[share.to(args.device)], image_size, pictures)
+            truth = None if objects.labels is None else objects.labels[batch].to(args.device)
+            together = None if state.together is None else state.together[batch].to(args.device)
+            terms, labels = train_step(student, state.teacher, views, state.optimizer, step, total_steps, args,
+                                       truth if args.labels == "truth" else None, together)
+            interval.append((step, terms, labels, truth))
+            bar.update(batch_size)
+
+            # Reading a value waits for a GPU, so values are read once per interval.
+            if (step + 1) % args.log_every == 0 or (step + 1) % steps_per_epoch == 0:
+                means = interval_means(interval, state.teacher.classifier.shape[1])
+                seconds = time.perf_counter() - interval_began
+                speed = len(interval) * batch_size / seconds
+                write_log(args, epoch=epoch + 1, step=step + 1, steps=len(interval), seconds=round(seconds, 3),
+                          objects_per_second=round(speed, 1), **means)
+                bar.set_postfix(loss=f"{means['loss']:.2f}", coverage=f"{means['coverage']:.2f}")
+                interval, interval_began = [], time.perf_counter()
+
+        is_last = epoch + 1 == args.epochs
+        if test.labels is not None and args.eval_every and (epoch + 1) % args.eval_every == 0 and not is_last:
+            accuracy = top_one(evaluate_all(state.teacher, test, args))
+            write_log(args, epoch=epoch + 1, step=step + 1, teacher=accuracy)
+            interval_began = time.perf_counter()
+        state.epoch = epoch + 1
+        if is_last or time.perf_counter() - last_save > 60:
+            state.save()
+            last_save = interval_began = time.perf_counter()
+    bar.close()
 
 
-@contextmanager
-def stops_caught():
-    """A list that Ctrl-C and SIGTERM fill, so that the step can finish."""
-    caught = []
-    stops = () if dist.is_initialized() else (signal.SIGINT, signal.SIGTERM)  # processes would stop apart
-    with ExitStack() as undo:
-        for stop in stops:
-            before = signal.signal(stop, lambda number, _: caught.append(number))
-            undo.callback(signal.signal, stop, before)
-        yield caught
+def interval_means(interval: list, classes: int) -> dict:
+    """One line of the log: means over an interval of steps, each (step, terms, labels, truth).
+
+    coverage is the share of the objects that were kept, label_accuracy the share of these that were named rightly
+    (None without true labels), `named` each name's share of all objects, entropy that of the names in nats.
+    Raises: UserError with the step and all terms where a loss is not finite.
+    """
+    losses = torch.stack([terms["loss"] for _, terms, _, _ in interval])
+    if not losses.isfinite().all():
+        step, terms, _, _ = interval[losses.isfinite().int().argmin()]
+        values = {name: float(value) for name, value in terms.items()}
+        raise UserError(f"the loss is not finite at step {step}: {values}; lower --lr, or look at the data; "
+                        "last.pt is of an earlier epoch, if there was one")
+
+    row = {}
+    for name in interval[0][1]:
+        values = [torch.as_tensor(terms[name]).double() for _, terms, _, _ in interval]
+        row[name] = torch.stack(values).mean().item()
+
+    given, right, total = torch.zeros(classes), 0, 0
+    for _, _, labels, truth in interval:
+        for label, keep in labels.values():
+            given += label[keep].bincount(minlength=classes).cpu()
+            total += len(label)
+            if truth is not None:
+                right += (label == truth)[keep].sum().item()
+    kept = given.sum().item()
+    row["coverage"] = kept / total
+    row["label_accuracy"] = None if interval[0][3] is None else right / max(kept, 1)
+    row["named"] = (given / total).tolist()
+    row["entropy"] = torch.special.entr(given / max(kept, 1)).sum().item()
+    return row
 
 
-class Run:
-    """What a run needs to go on to the bit, and what it was made by: options, classes, objects and code."""
-    def __init__(self, student: CrossMoST, teacher: CrossMoST, optimizer, args, objects: int):
-        self.student, self.teacher, self.optimizer, self.device = student, teacher, optimizer, args.device
+def write_log(args, **row):
+    """Add a line to OUT/log.jsonl."""
+    if leader():
+        with open(args.out / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def evaluate_all(model: CrossMoST, objects: Objects, args, predictions: Path | None = None) -> dict:
+    """What assess() says of a model; under torchrun each process embeds its part of the objects.
+
+    predictions: the leader writes a name for each object into this file.
+    """
+    probs = to_probs(embed_all(model, objects, args))
+    if leader():
+        write_whole(predictions, write_predictions, objects, probs)
+    return assess(probs, objects)
+
+
+def name_together(teacher: CrossMoST, objects: Objects, args) -> Tensor:
+    """What the teacher says of all training objects at once [together]. -> (N, C) probabilities, on the CPU"""
+    embedded = embed_all(teacher, objects, args)
+    texts = F.normalize(teacher.classifier.detach().float(), dim=0).T.cpu()
+    probs = to_probs(embedded)["joint"]
+    return transduced_labels(probs, embedded["image_features"], embedded["point_features"], texts)
+
+
+# ------ What a run needs to go on ---------------------------------------------------------------------------
+class TrainingState:
+    """What OUT/last.pt holds: all that a run needs to go on to the bit.
+
+    student, teacher, optimizer; epoch: how many are done; zero_shot: what assess() said of the start; together:
+    the names given to all objects at once, or None; seconds: how long the processes took that it continues.
+    """
+
+    def __init__(self, student: CrossMoST, teacher: CrossMoST, optimizer, args, objects: Objects):
+        self.student, self.teacher, self.optimizer = student, teacher, optimizer
+        self.epoch, self.zero_shot, self.together = 0, None, None
         self.path, self.log_path = args.out / "last.pt", args.out / "log.jsonl"
-        own = {"classes": student.class_names, "objects": objects, "code": CODE}
-        self.options = plain_options(args) | own
-        self.step, self.sums, self.count, self.last, self.before = 0, {}, 0, {}, None
-        self.began = time.perf_counter()  # earlier by what the processes took that this one continues
+        self.options = plain_options(args)
+        # What must not change when a run continues, besides the options.
+        self.identity = {option: value for option, value in self.options.items() if option not in NO_MATTER}
+        self.identity |= {"classes": objects.class_names, "objects": objects_hash(objects), "code": CODE,
+                          "precision": str(student.precision).removeprefix("torch.")}
+        self.began = time.perf_counter()
 
-    def log(self, **row):
-        if leader():
-            with open(self.log_path, "a") as file:
-                file.write(json.dumps(row) + "\n")
-
-    def count_step(self, terms: dict, labels: dict, truth: Tensor | None):
-        """Add up terms and, as shares of the objects, each name and the right ones; modalities averaged."""
-        classes = self.student.classifier.shape[1]
-        given = [F.one_hot(label, classes) * keep[:, None] for label, keep in labels.values()]
-        values = {**terms, "named": torch.stack(given).double().mean(dim=(0, 1))}
-        if truth is not None:
-            correct = [keep & (label == truth) for label, keep in labels.values()]
-            values["correct"] = torch.stack(correct).double().mean()
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.double()
-        self.check()  # the step before: waiting for this one would leave the device idle
-        self.last, self.step, self.count = terms, self.step + 1, self.count + 1
-
-    def check(self):
-        """Raises: UserError where the last step's loss is not finite."""
-        if self.last and not torch.isfinite(self.last["loss"]):
-            terms = {name: term.item() for name, term in self.last.items()}
-            raise UserError(f"loss is not finite at step {self.step - 1}: {terms}; lower --lr, or look at "
-                            f"the data; {self.path} is of the last whole epoch, if there was one")
-
-    def flush(self, epoch: int) -> dict:
-        """Log the means since the last line, and return them."""
-        self.check()
-        means = {name: total / self.count for name, total in self.sums.items()}
-        correct, coverage = means.pop("correct", None), means["named"].sum()
-        kept = coverage.clamp(min=1e-12)
-        means |= {"coverage": coverage, "entropy": torch.special.entr(means["named"] / kept).sum()}
-        row = {name: value.tolist() for name, value in means.items()}
-        row["label_accuracy"] = None if correct is None else (correct / kept).item()
-        self.log(epoch=epoch, step=self.step, steps=self.count, **row)
-        self.sums, self.count = {}, 0
-        return row
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
 
     def save(self):
-        self.check()
+        """Write OUT/last.pt, whole or not at all."""
         if not leader():
             return
         states = {name: getattr(self, name).state_dict() for name in ("student", "teacher", "optimizer")}
-        counters = {name: getattr(self, name) for name in ("options", "step", "sums", "count", "before")}
-        save_file({**states, **counters, "architecture": self.student.architecture,
-                   "log_bytes": self.log_path.stat().st_size, "seconds": time.perf_counter() - self.began,
-                   "random": torch.get_rng_state(),
-                   "cuda_random": torch.cuda.get_rng_state(self.device) if "cuda" in self.device else None},
-                  self.path)
+        counters = {name: getattr(self, name) for name in ("epoch", "zero_shot", "together", "options", "identity")}
+        save_file({**states, **counters, "architecture": self.student.architecture, "seconds": self.seconds(),
+                   "log_bytes": self.log_path.stat().st_size}, self.path)
 
     def load(self):
-        """Go back to last.pt. Raises: UserError where it is broken, or was made by other options or code."""
+        """Go back to OUT/last.pt. Raises: UserError where it is broken, or of other options, data or code."""
         saved = read_file(self.path)
+        advice = "use the same, another --out, or --no-resume to start over"
         try:
-            changed = {key: f"{saved['options'].get(key)} -> {value}" for key, value in self.options.items()
-                       if saved["options"].get(key) != value}
+            changed = [f"{option}: {words(saved['identity'].get(option))} then, {words(value)} now"
+                       for option, value in self.identity.items() if saved["identity"].get(option) != value]
             if changed:
-                raise ValueError(f"it was made with other options, data or code ({changed})")
+                raise UserError(f"{self.path} was made with another {'; '.join(changed)}; {advice}")
+            if not self.log_path.exists() or self.log_path.stat().st_size < saved["log_bytes"]:
+                raise UserError(f"{self.log_path} is shorter than it was when {self.path} was saved; {advice}")
             for name in ("student", "teacher", "optimizer"):
                 getattr(self, name).load_state_dict(saved[name])
-            for name in ("step", "sums", "count", "before"):
+            for name in ("epoch", "zero_shot", "together"):
                 setattr(self, name, saved[name])
             self.began -= saved["seconds"]
-            torch.set_rng_state(saved["random"])
-            if "cuda" in self.device:
-                torch.cuda.set_rng_state(saved["cuda_random"], self.device)
-            whole = min(saved["log_bytes"], self.log_path.stat().st_size)
-            os.truncate(self.log_path, whole)  # forget lines written after the checkpoint
-        except Exception as error:  # a broken file in any way
-            raise UserError(f"cannot continue {self.path}: {error}; use the same, another --out, or "
-                            "--no-resume to start over") from error
+            os.truncate(self.log_path, saved["log_bytes"])  # forget lines written after the checkpoint
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"cannot continue {self.path}, it is broken: {error}; {advice}") from error
 
 
-def plain_options(args, may_change: tuple = MAY_CHANGE_ON_RESUME) -> dict:
-    """Options as a file can keep them, without those that may be others when a run continues."""
-    return {key: str(value) if isinstance(value, Path) else value for key, value in sorted(vars(args).items())
-            if key not in may_change}
+def objects_hash(objects: Objects) -> str:
+    """A hash of clouds, names, labels and photographs' names; the clouds are not copied for it."""
+    digest = hashlib.sha256(objects.points.contiguous().numpy())
+    images = objects.images and [[path.name for path in paths] for paths in objects.images]
+    labels = None if objects.labels is None else objects.labels.tolist()
+    digest.update(json.dumps([objects.names, labels, images]).encode())
+    return digest.hexdigest()[:16]
 
 
 # ------ A whole run -----------------------------------------------------------------------------------------
@@ -356,208 +524,310 @@ def main(argv=None) -> dict:
     """Run all of it. Returns what it writes to OUT/results.json."""
     join_processes()  # before anything opens a context on a GPU
     args = parse_args(argv)
-    args.precision = settled_precision(args)
+    refuse_contradictions(args)
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32; bfloat16 is the fast way
-    objects, test = (load_dataset(args.dataset, args.data_root, split, args.points, args.domain,
-                                  args.download, args.up) for split in ("train", "test"))
-    refuse_contradictions(args, objects)
-    untrained = args.benchmark and args.model not in STARTS  # as fast as any other
-    start = None if untrained else find_start(args, objects)
+
+    objects, test = (load_dataset(args.dataset, args.data_root, split, args.points, args.domain, args.download,
+                                  args.up) for split in ("train", "test"))
+    refuse_wrong_data(args, objects)
+    start = find_start(args, objects)
     if args.stage == "pretrain":
         print(f"the start is {start}")
         return {"start": str(start)}
+
+    state = build_state(args, objects, start)
+    try:
+        with lock(state.path, timeout=0) if leader() else nullcontext():
+            return train_and_score(state, objects, test, args, start)
+    except Timeout as error:
+        raise UserError(f"another process writes to {args.out}; wait, or name another --out") from error
+    except KeyboardInterrupt:
+        kept = f"{state.path} holds the last saved epoch" if state.path.exists() else "no epoch is saved yet"
+        raise KeyboardInterrupt(f"stopped; {kept}; the same command goes on from there") from None
+
+
+def refuse_contradictions(args):
+    """Raises: UserError for options that do not go together. No data are needed to see that."""
+    rule, both = RULES[args.labels], args.modalities == "both"
+    if rule.needs_both and not both:
+        raise UserError(f"--labels {args.labels} needs both modalities; drop it, or --modalities")
+    if args.stage == "pretrain" and (args.start_checkpoint or args.model in STARTS and args.model != "tiny"):
+        raise UserError(f"{args.start_checkpoint or args.model} is a finished start; drop --stage pretrain")
+    if args.pretrained and args.model in STARTS:
+        raise UserError(f"--model {args.model} is one file; use --start-checkpoint FILE, no --pretrained")
+    if args.dataset == "shapenet55" and args.stage == "train" and args.model in STARTS:
+        raise UserError("shapenet55 is for making starts; add --stage pretrain, or take another --dataset")
+    if len(args.threshold) > (2 if args.labels == "separate" or not both else 1):
+        raise UserError("--threshold takes one value; two, image's and point's, go with --labels separate")
+    if args.shares and not sum(args.shares):
+        raise UserError("--shares are all 0; expected a number for each class, not all of them 0")
+    if args.out.is_file():
+        raise UserError(f"--out {args.out} is a file; name a folder")
+
+
+def refuse_wrong_data(args, objects: Objects):
+    """Raises: UserError for options that do not go with these objects. Warns where they hardly can."""
+    classes = objects.class_names
+    if args.labels == "truth" and objects.labels is None:
+        raise UserError(f"--labels truth needs labels, {objects.name} has none; use --labels joint")
+    if args.shares and len(args.shares) != len(classes):
+        raise UserError(f"--shares has {len(args.shares)} numbers; expected {len(classes)}, for "
+                        f"{', '.join(classes)}")
+    batch = min(args.batch_size, len(objects))
+    if batch % world_size():
+        raise UserError(f"{world_size()} processes cannot share a batch of {batch} objects; change --batch-size")
+    if batch < args.batch_size:
+        print(f"--batch-size is {args.batch_size}, there are {batch} objects: each step takes all of them")
+    unknown = [name for name in classes if name not in MODELNET10]
+    if args.model == "tiny" and unknown:
+        print(f"warning: the small start knows ten kinds of furniture only; {len(unknown)} of {len(classes)} names "
+              f"are others ({', '.join(unknown[:3])}); expect little, or take --model ulip2", file=sys.stderr)
+
+
+def build_state(args, objects: Objects, start: Path) -> "TrainingState":
+    """Student, teacher and optimizer of a run that begins."""
     student = build_model(args.model, objects.class_names, TEMPLATES[args.templates], args.pretrained, start,
-                          groups=args.groups, group_size=args.group_size, target=args.point_target)
-    student = student.to(args.device)
+                          device=args.device, groups=args.groups, group_size=args.group_size,
+                          target=args.point_target)
+    student.precision = precision_for(args.precision, args.device)
+    student.visual.set_grad_checkpointing(args.grad_checkpointing)
     teacher = copy.deepcopy(student).requires_grad_(False)
     groups = parameter_groups(student, args.weight_decay, args.layer_decay, args.freeze)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
     if args.compile:
-        for part in (student.visual, student.point_encoder, teacher.visual, teacher.point_encoder):
-            part.compile()
-    student.visual.set_grad_checkpointing(args.grad_checkpointing)
-    run = Run(student, teacher, optimizer, args, len(objects))
-    if args.benchmark:
-        return benchmark(run, objects, args)
-    try:
-        with lock(run.path, timeout=0) if leader() else nullcontext():
-            return train_and_score(run, objects, test, args, start)
-    except Timeout as error:
-        raise UserError(f"another process writes to {args.out}; wait, or name another --out") from error
+        for model in (student, teacher):
+            for block in (*model.visual.transformer.resblocks, *model.point_encoder.blocks["blocks"]):
+                block.compile()
+    return TrainingState(student, teacher, optimizer, args, objects)
 
 
-def settled_precision(args) -> str:
-    """--precision, where `auto` becomes bf16 or fp32 once for the whole run: what OUT/last.pt was begun with,
-    else bfloat16 where the device multiplies matrices at least 1.3 times as fast in it."""
-    if args.precision != "auto":
-        return args.precision
-    last = args.out / "last.pt"
-    if args.resume and not args.benchmark and last.exists():
-        return read_file(last).get("options", {}).get("precision")  # None by other code: load() refuses it
-    fast, exact = (product_speed(args.device, kind) for kind in (torch.bfloat16, torch.float32))
-    gain = torch.tensor(fast / exact)
-    if dist.is_initialized():
-        dist.broadcast(gain, 0)  # the first process measures for all
-    chosen = "bf16" if gain >= 1.3 else "fp32"
-    print(f"--precision auto: {chosen}, a product in bfloat16 is {gain:.1f} x as fast as in float32 here")
-    return chosen
-
-
-def product_speed(device: str, kind: torch.dtype) -> float:
-    """TFLOP/s of the device's own matrix product, on a CPU in ViT-B's shape, the best of five."""
-    rows, inner, columns = (8192, 8192, 8192) if "cuda" in device else (512, 768, 3072)
-    tokens, weight = (torch.ones(n, inner, device=device, dtype=kind) for n in (rows, columns))
-    seconds = timeit.repeat(lambda: F.linear(tokens, weight)[0, 0].item(), number=1, repeat=5)
-    return 2 * rows * inner * columns / 1e12 / min(seconds)
-
-
-def refuse_contradictions(args, objects: Objects):
-    """Raises: UserError for options that do not go together, or not with the data."""
-    both, classes = args.modalities == "both", objects.class_names
-    if args.labels == "truth" and objects.labels is None:
-        raise UserError(f"--labels truth needs labels, {objects.name} has none; use --labels joint")
-    if args.labels in ("mean", "agree") and not both:
-        raise UserError(f"--labels {args.labels} needs both modalities; drop it, or --modalities")
-    if args.stage == "pretrain" and (args.start_checkpoint or args.model in STARTS[1:]):
-        raise UserError(f"{args.start_checkpoint or args.model} is a finished start; drop --stage pretrain")
-    if len(args.threshold) > (2 if args.labels == "separate" or not both else 1):
-        raise UserError("--threshold takes one value; two, image's and point's, go with --labels separate")
-    if args.shares and (len(args.shares) != len(classes) or not sum(args.shares)):
-        raise UserError(f"--shares has {args.shares}; expected numbers, not all 0, for {', '.join(classes)}")
-    batch = min(args.batch_size, len(objects))
-    processes = dist.get_world_size() if dist.is_initialized() else 1
-    if batch % processes:
-        raise UserError(f"{processes} processes cannot share a batch of {batch} objects; change --batch-size")
-
-
-def train_and_score(run: Run, objects: Objects, test: Objects, args, start: Path) -> dict:
+def train_and_score(state: TrainingState, objects: Objects, test: Objects, args, start: Path) -> dict:
     """Score the start, train, score again. Returns the results; they and the names are written to OUT."""
-    torch.manual_seed(args.seed)
-    names = args.out / "predictions.csv"
-    if args.resume and run.path.exists():
-        run.load()
-        print(f"continuing {run.path} at step {run.step}")
-    elif leader():
-        run.log_path.write_text("")
-        trainable = sum(p.numel() for group in run.optimizer.param_groups for p in group["params"])
-        run.log(options=plain_options(args, ()), start=start.stem, train=len(objects), test=len(test),
-                trainable=trainable, **provenance(args.device))
-        run.before = evaluate(run.student, test, args.views, names)
-    results = {"dataset": objects.name, "split": test.split, "objects": len(test),
-               "classes": len(test.class_names), "model": args.model, "start": start.stem, "seed": args.seed,
-               "pretrain_epochs": args.pretrain_epochs, "precision": args.precision, "code": CODE,
-               "epochs": args.epochs, "changed": args.changed, "commit": provenance(args.device)["commit"],
-               "zero_shot": run.before and top_one(run.before)}
+    headline = f"{objects.name} with {args.model}, seed {args.seed}, {args.changes or 'all options by default'}"
+    print(headline)
+    print_settings(args)
+    if args.resume and state.path.exists():
+        state.load()
+        print(f"continuing {state.path} after epoch {state.epoch}")
+    else:
+        begin(state, objects, test, args, start)
+    results = {"dataset": objects.name, "split": test.split, "objects": len(test), "classes": len(test.class_names),
+               "model": args.model, "start": start.stem, "seed": args.seed, "epochs": args.epochs,
+               "precision": state.identity["precision"], "changed": args.changed, "code": CODE,
+               "commit": provenance(args.device)["commit"], "zero_shot": top_one(state.zero_shot)}
     print(table(results))
-    shown = (*TINY, "groups", "group_size", "point_weight", "templates")
-    print("settings:", ", ".join(f"{name} {getattr(args, name)}" for name in shown))
-    self_train(run, objects, test, args)
-    if not leader():
-        return results
-    student, teacher = evaluate(run.student, test, args.views), evaluate(run.teacher, test, args.views, names)
+    print_reported(args)
+
+    self_train(state, objects, test, args)
+
+    student = evaluate_all(state.student, test, args)
+    teacher = evaluate_all(state.teacher, test, args, args.out / "predictions.csv")
+    if top_one(teacher):
+        write_log(args, epoch=args.epochs, teacher=top_one(teacher))
     results |= {"student": top_one(student), "teacher": top_one(teacher),
                 "teacher_per_class": teacher.get("per_class"),
-                "agreement": {"start": run.before["agreement"], "teacher": teacher["agreement"]},
-                "shares": {"start": run.before["shares"], "teacher": teacher["shares"]},
-                "pseudo_label": pseudo_label_quality(run.log_path, args.epochs),
-                "seconds": round(time.perf_counter() - run.began, 1)}
-    write_whole(args.out / "curves.png", plot_curves, run.log_path, results["zero_shot"])
+                "agreement": {"start": state.zero_shot["agreement"], "teacher": teacher["agreement"]},
+                "shares": {"start": state.zero_shot["shares"], "teacher": teacher["shares"]},
+                "seconds": round(state.seconds(), 1), "gpu_gib": peak_memory(args.device)}
+    if not leader():
+        return results
+    results["pseudo_label"] = pseudo_label_quality(state.log_path, args.epochs)
+    write_whole(args.out / "curves.png", plot_curves, state.log_path, results["zero_shot"])
     write_whole(args.out / "results.json", Path.write_text, json.dumps(results, indent=1))
     print(f"\n{table(results)}\npseudo-labels of the last epoch, %: {results['pseudo_label']}")
-    print_opinions(run.before, teacher)
-    print(f"a name for each object: {names}")
+    print_opinions(state.zero_shot, teacher)
+    print(f"a name for each object: {args.out / 'predictions.csv'}\n{headline}")
     return results
 
 
-def print_opinions(before: dict, after: dict):
+def begin(state: TrainingState, objects: Objects, test: Objects, args, start: Path):
+    """Remove what an earlier run left in OUT, begin the log, and score the start."""
+    if leader():
+        args.out.mkdir(parents=True, exist_ok=True)
+        for name in LEFT_BY_A_RUN:
+            (args.out / name).unlink(missing_ok=True)
+        trainable = sum(p.numel() for group in state.optimizer.param_groups for p in group["params"])
+        write_log(args, options=state.options, sources=args.sources, start=start.stem, train=len(objects),
+                  test=len(test), trainable=trainable, code=CODE, **provenance(args.device))
+    state.zero_shot = evaluate_all(state.student, test, args, args.out / "predictions-start.csv")
+
+
+def print_reported(args):
+    """What a start's authors report on this data set, so that a wrong set-up is seen before it trains."""
+    reported = STARTS.get(args.model, {}).get("reported")
+    if reported and reported["dataset"] == args.dataset:
+        print(f"{reported['text']}; far below that, look at eval.py --preview, and at --up")
+
+
+def print_opinions(start: dict, teacher: dict):
     """Say without labels what training changed, and warn where that was seen to do harm."""
-    print(f"image and point agree on {before['agreement']} % of the objects before training, "
-          f"{after['agreement']} % after")
-    print("share of each name before -> after, %:", ", ".join(
-        f"{name} {share:.0f} -> {after['shares'][name]:.0f}" for name, share in before["shares"].items()))
-    entropy = [torch.special.entr(torch.tensor([*row["shares"].values()]) / 100).sum()
-               for row in (before, after)]
-    signs = {"image and point agreed on few objects before training": before["agreement"] < 65,
-             "they agree on fewer objects than before": after["agreement"] < before["agreement"] - 1,
-             "a few names have taken the place of others": entropy[1] < entropy[0] - 0.1}
-    said = ", and ".join(sign for sign, seen in signs.items() if seen)
-    if said:
-        print(f"warning: {said}: training may have done harm. Look at the names; list only names that occur, "
-              "or say roughly how many objects of each there are (--shares)", file=sys.stderr)
+    print(f"image and point agree on {start['agreement']} % of the objects before training, "
+          f"{teacher['agreement']} % after")
+    changes = {name: (share, teacher["shares"][name]) for name, share in start["shares"].items()}
+    largest = sorted(changes, key=lambda name: -abs(changes[name][1] - changes[name][0]))[:20]
+    heading = "share of each name" if len(largest) == len(changes) else "the twenty largest changes of a name's share"
+    print(f"{heading}, before -> after, %:", ", ".join(
+        f"{name} {changes[name][0]:.0f} -> {changes[name][1]:.0f}" for name in changes if name in largest))
+
+    def entropy(opinion: dict) -> float:
+        return torch.special.entr(torch.tensor([*opinion["shares"].values()]) / 100).sum().item()
+    signs = {"image and point agreed on few objects before training": start["agreement"] < 65,
+             "they agree on fewer objects than before": teacher["agreement"] < start["agreement"] - 1,
+             "a few names have taken the place of others": entropy(teacher) < entropy(start) - 0.1}
+    seen = [sign for sign, is_seen in signs.items() if is_seen]
+    if seen:
+        print(f"warning: {', and '.join(seen)}: training may have done harm. Compare predictions-start.csv with "
+              "predictions.csv; list only names that occur, or say roughly how many objects of each there are "
+              "(--shares)", file=sys.stderr)
 
 
 def provenance(device: str) -> dict:
     """Versions, commit and device, for the first line of the log."""
     name = torch.cuda.get_device_name(device) if "cuda" in device else f"{os.cpu_count()} CPU cores"
-    git = f"git --no-optional-locks -C '{Path(__file__).parent}'"  # writes nothing there
-    commit = subprocess.getoutput(f"{git} describe --always --dirty")
-    return {"python": sys.version.split()[0], "torch": str(torch.__version__),
-            "open_clip": open_clip.__version__, "commit": commit, "device": name}
+    # --no-optional-locks: git writes nothing there.
+    command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+        commit = "unknown"
+    return {"python": sys.version.split()[0], "torch": str(torch.__version__), "open_clip": open_clip.__version__,
+            "commit": commit, "device": name}
+
+
+def peak_memory(device: str) -> float | None:
+    """GiB of GPU memory at most, None on a CPU."""
+    return round(torch.cuda.max_memory_allocated() / 2 ** 30, 1) if "cuda" in device else None
 
 
 # ------ Pre-training of a start -----------------------------------------------------------------------------
-PRETRAIN_VERSION = 2  # raised when what follows, the procedural objects or the small networks change
-# Objects, passes, batch, peak learning rate, weight decay: of `tiny`, and of a point encoder alone (ULIP's).
-PRETRAIN = {"tiny": (12000, 10, 32, 1e-3, 0.05), "clip": (4000, 12, 64, 5e-4, 0.1)}
+# Of `tiny`, and of a point encoder beside an open_clip model (ULIP's values).
+PRETRAIN = {"tiny": dict(objects=12000, passes=10, batch=32, lr=1e-3, weight_decay=0.05),
+            "clip": dict(objects=4000, passes=12, batch=64, lr=5e-4, weight_decay=0.1)}
 
 
-def find_start(args, target: Objects) -> Path:
-    """The start's file: the one named, in the repository, fetched, or pre-trained here. The latter is kept in
-    --cache, under a hash of the options that made it and, where the target's clouds were used, of these."""
-    own = args.pretrain_epochs or args.stage == "pretrain" or args.dataset == "shapenet55"
-    if args.start_checkpoint or args.model in STARTS and not (args.model == "tiny" and own):
-        return args.start_checkpoint or start_file(args.model, args.cache, args.download)
-    made_by = {key: getattr(args, key) for key in ("model", "pretrained", "pretrain_epochs", "groups",
-                                                   "group_size", "seed", "points")}
-    if args.model != "tiny" or args.dataset == "shapenet55":
-        clouds = hashlib.sha256(target.points.numpy().tobytes()).hexdigest()
-        made_by |= {"templates": args.templates, "up": args.up, "data_root": str(args.data_root.resolve()),
-                    "target": target.name, "clouds": clouds}
-    key = json.dumps([PRETRAIN_VERSION, PRETRAIN, made_by])
-    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-    path = args.cache / f"{args.model.replace('/', '-')}-{digest}.pt"
-    with lock(path):
-        if not path.exists():
-            pretrain(args, target, args.device, path)
+def find_start(args, objects: Objects) -> Path:
+    """The start's file: the one named, in the repository, fetched, or pre-trained here.
+
+    What is pre-trained is kept in --cache under a hash of the options that made it and, where the clouds of the
+    training objects were used, of these. A file that other code made is used all the same, and a line says so.
+    """
+    makes_own = args.pretrain_epochs or args.stage == "pretrain" or args.dataset == "shapenet55"
+    if args.start_checkpoint or args.model in STARTS and not (args.model == "tiny" and makes_own):
+        path = args.start_checkpoint or start_file(args.model, args.cache, args.download)
+    else:
+        path = args.cache / f"{args.model.replace('/', '-')}-{pretraining_key(args, objects)}.pt"
+        with lock(path):
+            if not path.exists():
+                pretrain(args, objects, path)
+    made_by = read_start(path)["options"].get("code", CODE)
+    if made_by != CODE:
+        print(f"note: {path} was made by other code ({made_by}, now {CODE}); to make it anew, "
+              f"{'remove it' if path.parent == args.cache else 'see README, Starts'}")
     return path
 
 
-def pretrain(args, target: Objects, device, path: Path):
-    """Align the modalities of a start without labels of the target, into a file in half precision [pretrain].
+def pretraining_key(args, objects: Objects) -> str:
+    """A hash of all that a pre-trained start depends on, but the code."""
+    made_by = {name: getattr(args, name) for name in ("model", "pretrained", "pretrain_epochs", "groups",
+                                                      "group_size", "seed", "points", "precision")}
+    if args.model != "tiny" or args.dataset == "shapenet55":
+        clouds = hashlib.sha256(objects.points.contiguous().numpy()).hexdigest()
+        made_by |= {"templates": args.templates, "up": args.up, "data_root": str(args.data_root.resolve()),
+                    "objects": objects.name, "clouds": clouds}
+    return hashlib.sha256(json.dumps([PRETRAIN, made_by]).encode()).hexdigest()[:16]
 
-    `tiny`: image, point and text tower together, on procedural objects. An open_clip model: the point encoder
-    to the frozen towers (ULIP), on procedural objects with their names and the target's clouds without.
-    ShapeNet-55 as the target lends its names too."""
+
+def pretrain(args, objects: Objects, path: Path):
+    """Align the modalities of a start without labels of the objects, into a file in half precision [pretrain].
+
+    `tiny`: image, point and text tower together, on procedural objects. An open_clip model: the point encoder to
+    the frozen towers (ULIP), on procedural objects with their names and the training objects' clouds without.
+    ShapeNet-55 lends its names, too, and replaces the procedural objects.
+
+    Beside `path` lie a log, a line per 100 steps, and a file to continue from after a pass.
+    """
+    model, text, clouds, labels, class_names = pretraining_material(args, objects)
+    values = PRETRAIN["tiny" if text else "clip"]
+    passes, batch = args.pretrain_epochs or values["passes"], values["batch"]
+    parameters = [p for part in (model, text) if part for p in part.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, values["lr"], betas=(0.9, 0.98), weight_decay=values["weight_decay"],
+                                  fused=True)
+    steps_per_pass = len(clouds) // batch
+    schedule = OneCycleLR(optimizer, values["lr"], passes * steps_per_pass, pct_start=0.05, cycle_momentum=False)
+
+    last_path, log_path = path.with_suffix(".last.pt"), path.with_suffix(".log.jsonl")
+    parts = {"model": model, "text": text, "optimizer": optimizer, "schedule": schedule}
+    parts = {name: part for name, part in parts.items() if part}
+    first = 0
+    if last_path.exists():
+        saved = read_file(last_path)
+        if saved["code"] == CODE:
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+            first = saved["passes"]
+
+    bar = tqdm(total=passes * steps_per_pass, initial=first * steps_per_pass, desc=f"pre-training {args.model}",
+               unit="step", disable=not leader())
+    last_save, losses, began = time.perf_counter(), [], time.perf_counter()
+    for done in range(first, passes):
+        torch.manual_seed(args.seed * 100_003 + done)
+        for index in torch.randperm(len(clouds)).split(batch)[:steps_per_pass]:
+            loss = pretrain_loss(model, text, clouds[index].to(args.device), labels[index], class_names)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.detach())
+            bar.update()
+            if len(losses) == 100 or bar.n % steps_per_pass == 0:
+                log_pretraining(log_path, bar.n, losses, len(losses) * batch / (time.perf_counter() - began))
+                losses, began = [], time.perf_counter()
+        if time.perf_counter() - last_save > 60:
+            states = {name: part.state_dict() for name, part in parts.items()}
+            save_file({**states, "passes": done + 1, "code": CODE}, last_path)
+            last_save = began = time.perf_counter()
+    bar.close()
+
+    model.classifier = None
+    made_by = {"pretrain_epochs": passes, "code": CODE, **provenance(args.device)}
+    save_start(model, text, plain_options(args) | made_by, path)
+    last_path.unlink(missing_ok=True)
+
+
+def pretraining_material(args, objects: Objects) -> tuple:
+    """Model, text tower to train (None: the names are fixed), clouds, labels (-1: no name), class names."""
     tiny, shapenet = args.model == "tiny", args.dataset == "shapenet55"
-    count, passes, batch, lr, weight_decay = PRETRAIN["tiny" if tiny else "clip"]
-    source = target if shapenet else sample_shapes(count, seed=1000 + args.seed, points=args.points)
+    count = PRETRAIN["tiny" if tiny else "clip"]["objects"]
+    source = objects if shapenet else sample_shapes(count, seed=1000 + args.seed, points=args.points)
     clouds, labels = source.points, source.labels
     point = {"groups": args.groups, "group_size": args.group_size}
     if tiny:
-        model, text = (part.to(device).train() for part in random_tiny(args.seed, **point))
+        model, text = random_tiny(args.seed, **point)
+        text = text.to(args.device).train()
     else:
-        model, text = build_model(args.model, source.class_names, TEMPLATES[args.templates], args.pretrained,
-                                  seed=args.seed, **point).to(device).train(), None
-        model.visual.requires_grad_(False).eval()
+        model = build_model(args.model, source.class_names, TEMPLATES[args.templates], args.pretrained,
+                            seed=args.seed, device=args.device, **point)
+        text = None
         if not shapenet:
-            clouds = torch.cat([clouds, target.points])
-            labels = torch.cat([labels, torch.full((len(target),), -1)])
-    parameters = [p for part in (model, text) if part for p in part.parameters() if p.requires_grad]
-    torch.manual_seed(args.seed)
-    optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
-    passes = args.pretrain_epochs or passes
-    batches = [index for _ in range(passes)
-               for index in torch.randperm(len(clouds)).split(batch) if len(index) == batch]
-    schedule = OneCycleLR(optimizer, lr, len(batches), pct_start=0.05, cycle_momentum=False)
-    for index in tqdm(batches, f"pre-training {args.model}", unit="step"):
-        loss = pretrain_loss(model, text, clouds[index].to(device), labels[index], source.class_names)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-    model.classifier = None
-    save_start(model, text, {**plain_options(args), "pretrain_epochs": passes, **provenance(device)}, path)
+            clouds = torch.cat([clouds, objects.points])
+            labels = torch.cat([labels, torch.full((len(objects),), -1)])
+    model = model.to(args.device).train()
+    if not tiny:
+        model.visual.requires_grad_(False).eval()
+    model.precision = precision_for(args.precision, args.device)
+    return model, text, clouds, labels, source.class_names
+
+
+def log_pretraining(log_path: Path, step: int, losses: list[Tensor], speed: float):
+    """Add a line to a start's log. Raises: UserError where a loss is not finite."""
+    loss = torch.stack(losses).mean().item()
+    if not math.isfinite(loss):
+        raise UserError(f"the loss of pre-training is not finite at step {step}; look at the data")
+    row = {"step": step, "loss": loss, "objects_per_second": round(speed, 1)}
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with open(log_path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def pretrain_loss(model, text, points, labels, class_names) -> Tensor:
@@ -597,70 +867,78 @@ def join_processes():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # `cuda` is this one from now on
-    dist.init_process_group(timeout=timedelta(days=1))  # the others wait while the first evaluates
+    dist.init_process_group(timeout=timedelta(hours=1))  # the others wait while the first fetches or pre-trains
     atexit.register(dist.destroy_process_group)
     if not leader():
         sys.stdout = open(os.devnull, "w")
 
 
+def rank() -> int:
+    """This process's number, 0 where it is the only one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes share a batch."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def leader() -> bool:
     """Whether this process writes: the only one, or torchrun's first."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return rank() == 0
 
 
-def my_share(batch):
-    """Under torchrun this process's part of a whole batch (a tensor, or Groups); otherwise all of it."""
-    if batch is None or not dist.is_initialized():
-        return batch
-    if isinstance(batch, Groups):
-        return Groups(*map(my_share, batch))
-    return batch.chunk(dist.get_world_size())[dist.get_rank()]
+def with_ddp(student: CrossMoST):
+    """Under torchrun the student whose gradients are averaged over the processes during the backward pass."""
+    if not dist.is_initialized():
+        return student
+    # static_graph: the same parameters get a gradient at every step, and those of a term of weight 0 never do.
+    return DistributedDataParallel(student, static_graph=True)
 
 
-def whole_batch(out):
-    """Under torchrun the outputs of all processes, in order: losses see the whole batch. Gradient flows into
-    this process's own part only, which makes each process's gradient its share of the whole one."""
-    if dist.is_initialized():
-        for name, own in vars(out).items():
-            parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-            dist.all_gather(parts, own.detach().contiguous())
-            parts[dist.get_rank()] = own
-            setattr(out, name, torch.cat(parts))
-    return out
+def without_ddp(student) -> CrossMoST:
+    """The model that with_ddp was given."""
+    return student.module if isinstance(student, DistributedDataParallel) else student
 
 
-def sum_gradients(student: CrossMoST):
-    """Under torchrun the sum of the processes' shares of the gradient."""
-    for parameter in student.parameters() if dist.is_initialized() else ():
-        if parameter.grad is not None:
-            dist.all_reduce(parameter.grad)
+def my_share(batch: Tensor) -> Tensor:
+    """This process's part of a batch of indices (B,) -> (B / processes,)."""
+    return batch.chunk(world_size())[rank()]
 
 
-# ------ Benchmark -------------------------------------------------------------------------------------------
-def benchmark(run: Run, objects: Objects, args) -> dict:
-    """Print and return a step's median seconds, its work, and how fast the device multiplies matrices in the
-    same precision. Photographs are decoded before."""
-    size = run.student.visual.image_size[0]
-    some = objects.pick(torch.arange(args.batch_size) % len(objects))
-    points, truth = some.points.to(args.device), torch.zeros(len(some), dtype=torch.long, device=args.device)
-    pictures = next(iter(training_photographs(some, (torch.arange(len(some)),), size, seed=0)))
-    train_mode(run.student, args.freeze)
+class GatherBatch(torch.autograd.Function):
+    """The whole batch (B, ...) of the processes' equal shares, in order, with gradient.
 
-    def step():
-        views = draw_views(points, size, pictures)
-        terms, _ = train_step(run.student, run.teacher, views, run.optimizer, 0, 1000, args, truth)
-        terms["loss"].item()  # waits for a GPU
-    took = statistics.median(timeit.repeat(step, number=1, repeat=11)[1:])  # the first one compiles
-    with FlopCounterMode(display=False) as counter:
-        step()
-    work = counter.get_total_flops() / 1e12
-    kind = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    peak = product_speed(args.device, kind)
-    print(f"{args.model}, batch {len(some)}, {kind}{', compiled' * args.compile}, {provenance(args.device)}")
-    print(f"{1000 * took:.1f} ms a step, {len(some) / took:.1f} objects/s, {work / took:.2f} TFLOP/s, "
-          f"{100 * work / took / peak:.0f} % of a matrix product's {peak:.2f}; "
-          f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB of GPU memory")
-    return {"step": took, "tflop": work, "peak": peak}
+    Each process computes the same loss from the whole batch. Backward sums what all of them want of a share, so
+    a share's gradient is that of one process times their number; DistributedDataParallel's mean takes it out again.
+    """
+
+    @staticmethod
+    def forward(ctx, share: Tensor) -> Tensor:
+        parts = [torch.empty_like(share) for _ in range(world_size())]
+        dist.all_gather(parts, share.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(world_size())[rank()]
+
+
+def whole_batch(share: Tensor) -> Tensor:
+    """GatherBatch under torchrun; otherwise the share is the whole batch."""
+    return GatherBatch.apply(share) if dist.is_initialized() else share
+
+
+def embed_all(model: CrossMoST, objects: Objects, args) -> dict:
+    """What embed() returns of all objects; under torchrun each process embeds its part of them."""
+    if not dist.is_initialized():
+        return embed(model, objects, args.views)
+    part = torch.arange(len(objects)).tensor_split(world_size())[rank()]
+    gathered = [None] * world_size()
+    dist.all_gather_object(gathered, embed(model, objects.pick(part), args.views))
+    return {name: torch.cat([embedded[name] for embedded in gathered]) for name in gathered[0]}
 
 
 if __name__ == "__main__":
