@@ -33,6 +33,7 @@ import data
 import eval as evaluation
 import model as models
 import train
+from assets import make_tables
 from data import UserError
 from losses import (RULES, Evidence, cross_modal_alignment_loss, fairness_loss, global_local_alignment_loss,
                     joint_pseudo_labels, masked_image_loss, masked_point_loss, masked_terms,
@@ -1371,10 +1372,10 @@ def test_the_cache_rival_borrows_names_from_confident_neighbours(monkeypatch):
     given = {4: (zero_shot, features), 3: (torch.tensor([[4.0, 0.0], [0.0, 4.0], [0.3, 0.0]]), test)}
     unlabelled, asked = (data.Objects(torch.zeros(n, 1, 3), None, ["a", "b"]) for n in (4, 3))
     model = argparse.Namespace(class_names=["a", "b"], logit_scale=torch.tensor(2.66))
-    monkeypatch.setattr(evaluation, "embed", lambda model, objects, views: {
+    monkeypatch.setattr(make_tables, "embed", lambda model, objects, views: {
         f"{m}_{what}": value.clone() for m in ("image", "point")
         for what, value in zip(("logits", "features"), given[len(objects)])})
-    probs = evaluation.predict_by_cache(model, unlabelled, asked, shots=2)
+    probs = make_tables.predict_by_cache(model, unlabelled, asked, shots=2)
     assert all(probs[m].argmax(dim=1).tolist() == [0, 1, 1] for m in ("image", "point", "joint"))
 
 
@@ -1407,8 +1408,28 @@ def test_eval_names_a_start_by_any_words_and_writes_all_it_knows(tmp_path, capsy
     assert files["gallery"].exists()
     for refused, says in (([*trained, "--classes", "mug"], "only knows the classes"),
                           ([*start, "--classes", "mug,mug"], "twice"), ([], "nothing to evaluate"),
-                          ([*start, "--classes", "mug", *flags["confusion"]], "need labels")):
+                          ([*start, "--classes", "mug", *flags["confusion"]], "needs labels")):
         assert_refused(says, evaluation.main, refused)
+
+
+def test_evaluating_leaves_every_module_in_its_mode():
+    student = tiny()
+    models.train_mode(student, ["point_encoder.encoder"])
+    modes = {name: module.training for name, module in student.named_modules()}
+    assert set(modes.values()) == {True, False}
+    evaluation.evaluate(student, data.sample_shapes(2, 0, points=128), views=1)
+    assert {name: module.training for name, module in student.named_modules()} == modes
+
+
+@pytest.mark.parametrize("classes", [2, 40, 1000])
+def test_a_confusion_of_any_number_of_classes_is_a_picture_of_bounded_size(tmp_path, classes):
+    names = [f"${k} to ${{" for k in range(classes)]  # no formula of matplotlib's
+    objects = data.Objects(torch.zeros(classes, 1, 3), torch.arange(classes), names, "$\\x$")
+    evaluation.plot_confusion(tmp_path / "c.png", torch.eye(classes).roll(1, 1), objects)
+    size = Image.open(tmp_path / "c.png").size
+    assert max(size) < 3700 and min(size) > min(250, 32 * classes)
+    probs = dict.fromkeys(evaluation.MODALITIES, torch.rand(2, classes))
+    evaluation.plot_gallery(tmp_path / "gallery.png", probs, objects.pick(torch.arange(2)), 1)
 
 
 def test_a_sheet_of_a_data_set_is_drawn(tmp_path, monkeypatch):
@@ -1442,38 +1463,122 @@ def test_the_start_in_the_repository_names_single_files_and_a_broken_one_stops_n
     assert_refused("--classes", evaluation.main, ["--model", "tiny", str(chair)])
 
 
-def test_a_summary_averages_seeds_and_measures_the_way_to_the_ceiling(tmp_path):
-    def run(number, joint, seed=0, key="teacher", **changed):
-        found = joint and {"image": 10.0, "point": 20.0, "joint": joint}
-        row = {"dataset": "toys", "objects": 7, "seed": seed, "changed": changed, "start": "tiny",
-               "zero_shot": found and {"image": 1.0, "point": 2.0, "joint": 50.0}, key: found}
-        write(f"{number}/results.json", json.dumps(row))
+def result(seed=0, joint=60.0, **more) -> dict:
+    """A results.json."""
+    after = {"image": 10.0, "point": 20.0, "joint": joint}
+    row = {"dataset": "toys", "objects": 7, "model": "tiny", "start": "tiny", "pretrain_epochs": None,
+           "precision": "fp32", "code": "c0de", "commit": "1234567", "seed": seed, "changed": {},
+           "zero_shot": {"image": 1.0, "point": 2.0, "joint": 50.0}}
+    return {**row, "accuracy" if "rival" in more else "teacher": after, **more}
 
-    def write(name, text):
-        (tmp_path / "runs" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "runs" / name).write_text(text)
-        return evaluation.collect(tmp_path / "runs", tmp_path).splitlines()
+
+def test_tables_average_seeds_and_measure_how_much_of_the_gap_to_true_labels_was_closed():
+    runs = [result(rival="cache", joint=55.0)]
     for seed, joint, ceiling in ((0, 60.0, 70.0), (1, 66.0, 90.0)):
-        run(2 * seed, joint, seed)
-        run(2 * seed + 1, ceiling, seed, labels="truth")
-    run(4, 55.0, key="cache")
-    run(5, None)  # without labels: left out
-    assert write("other.json", "") == [
+        runs += [result(seed, joint), result(seed, ceiling, changed={"labels": "truth"})]
+    short, document = make_tables.tables(runs)
+    assert short.splitlines() == [
         "| joint top-1, %: start -> end (gap) | toys |", "| --- | --- |",
         "| Cross-MoST | 50.0 ± 0.0 -> 63.0 ± 4.2 (45 %) |",  # 10/20, 16/40
         "| `--labels truth` | 50.0 ± 0.0 -> 80.0 ± 14.1 (100 %) |",
-        "| `eval.py --rival` | 50.0 -> 55.0 (25 %) |"]
-    lines = (tmp_path / "tables.md").read_text().splitlines()
+        "| cache, no training | 50.0 -> 55.0 (25 %) |"]
+    lines = document.splitlines()
     assert lines[-5].startswith("| toys, 7 objects | image | point |") and lines[-3:] == [
-        f"| {setting} | 1.0{spread} -> 10.0{spread} | 2.0{spread} -> 20.0{spread} | {rest} |"
-        for setting, spread, rest in (
+        f"| {row} | 1.0{spread} -> 10.0{spread} | 2.0{spread} -> 20.0{spread} | {rest} |"
+        for row, spread, rest in (
             ("Cross-MoST", " ± 0.0", "50.0 ± 0.0 -> 63.0 ± 4.2 | 45 % |  | 0: 60.0, 1: 66.0"),
             ("`--labels truth`", " ± 0.0", "50.0 ± 0.0 -> 80.0 ± 14.1 | 100 % |  | 0: 70.0, 1: 90.0"),
-            ("`eval.py --rival`", "", "50.0 -> 55.0 | 25 % |  | 0: 55.0"))]
-    assert len(json.loads((tmp_path / "results.json").read_text())) == 5
-    assert_refused("results.json: another run there has its options and seed", run, 6, 99.0)
+            ("cache, no training", "", "50.0 -> 55.0 | 25 % |  | 0: 55.0"))]
+    assert {"- model: tiny", "- precision: fp32", "- code: c0de"} <= set(lines)
+
+
+@pytest.mark.parametrize("key, value, says", [
+    ("model", "ulip2", "model ulip2"), ("start", "other", "start other"), ("code", "dead", "code dead"),
+    ("precision", "bf16", "precision bf16"), ("start", "tiny-0123456789abcdef", "own, of the usual passes")])
+def test_runs_of_other_models_starts_precisions_or_code_have_a_row_of_their_own(key, value, says):
+    other = result(1, 90.0, **{key: value})
+    ceiling = result(1, 70.0, changed={"labels": "truth"})
+    _, _, *rows = make_tables.tables([result(0), other, ceiling])[0].splitlines()
+    assert sum("60.0" in row for row in rows) == 1 and sum("90.0" in row for row in rows) == 1
+    row, = [row for row in rows if "90.0" in row]
+    assert says in row and "%" not in row  # the ceiling is not this run's
+    # Starts that each seed made for itself are one setting, of the same passes only.
+    seeds = [result(seed, start=f"tiny-{seed:016x}", pretrain_epochs=epochs)
+             for seed, epochs in ((0, 10), (1, 10), (2, 5))]
+    assert len(make_tables.tables(seeds[:2])[0].splitlines()) == 3
+    assert len(make_tables.tables(seeds)[0].splitlines()) == 4
+
+
+def test_gathering_refuses_broken_results_and_two_runs_that_differ_in_nothing(tmp_path):
+    def write(name, text):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+        return make_tables.gather(tmp_path)
+    assert_refused("no results.json with accuracy below", make_tables.gather, tmp_path)
+    assert len(write("toys/a/seed-0/results.json", json.dumps(result()))) == 1
+    assert len(write("toys/a/seed-1/results.json", json.dumps(result(1)))) == 2
+    assert len(write("toys/b/results.json", json.dumps(result(zero_shot=None)))) == 2  # had no labels
+    assert len(write("results.json", "{")) == 2  # what an earlier call gathered
+    assert_refused("c/results.json: another run there has its options", write, "toys/c/results.json",
+                   json.dumps(result()))
     for broken in ("{", "[1]", '{"zero_shot": 1}'):
-        assert_refused("cannot read .*6/results.json", write, "6/results.json", broken)
+        assert_refused("cannot read .*c/results.json", write, "toys/c/results.json", broken)
+
+
+def test_all_runs_of_the_tables_are_one_command_that_can_be_stopped_and_continued(
+        tmp_path, monkeypatch, capsys, finished):
+    rows = {"": ("--dataset toys",), "--labels nonsense": ("--dataset toys",)}
+    monkeypatch.setattr(make_tables, "ROWS", rows)
+    monkeypatch.setattr(make_tables, "SEEDS", (0,))
+    start = f"--start-checkpoint {finished[0] / 'start.pt'}"
+    small = "--points 128 --views 2 --batch-size 16 --epochs 1 --device cpu"
+    monkeypatch.setattr(make_tables, "ALL_RUNS", f"{start} {small}")
+    shutil.copytree(finished[0] / "own", tmp_path / "toys")
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs/tables"
+    done = folder / "toys/default/seed-0/results.json"
+
+    # One that fails is named, and stops no other.
+    assert_refused("1 runs failed.*toys/labels-nonsense/seed-0", make_tables.main, ["--into", "shown"])
+    said = capsys.readouterr().out
+    assert "2 runs, 2 remain" in said and "cache, no training" in said
+    assert (folder / "tables.md").read_text() == Path("shown/tables.md").read_text()
+    assert "invalid choice" in (folder / "toys/labels-nonsense/seed-0/output.txt").read_text()
+
+    # A run that was begun and stopped continues, what is done is not run again.
+    done.unlink()
+    for remain, ended in ((1, True), (0, False)):
+        make_tables.main(["--only", "default", "seed-0"])
+        said = capsys.readouterr().out
+        assert f"1 runs, {remain} remain" in said and ("default/seed-0 done; 0 remain" in said) == ended
+        assert "continuing" in done.with_name("output.txt").read_text()
+
+
+def test_the_time_left_is_that_of_the_runs_done_on_the_same_data_set(tmp_path):
+    runs = [make_tables.Run(f"{name}/seed-{seed}", "") for name in ("a", "b", "c") for seed in range(2)]
+    assert make_tables.remaining(runs, runs, tmp_path, 2) == "6 remain"
+    for run, seconds in ((runs[0], 100), (runs[2], 300)):
+        path = make_tables.results_path(tmp_path, run)
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"seconds": seconds}))
+    left = [runs[1], runs[3], runs[4], runs[5]]  # 100, 300, and 200, the mean, twice
+    assert make_tables.remaining(left, runs, tmp_path, 2) == "4 remain, about 0:06:40 h:m:s"
+
+
+def test_stopping_the_tables_stops_their_runs(tmp_path, monkeypatch):
+    started = []
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    def start(run, *_):
+        started.append(subprocess.Popen(["sleep", "60"]))
+        return started[-1]
+    monkeypatch.setattr(make_tables, "start", start)
+    monkeypatch.setattr(make_tables.time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make_tables.train_all(make_tables.planned_runs()[:3], tmp_path, 2)
+    assert [process.returncode for process in started] == [-signal.SIGTERM] * 2
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
@@ -1491,14 +1596,14 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 def test_the_readme_agrees_with_the_code_and_its_diff_applies():
     readme = (HERE / "README.md").read_text()
     files = {name: (HERE / f"{name}.py").read_text() for name in ("losses", "model", "data", "eval", "train")}
-    code = "".join(files.values())
+    code = "".join([*files.values(), *(path.read_text() for path in (HERE / "assets").glob("*.py"))])
     cited, rows = set(re.findall(r"\bD\d+\b", code)), set(re.findall(r"^\| (D\d+) ", readme, re.M))
     assert cited and cited <= rows, cited - rows
     for tag in ("image-encoder", "point-encoder", "classifier", "ema", "joint-label", "self-training", "mim",
                 "fairness", "mpm", "gl-align", "cross-align", "pretrain"):
         assert f"[{tag}]" in code and f"`{tag}`" in readme, tag
     flags = set(re.findall(r'\("(--[a-z-]+)"', code)) | {"--help"}
-    named = " ".join(re.findall(r"(?:`(?=--)|train\.py|eval\.py)([^`\n]*)", readme))
+    named = " ".join(re.findall(r"(?:`(?=--)|train\.py|eval\.py|assets\.\w+)([^`\n]*)", readme))
     for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", named):
         assert flag in flags or flag.replace("--no-", "--") in flags, flag
     for module, name in re.findall(r"`(losses|model|data|eval|train)\.(?!py)(\w+)", readme):
@@ -1522,8 +1627,8 @@ def test_the_readme_agrees_with_the_code_and_its_diff_applies():
 @pytest.mark.skipif(not (HERE / "assets/tables.md").exists(), reason="no tables yet")
 def test_the_tables_are_those_of_the_recorded_runs():
     runs = json.loads((HERE / "assets/results.json").read_text())
-    short, full = evaluation.tables(runs)
-    assert (HERE / "assets/tables.md").read_text() == full
+    short, document = make_tables.tables(runs)
+    assert (HERE / "assets/tables.md").read_text(encoding="utf-8") == document
     rows = {line for line in (HERE / "README.md").read_text().splitlines()
-            if re.match(r"\| (Cross-MoST|`[^`]*`) \|.* -> ", line)}
-    assert len(rows) == 5 and rows <= set(short.splitlines())
+            if re.match(r"\| (Cross-MoST|`--[^`]*`|.*, no training) \|.* -> ", line)}
+    assert len(rows) >= 4 and rows <= set(short.splitlines())

@@ -1,0 +1,399 @@
+"""Every run behind the tables of README and assets/tables.md, and the tables.
+
+    python -m assets.make_tables                              # hours; stop it at any time, the same goes on
+    python -m assets.make_tables --only shapes seed-0         # the runs whose names hold all these words
+    python -m assets.make_tables --jobs 0 --into assets       # no run, only the tables of those done
+
+A finished run is not run again, an unfinished one continues. tables.md and results.json are written beside
+the runs, into runs/tables.
+"""
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import train
+from data import Objects, UserError, load_dataset, reading
+from eval import (CODE, MODALITIES, assess, embed, evaluate, number, one_line_errors, option_parser, to_probs,
+                  top_one, write_whole)
+from model import TEMPLATES, CrossMoST, build_model
+
+# ------ What is run -----------------------------------------------------------------------------------------
+# Options of train.py for all runs. Each seed has a start of its own, of as many passes as assets/tiny.pt.
+ALL_RUNS = "--model tiny --pretrain-epochs 10"
+SEEDS = (0, 1, 2)
+SHAPES = "--dataset shapes"
+REAL = "--dataset modelnet10"
+SCANNED = "--dataset modelnet10 --domain target"
+# A row of the tables: what differs from the method with its defaults, and the data sets it is run on.
+ROWS = {
+    "": (SHAPES, REAL, SCANNED),
+    "--labels truth": (SHAPES, REAL, SCANNED),
+    # The original's baseline: each modality trains on its own labels, and nothing aligns the two.
+    "--labels separate --w-cross 0": (SHAPES, REAL, SCANNED),
+    "--labels together": (SHAPES, REAL, SCANNED),
+    "--labels together --w-fair 0": (SHAPES, REAL, SCANNED),
+    "--labels separate": (SHAPES, REAL),
+    "--labels mean": (SHAPES, REAL),
+    "--labels agree": (SHAPES, REAL),
+    "--modalities image": (SHAPES, REAL),
+    "--modalities point": (SHAPES, REAL),
+    "--w-fair 0": (SHAPES, REAL),
+    "--w-cross 0": (SHAPES, REAL),
+    "--w-mim 0": (SHAPES, REAL),
+    "--w-mpm 0": (SHAPES, REAL),
+    "--w-gl 0": (SHAPES, REAL),
+    "--point-target points": (SHAPES, REAL),
+    "--momentum 0.99": (SHAPES, REAL),
+    "--mask-ratio 0": (SHAPES, REAL),
+}
+
+
+
+
+class Run(NamedTuple):
+    """A run, or the score of a rival without training, for one row, data set and seed."""
+
+    name: str  # also its folder's
+    options: str  # of train.py; of a rival they say which data and which start
+    rival: str | None = None
+
+
+def planned_runs() -> list[Run]:
+    """All runs, then all rivals. A row's seeds stand together: two jobs make two starts at once."""
+    runs = []
+    for changed, data_sets in ROWS.items():
+        for data_set in data_sets:
+            for seed in SEEDS:
+                name = f"{folder_name(data_set)}/{folder_name(changed) or 'default'}/seed-{seed}"
+                runs.append(Run(name, f"{data_set} {changed} {ALL_RUNS} --seed {seed}"))
+
+    for rival in RIVALS:
+        for data_set in ROWS[""]:
+            for seed in SEEDS:
+                name = f"{folder_name(data_set)}/{rival.replace(' ', '-')}/seed-{seed}"
+                runs.append(Run(name, f"{data_set} {ALL_RUNS} --seed {seed}", rival))
+    return runs
+
+
+def folder_name(options: str) -> str:
+    """"--dataset modelnet10 --domain target" -> "modelnet10-target", "--w-cross 0" -> "w-cross-0"."""
+    words = options.replace("--dataset ", "").replace("--domain ", "").split()
+    return "-".join(word.removeprefix("--") for word in words)
+
+
+# ------ Running ---------------------------------------------------------------------------------------------
+def main(argv=None) -> str:
+    """Run what is not done, then write the tables. Returns the short one."""
+    args = parse_args(argv)
+    chosen = [run for run in planned_runs() if all(word in run.name for word in args.only)]
+    failed = []
+    if args.jobs:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: ends the runs, too
+        failed = train_all([run for run in chosen if not run.rival], args.folder, args.jobs)
+        score_rivals([run for run in chosen if run.rival], args.folder)
+
+    results = gather(args.folder)
+    short, document = tables(results)
+    for folder in [args.folder, args.into]:
+        if folder:
+            write_whole(folder / "tables.md", Path.write_text, document, "utf-8")
+            write_whole(folder / "results.json", Path.write_text, json.dumps(results, indent=0))
+    print(short)
+    if failed:
+        raise UserError(f"{len(failed)} runs failed; their output.txt says why: {', '.join(failed)}")
+    return short
+
+
+def parse_args(argv=None):
+    parser = option_parser(__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--folder", type=Path, default=Path("runs/tables"), help="where the runs and their tables are")
+    add("--only", nargs="+", default=[], metavar="WORD", help="only runs whose names hold all these words")
+    add("--jobs", type=number(0, convert=int), default=2, help="runs at a time; 0 only gathers what is done")
+    add("--into", type=Path, help="a second folder for tables.md and results.json, for example assets")
+    return parser.parse_args(argv)
+
+
+def results_path(folder: Path, run: Run) -> Path:
+    return folder / run.name / "results.json"
+
+
+def train_all(runs: list[Run], folder: Path, jobs: int) -> list[str]:
+    """Run what is not done, `jobs` at a time, saying how long the rest takes. Returns the names that failed.
+
+    Whatever ends this process ends the runs, which then continue with the next call.
+    """
+    waiting = [run for run in runs if not results_path(folder, run).exists()]
+    print(f"{len(runs)} runs, {remaining(waiting, runs, folder, jobs)}", flush=True)
+    running, failed = {}, []
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                run = waiting.pop(0)
+                running[run] = start(run, folder, max(1, torch.get_num_threads() // jobs))
+            time.sleep(0.2)
+
+            for run, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[run]
+                    if process.returncode:
+                        failed.append(run.name)
+                    ended = "failed" if process.returncode else "done"
+                    left = remaining([*waiting, *running], runs, folder, jobs)
+                    print(f"{run.name} {ended}; {left}", flush=True)
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+    return failed
+
+
+def start(run: Run, folder: Path, threads: int) -> subprocess.Popen:
+    """train.py with the run's options. What it prints goes into output.txt in the run's folder."""
+    out = folder / run.name
+    out.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, train.__file__, *run.options.split(), "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    with open(out / "output.txt", "w") as output:
+        # A session of its own, so that a terminal's Ctrl-C comes from here alone, once.
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment,
+                                start_new_session=True)
+
+
+def remaining(left: list[Run], runs: list[Run], folder: Path, jobs: int) -> str:
+    """How many runs are left, and how long they take if each takes what those done on its data set took."""
+    seconds = {}
+    for run in runs:
+        if results_path(folder, run).exists():
+            results = json.loads(results_path(folder, run).read_text())
+            seconds.setdefault(run.name.split("/")[0], []).append(results["seconds"])
+    if not left or not seconds:
+        return f"{len(left)} remain"
+
+    of_any = statistics.mean(value for values in seconds.values() for value in values)
+    mean = {data_set: statistics.mean(values) for data_set, values in seconds.items()}
+    total = sum(mean.get(run.name.split("/")[0], of_any) for run in left)
+    return f"{len(left)} remain, about {timedelta(seconds=round(total / jobs))} h:m:s"
+
+
+# ------ Rivals: what the same start reaches without training ------------------------------------------------
+def score_rivals(rivals: list[Run], folder: Path):
+    """Write the results.json of those rivals that have none, one after the other."""
+    for run in rivals:
+        path = results_path(folder, run)
+        if not path.exists():
+            write_whole(path, Path.write_text, json.dumps(score_rival(run), indent=1))
+            print(f"{run.name} done", flush=True)
+
+
+def score_rival(run: Run) -> dict:
+    """The results of a rival, with the keys of train.py's as far as there is such a thing, and "accuracy"."""
+    args = train.parse_args(run.options.split())
+    unlabelled, test = (load_dataset(args.dataset, args.data_root, split, args.points, args.domain,
+                                     args.download, args.up) for split in ("train", "test"))
+    start_path = train.find_start(args, unlabelled)
+    model = build_model(args.model, test.class_names, TEMPLATES[args.templates], args.pretrained, start_path,
+                        groups=args.groups, group_size=args.group_size).to(args.device)
+    probs = RIVALS[run.rival](model, unlabelled, test, args.views)
+    return {
+        "dataset": test.name, "split": test.split, "objects": len(test), "rival": run.rival,
+        "model": args.model, "start": start_path.stem, "pretrain_epochs": args.pretrain_epochs,
+        "seed": args.seed, "changed": {}, "precision": args.precision, "code": CODE,
+        "commit": train.provenance(args.device)["commit"],
+        "zero_shot": top_one(evaluate(model, test, args.views)),
+        "accuracy": top_one(assess(probs, test)),
+    }
+
+
+def predict_by_cache(model: CrossMoST, unlabelled: Objects, objects: Objects, views: int | None = None,
+                     shots: int = 16, sharpness: float = 5.5) -> dict[str, Tensor]:
+    """Names borrowed from confident objects that look alike, after Point-Cache (arXiv 2503.12150).
+
+    logits_m + s sum_k exp(-sharpness (1 - f_m . f_mk)) onehot(y_k) / shots, in each modality m, with the
+    model's logit scale s. The keys k are, of each predicted class y_k, the `shots` unlabelled objects of
+    highest joint confidence. shots and sharpness are Tip-Adapter's (arXiv 2111.03930).
+    Returns probabilities as `to_probs` does.
+    """
+    classes = len(model.class_names)
+    cached = embed(model, unlabelled, views)
+    outputs = embed(model, objects, views)
+
+    confidence, labels = to_probs(cached)["joint"].max(dim=-1)
+    by_confidence = confidence.argsort(descending=True)
+    keys = torch.cat([by_confidence[labels[by_confidence] == k][:shots] for k in range(classes)])
+    names = F.one_hot(labels[keys], classes).float()
+
+    for modality in ("image", "point"):
+        similarity = outputs[f"{modality}_features"] @ cached[f"{modality}_features"][keys].T
+        nearness = (-sharpness * (1 - similarity)).exp()
+        outputs[f"{modality}_logits"] += model.logit_scale.exp().item() * nearness @ names / shots
+    return to_probs(outputs)
+
+
+RIVALS = {
+    "cache": predict_by_cache,
+    # Here: "named together", losses.transduced_labels on the test objects, without training.
+}
+
+
+# ------ Tables ----------------------------------------------------------------------------------------------
+HEADING = """# Results
+
+Made by `python -m assets.make_tables`. Top-1 accuracy in percent, zero-shot start -> teacher after the last
+epoch, mean ± standard deviation over seeds. gap: the share of the gap between the start and the same
+training with true labels (`--labels truth`) that was closed, joint.
+"""
+
+
+def gather(folder: Path) -> list[dict]:
+    """The results.json of all runs below the folder, without those that had no labels.
+
+    Raises: UserError for a broken file, or two runs that differ in nothing; FileNotFoundError without any.
+    """
+    runs = {}
+    for path in sorted(folder.glob("*/**/results.json")):  # FOLDER/results.json is what is gathered
+        with reading(path, "expected results of train.py or of a rival; remove it"):
+            run = json.loads(path.read_text())
+            if not run["zero_shot"]:
+                continue
+            tables([run])
+            setting = str([options_label(run), *ceiling_key(run)])
+            if setting in runs:
+                raise ValueError("another run there has its options and its seed")
+            runs[setting] = run
+    if not runs:
+        raise FileNotFoundError(f"no results.json with accuracy below {folder}; --jobs 2 makes some")
+    return list(runs.values())
+
+
+def conditions(run: dict) -> dict:
+    """What has to be equal, besides the options, for runs of several seeds to stand in one row.
+
+    A start that a run made itself is a file MODEL-HASH, and the hash is of the seed, too. Such starts count
+    as one where their model, passes and code are one. Any other start counts by its file's name.
+    """
+    made_here = re.fullmatch(re.escape(run["model"].replace("/", "-")) + "-[0-9a-f]{16}", run["start"])
+    passes = run["pretrain_epochs"] or "the usual"
+    return {
+        "model": run["model"],
+        "start": f"each seed's own, of {passes} passes" if made_here else run["start"],
+        "precision": run["precision"],
+        "code": run["code"],
+    }
+
+
+def tables(runs: list[dict]) -> tuple[str, str]:
+    """Many runs as Markdown: a short table, and a document with a whole table for each data set.
+
+    A row is a setting, a cell goes over its seeds. The short table has a column of joint accuracy for each
+    data set.
+    """
+    rows = {}  # label -> data set -> the runs of all seeds
+    for run in sorted(runs, key=place):
+        rows.setdefault(label(run, runs), {}).setdefault(run["dataset"], []).append(run)
+    data_sets = {run["dataset"]: run["objects"] for run in runs}
+    ceilings = {ceiling_key(run): run["teacher"]["joint"]
+                for run in runs if run["changed"] == {"labels": "truth"}}
+
+    short = [markdown(["joint top-1, %: start -> end (gap)", *data_sets])]
+    short.append(markdown(["---"] * (1 + len(data_sets))))
+    for row, by_data_set in rows.items():
+        cells = [row]
+        for name in data_sets:
+            cell = summary(by_data_set.get(name, []), ceilings)
+            cells.append(f"{cell['joint']} ({cell['gap']})" if cell["gap"] else cell["joint"])
+        short.append(markdown(cells))
+
+    document = [HEADING]
+    for key in ("commit", *conditions(runs[0])):
+        values = {str({**run, **conditions(run)}[key]) for run in runs}
+        document.append(f"- {key}: {', '.join(sorted(values))}")
+    for name, objects in data_sets.items():
+        heads = [f"{name}, {objects} objects", *MODALITIES, "gap", "student, joint", "joint by seed"]
+        document += ["", markdown(heads), markdown(["---"] * len(heads))]
+        for row, by_data_set in rows.items():
+            if name in by_data_set:
+                document.append(markdown([row, *summary(by_data_set[name], ceilings).values()]))
+    return "\n".join(short), "\n".join(document) + "\n"
+
+
+def ceiling_key(run: dict) -> tuple:
+    """What a run has in common with its ceiling."""
+    return run["dataset"], *conditions(run).values(), run["seed"]
+
+
+def label(run: dict, runs: list[dict]) -> str:
+    """A row's name: the changed options, and those conditions that are not the same in all of `runs`."""
+    words = [options_label(run)]
+    for key, value in conditions(run).items():
+        if any(conditions(other)[key] != value for other in runs):
+            words.append(f"{key} {value}")
+    return ", ".join(words)
+
+
+def options_label(run: dict) -> str:
+    """What sets a run apart from the method with its defaults, as options of train.py."""
+    if "rival" in run:
+        return f"{run['rival']}, no training"
+    words = []
+    for option, values in run["changed"].items():
+        words.append("--" + option.replace("_", "-"))
+        for value in values if isinstance(values, list) else [values]:
+            words.append(f"{value:.15g}" if isinstance(value, float) else str(value))
+    return f"`{' '.join(words)}`" if words else "Cross-MoST"
+
+
+def place(run: dict) -> int:
+    """Where a run's row stands: as in ROWS, then rivals, then anything else."""
+    options = [f"`{row}`" for row in ROWS if row]
+    order = ["Cross-MoST", *options, *(f"{rival}, no training" for rival in RIVALS)]
+    name = options_label(run)
+    return order.index(name) if name in order else len(order)
+
+
+def summary(runs: list[dict], ceilings: dict) -> dict[str, str]:
+    """The cells of a row, from the runs of its seeds; empty ones without runs."""
+    starts = [run["zero_shot"] for run in runs]
+    ends = [run["accuracy"] if "rival" in run else run["teacher"] for run in runs]
+    cells = {}
+    for modality in MODALITIES:
+        before = mean_and_std([accuracy[modality] for accuracy in starts])
+        after = mean_and_std([accuracy[modality] for accuracy in ends])
+        cells[modality] = f"{before} -> {after}" if runs else ""
+
+    closed = [(end["joint"] - start["joint"]) / (ceilings[ceiling_key(run)] - start["joint"])
+              for run, start, end in zip(runs, starts, ends) if ceiling_key(run) in ceilings]
+    cells["gap"] = f"{100 * statistics.mean(closed):.0f} %" if closed else ""
+    cells["student"] = mean_and_std([run["student"]["joint"] for run in runs if "student" in run])
+    cells["seeds"] = ", ".join(f"{run['seed']}: {end['joint']:.1f}" for run, end in zip(runs, ends))
+    return cells
+
+
+def mean_and_std(values: list[float]) -> str:
+    """mean ± standard deviation; of one value itself, of none nothing."""
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+def markdown(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
