@@ -182,7 +182,7 @@ def make_parser() -> argparse.ArgumentParser:
           help="of both networks; auto: bf16 on a GPU that supports it, else fp32. Some CPUs are fast in bf16, too")
     group("--compile", action="store_true", help="compile the encoders' blocks (slow first step, then faster)")
     group("--grad-checkpointing", action="store_true", help="less memory: compute image blocks twice")
-    group("--eval-every", type=number(0, kind=int), default=5,
+    group("--eval-every", type=number(0, convert=int), default=5,
           help="epochs between evaluations of the teacher; 0: only at the end")
     group("--log-every", type=COUNT, default=10, help="steps per line of log.jsonl")
     return parser
