@@ -1,7 +1,8 @@
 """Objects to learn from: depth views, weak and strong views, photographs, data sets, the procedural `shapes`.
 
 Coordinates are right-handed, z up, float32; every cloud is centred and scaled into the unit sphere.
-Angles are in radians. N objects, B batch, P points, V views."""
+Angles are in radians. N objects, B batch, P points, V views.
+"""
 import hashlib
 import json
 import math
@@ -29,13 +30,19 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """What a user can put right. It ends train.py and eval.py with its one line and exit code 2."""
+    """What a user can put right. It ends train.py and eval.py with this one line and exit code 2."""
 
 
 @dataclass
 class Objects:
-    """A split of a data set: points (N, P, 3); labels (N,) or None; names of the N objects (without: their
-    numbers); images: a list of photographs' paths for each, or None where depth views are rendered."""
+    """A split of a data set: N clouds of P points, and what is known of each object.
+
+    points: (N, P, 3) float32; a loader may give the list of the N files to read them from instead.
+    labels: (N,) int64 numbers of the true classes, or None.
+    names: what the objects are called; their numbers, where nobody named them.
+    images: for each object the list of its photographs, or None where depth views are rendered.
+    """
+
     points: Tensor
     labels: Tensor | None
     class_names: list[str]
@@ -51,62 +58,93 @@ class Objects:
         return len(self.points)
 
     def pick(self, index: Tensor) -> "Objects":
-        """Those of the indices (n,)."""
-        labels = None if self.labels is None else self.labels[index]
-        images = self.images and [self.images[i] for i in index]
-        return replace(self, points=self.points[index], labels=labels, images=images,
-                       names=[self.names[i] for i in index])
+        """The objects of these numbers (n,), in this order."""
+        return replace(
+            self,
+            points=self.points[index],
+            labels=None if self.labels is None else self.labels[index],
+            names=[self.names[i] for i in index],
+            images=self.images and [self.images[i] for i in index],
+        )
 
 
-def to_unit_sphere(points: Tensor, names: list | None = None) -> Tensor:
-    """Centre each cloud on its mean, scale its farthest point to norm 1. (N, P, 3) -> (N, P, 3).
-    Raises: UserError naming an object whose coordinates are not finite, or whose points all coincide."""
-    names = names or range(len(points))
-    problems = {"NaN or infinite coordinates": ~points.sum(dim=(1, 2)).isfinite(),  # without a second copy
-                "all its points in one place": (points == points[:, :1]).all(dim=1).all(dim=1)}
-    for problem, found in problems.items():
-        if found.any():
-            raise UserError(f"object {names[found.int().argmax()]} has {problem}; repair or remove its file")
-    points = points - points.mean(dim=1, keepdim=True)
-    radius = points.norm(dim=-1).amax(dim=1)
-    return points.div_(radius[:, None, None])  # our own copy; a large set is in memory twice at most
+def to_unit_sphere(points: Tensor, names: list | None = None, up: str = "z") -> Tensor:
+    """Turn clouds upright, centre each on its mean, scale its farthest point to norm 1. A new tensor.
+
+    points (N, P, 3) -> (N, P, 3) float32. `up` is the axis that points upwards in `points` (see UP), `names`
+    are the objects' for messages. Clouds in float64 are centred before they become float32: the digits of
+    coordinates far from the origin, as on a map, would not fit.
+    Raises: UserError naming an object whose coordinates are not finite, or whose points all coincide.
+    """
+    unit = torch.empty(points.shape, device=points.device)
+    for start in range(0, len(points), 64):  # in parts: a large set is in memory twice, and no third time
+        part = to_z_up(points[start:start + 64], up)
+        problems = {
+            "NaN or infinite coordinates": ~part.isfinite().all(dim=2).all(dim=1),
+            "all its points in one place": (part == part[:, :1]).all(dim=2).all(dim=1),
+        }
+        for problem, has_problem in problems.items():
+            if has_problem.any():
+                i = start + has_problem.int().argmax().item()
+                raise UserError(f"object {names[i] if names else i} has {problem}; repair or remove its file")
+
+        part = part - part.mean(dim=1, keepdim=True)
+        radius = part.norm(dim=-1).amax(dim=1)
+        unit[start:start + 64] = part / radius[:, None, None]
+    return unit
 
 
 # ------ Depth views -----------------------------------------------------------------------------------------
 def project(points: Tensor, azimuths: Tensor, elevations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Orthographic camera coordinates: right, up, towards the camera, each (B, V, P), from points (B, P, 3).
-    azimuths, elevations (B, V): where the camera stands; azimuth 0 looks along +y, from -y."""
-    x, y, z = (c.unsqueeze(1) for c in points.unbind(-1))  # (B, 1, P)
+    """Orthographic camera coordinates of clouds: to the right, up, and towards the camera.
+
+    points (B, P, 3); azimuths, elevations (B, V) say where the camera stands. Azimuth 0 is at -y and looks
+    along +y. Returns three tensors (B, V, P).
+    """
+    x, y, z = (coordinate.unsqueeze(1) for coordinate in points.unbind(-1))  # (B, 1, P)
     sin_a, cos_a = azimuths.sin().unsqueeze(-1), azimuths.cos().unsqueeze(-1)
     sin_e, cos_e = elevations.sin().unsqueeze(-1), elevations.cos().unsqueeze(-1)
+
     right = cos_a * x + sin_a * y
     away = cos_a * y - sin_a * x
-    return right, cos_e * z + sin_e * away, sin_e * z - cos_e * away
+    up = cos_e * z + sin_e * away
+    towards = sin_e * z - cos_e * away
+    return right, up, towards
 
 
+@torch.no_grad()
 def render_depth_views(points: Tensor, azimuths: Tensor, elevations: Tensor, size: int) -> Tensor:
-    """Depth maps in PointCLIP V2's recipe: quantise, densify, smooth, squeeze (arXiv 2211.11682).
-    The nearest point of each cell of a grid of 1.6 sqrt(P) cells a side wins, holes of up to four cells are
-    closed, edges smoothed. Points (B, P, 3) in the unit sphere, z up; azimuths, elevations (B, V) or
-    (1, V). Returns (B, V, 3, size, size) without gradient: near = 1, far = 0.2, background 0."""
-    batch, views, total = len(points), azimuths.shape[1], points.shape[1]
-    grid = min(size, int(1.6 * total ** 0.5))
-    with torch.no_grad():
-        u, v, depth = project(points, azimuths, elevations)
-        column = ((u * 0.48 + 0.5) * grid).long().clamp(0, grid - 1)  # 0.48: a thin margin
-        row = ((0.5 - v * 0.48) * grid).long().clamp(0, grid - 1)
-        bright = 0.6 + 0.4 * depth.clamp(-1, 1)
-        image = points.new_zeros(batch, views, grid * grid)
-        image = image.scatter_reduce(2, row * grid + column, bright, "amax").view(-1, grid, grid)
-        for _ in range(2):  # a closing, one cell wider; on a CPU 1-D pools are much faster than a 2-D one
-            image = F.max_pool1d(F.pad(image, (2, 2)), 5, 1).transpose(1, 2)
-        for _ in range(2):
-            image = -F.max_pool1d(F.pad(-image, (1, 1)), 3, 1).transpose(1, 2)
-        for _ in range(2):  # a Gaussian, one axis after the other
-            wide = F.pad(image, (1, 1))
-            image = (0.25 * wide[..., :-2] + 0.5 * image + 0.25 * wide[..., 2:]).transpose(1, 2)
-        if grid != size:
-            image = F.interpolate(image.unsqueeze(1), (size, size), mode="bilinear", align_corners=False)
+    """Depth maps of clouds, in PointCLIP V2's recipe: quantise, densify, smooth, squeeze (arXiv 2211.11682).
+
+    points (B, P, 3) in the unit sphere, z up; azimuths, elevations (B, V) or (1, V).
+    Returns (B, V, 3, size, size) without gradient: near = 1, far = 0.2, background = 0.
+    """
+    batch, views = len(points), azimuths.shape[1]
+    # A grid of 1.6 sqrt(P) cells a side: finer, and a surface would have holes between its points.
+    grid = min(size, int(1.6 * points.shape[1] ** 0.5))
+
+    # Quantise: the nearest point of each cell wins.
+    right, up, towards = project(points, azimuths, elevations)
+    column = ((right * 0.48 + 0.5) * grid).long().clamp(0, grid - 1)  # 0.48 leaves a thin margin
+    row = ((0.5 - up * 0.48) * grid).long().clamp(0, grid - 1)
+    brightness = 0.6 + 0.4 * towards.clamp(-1, 1)
+    image = points.new_zeros(batch, views, grid * grid)
+    image = image.scatter_reduce(2, row * grid + column, brightness, "amax").view(-1, grid, grid)
+
+    # Densify: a closing fills holes of up to four cells; the object stays one cell wider. One axis after the
+    # other, because on a CPU two 1-D pools are much faster than a 2-D one.
+    for _ in range(2):
+        image = F.max_pool1d(F.pad(image, (2, 2)), 5, 1).transpose(1, 2)
+    for _ in range(2):
+        image = -F.max_pool1d(F.pad(-image, (1, 1)), 3, 1).transpose(1, 2)
+
+    # Smooth with a Gaussian (1/4, 1/2, 1/4), again one axis after the other.
+    for _ in range(2):
+        padded = F.pad(image, (1, 1))
+        image = (0.25 * padded[..., :-2] + 0.5 * image + 0.25 * padded[..., 2:]).transpose(1, 2)
+
+    if grid != size:
+        image = F.interpolate(image.unsqueeze(1), (size, size), mode="bilinear", align_corners=False)
     return image.clamp(0, 1).view(batch, views, 1, size, size).expand(-1, -1, 3, -1, -1)
 
 
@@ -123,69 +161,85 @@ def random_view(points: Tensor, size: int) -> Tensor:
     return render_depth_views(points, azimuth, elevation, size)[:, 0]
 
 
-# ------ Weak and strong views, drawn anew per object on the objects' device; inputs are left untouched ------
+# ------ Weak and strong views -------------------------------------------------------------------------------
+# Drawn anew for each object, on the device the objects are on. Inputs are left untouched.
+def draw_views(points: Tensor, size: int, photographs: tuple | None = None) -> dict[str, Tensor]:
+    """Weak [joint-label] and strong views [self-training] of clouds (B, P, 3) for one training step.
+
+    Images (B, 3, size, size) are the pair `photographs` that training_photographs gives, or else two crops
+    of one random depth view. Deviation D22: a depth map has no colours for the original's RandAugment, and
+    its smaller crops would lose the object.
+    """
+    if photographs is None:
+        image = random_view(points, size)
+        grey = image[:, :1]  # the three channels of a depth view are equal: crop one
+        weak = random_crop(grey, 0.85, aspect=1, flip=0).expand_as(image)
+        strong = random_crop(grey, 0.6, aspect=4 / 3, flip=0.5).expand_as(image)
+    else:
+        weak, strong = (images.to(points.device, non_blocking=True) for images in photographs)
+    return {"weak_image": weak, "strong_image": strong,
+            "weak_points": weak_points(points), "strong_points": strong_points(points)}
+
+
 def random_crop(images: Tensor, smallest: float, aspect: float, flip: float) -> Tensor:
-    """Random resized crop: an area share U(smallest, 1), an aspect ratio 1/aspect to aspect, and a mirror
-    image with probability `flip`. (B, channels, H, W) in [0, 1] -> the same"""
-    n, device = len(images), images.device
-    area = smallest + (1 - smallest) * torch.rand(n, device=device)
-    ratio = torch.exp((2 * torch.rand(n, device=device) - 1) * math.log(aspect))
-    w, h = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-    x, y = ((1 - s) * (2 * torch.rand(n, device=device) - 1) for s in (w, h))
-    mirror = torch.where(torch.rand(n, device=device) < flip, -1.0, 1.0)
-    zero = torch.zeros_like(w)
-    matrix = torch.stack([w * mirror, zero, x, zero, h, y], dim=-1).view(n, 2, 3)
+    """Random resized crops: share of the area U(smallest, 1), aspect ratio 1/aspect to aspect (uniform in
+    its logarithm), mirrored with probability `flip`. (B, channels, H, W) -> the same shape
+    """
+    count, device = len(images), images.device
+    area = smallest + (1 - smallest) * torch.rand(count, device=device)
+    ratio = torch.exp((2 * torch.rand(count, device=device) - 1) * math.log(aspect))
+    width = (area * ratio).sqrt().clamp(max=1)
+    height = (area / ratio).sqrt().clamp(max=1)
+    x = (1 - width) * (2 * torch.rand(count, device=device) - 1)
+    y = (1 - height) * (2 * torch.rand(count, device=device) - 1)
+    mirror = torch.where(torch.rand(count, device=device) < flip, -1.0, 1.0)
+
+    zero = torch.zeros_like(width)
+    matrix = torch.stack([width * mirror, zero, x, zero, height, y], dim=-1).view(count, 2, 3)
     grid = F.affine_grid(matrix, images.shape, align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
 
 
-def rotate_about_xyz(points: Tensor, angles: Tensor) -> Tensor:
-    """Rotate clouds about x, then y, then z. points (B, P, 3), angles (B, 3)."""
-    for axis in range(3):
-        sin, cos = angles[:, axis, None].sin(), angles[:, axis, None].cos()
-        fixed, a, b = points.roll(-axis, -1).unbind(-1)
-        points = torch.stack([fixed, cos * a - sin * b, sin * a + cos * b], dim=-1).roll(axis, -1)
-    return points
+def weak_points(points: Tensor) -> Tensor:
+    """Weak clouds [joint-label]: scaled by U(0.9, 1.1), and turned a little about all axes (sigma 0.06, at
+    most 0.18). (B, P, 3) -> (B, P, 3)
+    """
+    count, device = len(points), points.device
+    angles = (0.06 * torch.randn(count, 3, device=device)).clamp(-0.18, 0.18)
+    return rotate_about_xyz(points, angles) * (0.9 + 0.2 * torch.rand(count, 1, 1, device=device))
+
+
+def strong_points(points: Tensor) -> Tensor:
+    """Strong clouds [self-training]: any yaw, scaled by U(0.5, 2), shifted by U(-0.5, 0.5) of their extent,
+    jitter of sigma 0.01 (at most 0.05), and a share U(0, 0.875) of the points dropped.
+
+    A dropped point becomes the cloud's first, so that P stays. (B, P, 3) -> (B, P, 3)
+    """
+    count, device = len(points), points.device
+    points = random_yaw(points) * (0.5 + 1.5 * torch.rand(count, 1, 1, device=device))
+    low, high = points.aminmax(dim=1, keepdim=True)
+    points = points + (high - low) * (torch.rand(count, 1, 3, device=device) - 0.5)
+    points = points + (0.01 * torch.randn(points.shape, device=device)).clamp(-0.05, 0.05)
+
+    chance = torch.rand(count, points.shape[1], 1, device=device)
+    dropped = chance < 0.875 * torch.rand(count, 1, 1, device=device)
+    return torch.where(dropped, points[:, :1], points)
 
 
 def random_yaw(points: Tensor) -> Tensor:
-    """Rotate each cloud about the upright axis by any angle. (B, P, 3)"""
+    """Rotate each cloud about the upright axis by any angle. (B, P, 3) -> (B, P, 3)"""
     angles = torch.zeros(len(points), 3, device=points.device)
     angles[:, 2] = 2 * math.pi * torch.rand(len(points), device=points.device)
     return rotate_about_xyz(points, angles)
 
 
-def weak_points(points: Tensor) -> Tensor:
-    """Scale U(0.9, 1.1), small rotation about all axes (sigma 0.06, at most 0.18) [joint-label]. (B, P, 3)"""
-    n, device = len(points), points.device
-    angles = (0.06 * torch.randn(n, 3, device=device)).clamp(-0.18, 0.18)
-    return rotate_about_xyz(points, angles) * (0.9 + 0.2 * torch.rand(n, 1, 1, device=device))
-
-
-def strong_points(points: Tensor) -> Tensor:
-    """Scale U(0.5, 2), any yaw, shift U(-0.5, 0.5) x extent, jitter of sigma 0.01 (at most 0.05), dropout up
-    to 0.875 [self-training]. A dropped point becomes the cloud's first, so that P stays. (B, P, 3)"""
-    n, device = len(points), points.device
-    points = random_yaw(points) * (0.5 + 1.5 * torch.rand(n, 1, 1, device=device))
-    low, high = points.aminmax(dim=1, keepdim=True)
-    points = points + (high - low) * (torch.rand(n, 1, 3, device=device) - 0.5)
-    points = points + (0.01 * torch.randn(points.shape, device=device)).clamp(-0.05, 0.05)
-    dropped = torch.rand(n, points.shape[1], 1, device=device) < 0.875 * torch.rand(n, 1, 1, device=device)
-    return torch.where(dropped, points[:, :1], points)
-
-
-def draw_views(points: Tensor, size: int, photographs: tuple | None = None) -> dict[str, Tensor]:
-    """Weak [joint-label] and strong views [self-training] of clouds (B, P, 3) for one training step. Images
-    are crops of one random depth view (Deviation D22: a depth map has no colours for RandAugment, a smaller
-    crop loses the object), or `photographs`, a pair that training_photographs gives."""
-    if photographs is None:
-        image = random_view(points, size)
-        grey = image[:, :1]  # its three channels are one
-        crops = random_crop(grey, 0.85, aspect=1, flip=0), random_crop(grey, 0.6, aspect=4 / 3, flip=0.5)
-        photographs = [crop.expand_as(image) for crop in crops]
-    weak, strong = (images.to(points.device, non_blocking=True) for images in photographs)
-    return {"weak_image": weak, "strong_image": strong,
-            "weak_points": weak_points(points), "strong_points": strong_points(points)}
+def rotate_about_xyz(points: Tensor, angles: Tensor) -> Tensor:
+    """Rotate clouds about x, then y, then z. points (B, P, 3), angles (B, 3) -> (B, P, 3)"""
+    for axis in range(3):
+        sin, cos = angles[:, axis, None].sin(), angles[:, axis, None].cos()
+        fixed, a, b = points.roll(-axis, -1).unbind(-1)
+        points = torch.stack([fixed, cos * a - sin * b, sin * a + cos * b], dim=-1).roll(axis, -1)
+    return points
 
 
 # ------ Photographs -----------------------------------------------------------------------------------------
@@ -260,145 +314,152 @@ def fixed_images(objects: Objects, views: int | None, size: int, batch_size: int
 
 
 # ------ Data sets -------------------------------------------------------------------------------------------
-# A loader takes (root, split, download) and gives Objects as they lie in the files, whose `points` are clouds
-# (N, P, 3), or the list of the N files to read them from. download: True fetches all that may be fetched,
-# None only what is missing, small and free of forms, False nothing.
+# A loader takes (root, split, download) and returns Objects as they lie in the files: `points` holds clouds
+# (N, P, 3), or the list of the N files to read them from. `download` allows it to fetch what is missing.
+LAYOUT = 'README, "Data sets", says what goes there'
 
-# Classes in label order; of CO3D folder -> class, of ShapeNet-55 WordNet number -> class
-MODELNET10 = tuple("bathtub,bed,chair,desk,dresser,monitor,night stand,sofa,table,toilet".split(","))
-SCANOBJECTNN = "bag bin box cabinet chair desk display door shelf table bed pillow sink sofa toilet".split()
-REDWOOD = "chair,table,trash container,bench,plant,sign,bicycle,motorcycle,sofa".split(",")
-CO3D = {name.removesuffix(" control").replace(" ", ""): name for name in (
-    "bench,skateboard,backpack,laptop,cup,umbrella,teddy bear,bowl,cake,toy plane,remote control,orange,"
-    "toaster,couch,apple,bottle,donut,hair dryer,hydrant,toy train,pizza,motorcycle,suitcase,banana,toilet,"
-    "sandwich,keyboard,mouse,toy truck,handbag,broccoli,wine glass,microwave,baseball glove,book,carrot,"
-    "ball,bicycle,chair,stop sign,vase,plant").split(",")}
-SHAPENET55 = dict(entry.split(" ", 1) for entry in (
-    "02691156 airplane,02747177 trash bin,02773838 bag,02801938 basket,02808440 bathtub,02818832 bed,"
-    "02828884 bench,02843684 birdhouse,02871439 bookshelf,02876657 bottle,02880940 bowl,02924116 bus,"
-    "02933112 cabinet,02942699 camera,02946921 can,02954340 cap,02958343 car,02992529 cell phone,"
-    "03001627 chair,03046257 clock,03085013 keyboard,03207941 dishwasher,03211117 display,03261776 earphone,"
-    "03325088 faucet,03337140 file cabinet,03467517 guitar,03513137 helmet,03593526 jar,03624134 knife,"
-    "03636649 lamp,03642806 laptop,03691459 loudspeaker,03710193 mailbox,03759954 microphone,"
-    "03761084 microwave,03790512 motorbike,03797390 mug,03928116 piano,03938244 pillow,03948459 pistol,"
-    "03991062 flowerpot,04004475 printer,04074963 remote control,04090263 rifle,04099429 rocket,"
-    "04225987 skateboard,04256520 sofa,04330267 stove,04379243 table,04401088 telephone,04460130 tower,"
-    "04468005 train,04530566 watercraft,04554684 washer").split(","))
+# Classes in the order of the labels. Of CO3D: folder -> class. Of ShapeNet-55: WordNet number -> class.
+MODELNET10 = (
+    "bathtub", "bed", "chair", "desk", "dresser", "monitor", "night stand", "sofa", "table", "toilet")
+SCANOBJECTNN = [
+    "bag", "bin", "box", "cabinet", "chair", "desk", "display", "door", "shelf", "table", "bed", "pillow",
+    "sink", "sofa", "toilet"]
+REDWOOD = [
+    "chair", "table", "trash container", "bench", "plant", "sign", "bicycle", "motorcycle", "sofa"]
+CO3D_NAMES = [
+    "bench", "skateboard", "backpack", "laptop", "cup", "umbrella", "teddy bear", "bowl", "cake", "toy plane",
+    "remote control", "orange", "toaster", "couch", "apple", "bottle", "donut", "hair dryer", "hydrant",
+    "toy train", "pizza", "motorcycle", "suitcase", "banana", "toilet", "sandwich", "keyboard", "mouse",
+    "toy truck", "handbag", "broccoli", "wine glass", "microwave", "baseball glove", "book", "carrot", "ball",
+    "bicycle", "chair", "stop sign", "vase", "plant"]
+CO3D = {name.removesuffix(" control").replace(" ", ""): name for name in CO3D_NAMES}
+SHAPENET55 = {
+    "02691156": "airplane", "02747177": "trash bin", "02773838": "bag", "02801938": "basket",
+    "02808440": "bathtub", "02818832": "bed", "02828884": "bench", "02843684": "birdhouse",
+    "02871439": "bookshelf", "02876657": "bottle", "02880940": "bowl", "02924116": "bus",
+    "02933112": "cabinet", "02942699": "camera", "02946921": "can", "02954340": "cap", "02958343": "car",
+    "02992529": "cell phone", "03001627": "chair", "03046257": "clock", "03085013": "keyboard",
+    "03207941": "dishwasher", "03211117": "display", "03261776": "earphone", "03325088": "faucet",
+    "03337140": "file cabinet", "03467517": "guitar", "03513137": "helmet", "03593526": "jar",
+    "03624134": "knife", "03636649": "lamp", "03642806": "laptop", "03691459": "loudspeaker",
+    "03710193": "mailbox", "03759954": "microphone", "03761084": "microwave", "03790512": "motorbike",
+    "03797390": "mug", "03928116": "piano", "03938244": "pillow", "03948459": "pistol",
+    "03991062": "flowerpot", "04004475": "printer", "04074963": "remote control", "04090263": "rifle",
+    "04099429": "rocket", "04225987": "skateboard", "04256520": "sofa", "04330267": "stove",
+    "04379243": "table", "04401088": "telephone", "04460130": "tower", "04468005": "train",
+    "04530566": "watercraft", "04554684": "washer"}
 
 
-def load_modelnet(root: Path, split: str, download: bool | None, classes=None, views=True) -> Objects:
-    """ModelNet40, or some of its classes, in the official h5 layout; renderings from its `views` folder."""
+def load_modelnet(root: Path, split: str, download: bool, classes=None, views=True) -> Objects:
+    """ModelNet40, or some of its classes, in the official h5 layout; pictures from its `views` folder."""
     folder = root / "modelnet40_ply_hdf5_2048"
-    if download is not False and not folder.exists():
-        unpack([fetch_published("modelnet40", root)], folder)
-    class_names = [line.replace("_", " ") for line in read_lines(folder / "shape_names.txt")]
-    # The lists hold paths of the machine they were made on.
-    files = [folder / Path(line).name for line in read_lines(folder / f"{split}_files.txt")]
+    if download and not folder.exists():
+        unpack(fetch_published("modelnet40", root), folder)
+    class_names = [line.replace("_", " ") for line in read_lines(folder / "shape_names.txt", LAYOUT)]
+    listed = folder / f"{split}_files.txt"
+    files = [folder / Path(line).name for line in read_lines(listed, LAYOUT)]  # paths of its authors' machine
     clouds, labels, names = zip(*(read_h5(file, len(class_names)) for file in files))
     names = None if None in names else sum(names, [])
     if views and names is None and (folder / "views").is_dir():
         raise UserError(f"{folder} has views, but no names of objects; expected h5 `name` or *_id2file.json")
-    with reading(folder / f"{split}_files.txt", "expected files of equally many points"):
+    with reading(listed, "expected files of equally many points"):
         objects = Objects(torch.cat(clouds), torch.cat(labels), class_names, names=names)
+
     if classes is not None:
-        index = torch.tensor([list(classes).index(name) if name in classes else -1 for name in class_names])
-        objects.labels, objects.class_names = index[objects.labels], list(classes)
-        objects = objects.pick((objects.labels >= 0).nonzero()[:, 0])
+        objects = only_classes(objects, classes)
     if views:
         objects.images = find_photographs(folder / "views", objects.names)
     return objects
 
 
-def load_scanobjectnn(root: Path, split: str, download: bool | None, part="main_split", suffix="") -> Objects:
+def only_classes(objects: Objects, classes: tuple[str, ...]) -> Objects:
+    """The objects of some classes, which become all there are, in the order given."""
+    new_label = [classes.index(name) if name in classes else -1 for name in objects.class_names]
+    labels = torch.tensor(new_label)[objects.labels]
+    objects = replace(objects, labels=labels, class_names=list(classes))
+    return objects.pick((labels >= 0).nonzero()[:, 0])
+
+
+def load_scanobjectnn(root: Path, split: str, download: bool, part="main_split", suffix="") -> Objects:
     """ScanObjectNN, one of its variants: real indoor scans in its authors' h5 files."""
-    folder, name = root / "scanobjectnn/h5_files", {"train": "training", "test": "test"}[split]
-    if download is not False and not folder.exists():
-        unpack([fetch_published("scanobjectnn", root)], folder, members=DOWNLOADS["scanobjectnn"]["members"])
-    clouds, labels, _ = read_h5(folder / part / f"{name}_objectdataset{suffix}.h5", len(SCANOBJECTNN))
+    folder = root / "scanobjectnn" / "h5_files"
+    if download and not folder.exists():
+        unpack(fetch_published("scanobjectnn", root), folder, DOWNLOADS["scanobjectnn"]["members"])
+    file_of = {"train": f"training_objectdataset{suffix}.h5", "test": f"test_objectdataset{suffix}.h5"}
+    clouds, labels, _ = read_h5(folder / part / file_of[split], len(SCANOBJECTNN))
     return Objects(clouds, labels, SCANOBJECTNN)
 
 
 def read_h5(path: Path, classes: int) -> tuple[Tensor, Tensor, list | None]:
     """Clouds (N, P, 3), labels (N,) and, if there are any, names of an h5 file.
-    PointNet's own files are y up, told by their normals, and turned. Raises: UserError naming the file."""
-    with reading(path, "expected data (N, P, 3) and label; fetch it again"), h5py.File(path) as file:
-        clouds = torch.from_numpy(file["data"][:].astype(np.float32))
+
+    Clouds in PointNet's own files are y up and are turned; such files are told by the normals they hold.
+    Raises: UserError naming the file and what it holds instead.
+    """
+    with reading(path, "expected data (N, P, 3) and label; fetch it again", LAYOUT), h5py.File(path) as file:
+        points = file["data"][:]
+        if points.dtype.itemsize > 4:  # far from the origin float32 has too few digits: centre before
+            points = points - points.mean(axis=1, keepdims=True)
+        clouds = torch.from_numpy(points.astype(np.float32, copy=False))
         labels = torch.from_numpy(file["label"][:].reshape(-1).astype(np.int64))
         names = [name.decode() for name in file["name"]] if "name" in file else None
-        listed = path.with_name(f"{path.stem[:-1]}_{path.stem[-1]}_id2file.json")  # PointNet's names
-        if names is None and listed.is_file():
-            names = [Path(name).stem for name in json.loads(listed.read_text())]
-        clouds = to_z_up(clouds, "y") if "normal" in file else clouds
-        found = f"data {tuple(clouds.shape)}, {len(labels)} labels, {len(names or labels)} names"
-        if clouds.shape[2:] != (3,) or not len(labels) == len(clouds) == len(names or clouds):
-            raise ValueError(found)
+        names_file = path.with_name(f"{path.stem[:-1]}_{path.stem[-1]}_id2file.json")  # PointNet's names
+        if names is None and names_file.is_file():
+            names = [Path(name).stem for name in json.loads(names_file.read_text())]
+        if "normal" in file:
+            clouds = to_z_up(clouds, "y")
+
+        sizes = {len(clouds), len(labels), len(labels if names is None else names)}
+        if clouds.shape[2:] != (3,) or len(sizes) > 1:
+            contents = f"data {tuple(clouds.shape)}, {len(labels)} labels"
+            raise ValueError(contents if names is None else f"{contents}, {len(names)} names")
     if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
         raise UserError(f"label {labels.max()} in {path}, but there are {classes} classes; fetch it again")
     return clouds, labels, names
 
 
-def load_redwood(root: Path, split: str, download: bool | None) -> Objects:
-    """Redwood's scans of nine classes: redwood/{meshes/ID.ply | points/ID.npy}, redwood/images/ID/*.jpg;
-    redwood/categories.json maps a class to its ids. Those without a mesh or cloud are left out."""
+def load_redwood(root: Path, split: str, _download) -> Objects:
+    """Redwood's scans of nine classes, which its authors' tool fetches. Scans without a mesh are left out.
+
+    redwood/meshes/ID.ply or points/ID.npy; images/ID/*.jpg; categories.json maps a class to its ids.
+    """
     folder = root / "redwood"
-    if download:
-        fetch_redwood(folder)
     listed = folder / "categories.json"
-    with reading(listed, "expected class -> ids", "--download fetches all (100 GB); README has the layout"):
+    tool = "github.com/isl-org/redwood-3dscan fetches it; " + LAYOUT
+    with reading(listed, "expected class -> ids", tool):
         ids = json.loads(listed.read_text())
-        labels = {name: k for k, key in enumerate(REDWOOD) for name in ids[key] if in_split(name, split)}
+        labels = {scan_id: label for label, class_name in enumerate(REDWOOD) for scan_id in ids[class_name]}
     files = {file.stem: file for file in [*folder.glob("points/*.npy"), *folder.glob("meshes/*.ply")]}
-    names = [name for name in labels if name in files]
+    names = [scan_id for scan_id in labels if scan_id in files and in_split(scan_id, split)]
     if not names:
-        raise FileNotFoundError(f"no mesh in {folder / 'meshes'} of any id; --download fetches them")
+        raise FileNotFoundError(f"no mesh of a listed id in {folder / 'meshes'}; {tool}")
     return Objects([files[name] for name in names], torch.tensor([labels[name] for name in names]), REDWOOD,
                    names=names, images=find_photographs(folder / "images", names))
 
 
-def fetch_redwood(folder: Path):
-    """Meshes of the nine classes, and 24 evenly spaced frames of each scan."""
-    print("fetching Redwood's object scans (public domain; cite arXiv 1602.02481): some 400 archives, 100 GB")
-    lists = "https://raw.githubusercontent.com/isl-org/redwood-3dscan/master"
-    files = "https://redwood-3dscan.b-cdn.net"
-    ids, meshes = (json.loads(fetch(folder / name, [f"{lists}/{name}"]).read_text())
-                   for name in ("categories.json", "meshes.json"))
-    for name in sorted(set(meshes) & {name for key in REDWOOD for name in ids[key]}):
-        fetch(folder / f"meshes/{name}.ply", [f"{files}/mesh/{name}.ply"])
-        fetch_pieces(folder / "images" / name, {f"{files}/rgbd/{name}.zip": None}, frames=24)
-
-
-def load_co3d(root: Path, split: str, download: bool | None) -> Objects:
-    """CO3D v2: co3d/CATEGORY/SEQUENCE/{pointcloud.ply, images/*.jpg} of 42 categories."""
-    folder = root / "co3d"
-    if download:
-        fetch_co3d(folder)
-    labels = {file: k for k, category in enumerate(CO3D)
-              for file in sorted((folder / category).glob("*/pointcloud.ply"))
-              if in_split(file.parent.name, split)}
-    if not labels:
-        raise FileNotFoundError(f"no {folder}/CATEGORY/SEQUENCE/pointcloud.ply; --download fetches single "
-                                "sequences (8.9 GB, CC BY-NC 4.0); all: github.com/facebookresearch/co3d")
-    images = [sorted((file.parent / "images").glob("*.jpg")) for file in labels]
-    return Objects(list(labels), torch.tensor(list(labels.values())), list(CO3D.values()),
-                   names=[file.parent.name for file in labels], images=images if any(images) else None)
-
-
-def fetch_co3d(folder: Path):
-    """The single-sequence archives of each category, checked against CO3D's own list."""
-    print("fetching CO3D's single sequences (CC BY-NC 4.0; 8.9 GB)")
-    lists = "https://raw.githubusercontent.com/facebookresearch/co3d/main/co3d/co3d_sha256.json"
-    files = "https://dl.fbaipublicfiles.com/co3dv2_231130"
-    listed = json.loads(fetch(folder / "co3d_sha256.json", [lists]).read_text())["singlesequence"]
-    for category in CO3D:
-        fetch_pieces(folder / category, {f"{files}/{name}_singlesequence.zip": listed[f"{name}.zip"]
-                                         for name in (f"{category}_000", f"{category}_001")})
+def load_co3d(root: Path, split: str, _download) -> Objects:
+    """CO3D v2, which its authors' tool fetches: co3d/CATEGORY/SEQUENCE/{pointcloud.ply, images/*.jpg} of 42
+    categories. Sequences without a cloud are left out.
+    """
+    files, labels = [], []
+    for label, category in enumerate(CO3D):
+        clouds = sorted((root / "co3d" / category).glob("*/pointcloud.ply"))
+        clouds = [file for file in clouds if in_split(file.parent.name, split)]
+        files += clouds
+        labels += [label] * len(clouds)
+    if not files:
+        raise FileNotFoundError(f"no {root / 'co3d'}/CATEGORY/SEQUENCE/pointcloud.ply; "
+                                f"github.com/facebookresearch/co3d fetches them; {LAYOUT}")
+    images = [sorted((file.parent / "images").glob("*.jpg")) for file in files]
+    return Objects(files, torch.tensor(labels), list(CO3D.values()),
+                   names=[file.parent.name for file in files], images=images if any(images) else None)
 
 
 def load_shapenet55(root: Path, split: str, _download) -> Objects:
     """Point-BERT's ShapeNet-55, for pre-training: ShapeNet-55/{train,test}.txt, shapenet_pc/*.npy."""
     listed = root / "ShapeNet-55" / f"{split}.txt"
     names = read_lines(listed, "needs ShapeNet's form: https://huggingface.co/datasets/ShapeNet/ShapeNetCore")
-    label_of = {synset: k for k, synset in enumerate(SHAPENET55)}
+    label_of = {synset: label for label, synset in enumerate(SHAPENET55)}
     with reading(listed, "expected names that begin with the WordNet number of one of the 55 classes"):
         labels = torch.tensor([label_of[name.split("-")[0]] for name in names])
     files = [root / "shapenet_pc" / name for name in names]
@@ -430,14 +491,18 @@ def load_folder(folder: Path, split: str) -> Objects:
 
 
 def in_split(name: str, split: str) -> bool:
-    """A fixed split, 80 % train and 20 % test, by a hash of the name: the paper's lists are not published."""
-    return (hashlib.sha256(name.encode()).digest()[0] < 51) == (split == "test")
+    """Whether a fixed split, 80 % train and 20 % test by a hash of the name, puts an object there. The lists
+    of the paper are not published.
+    """
+    is_test = hashlib.sha256(name.encode()).digest()[0] < 51  # of 256
+    return is_test == (split == "test")
 
 
-# One row per data set: loader; the axis that points up in its files (ModelNet: of its meshes; ScanObjectNN:
-# its repository's issue 33; Redwood and CO3D lie as a camera saw them, y down, roughly); templates around the
-# names; and what the original code trains it with: points per cloud, thresholds of joint-label and of images
-# and points apart, point weight, and, where they are not those of all sets, epochs and batch size.
+# One row per data set. `load`: its loader. `up`: the axis that points up in its files (ScanObjectNN: issue 33
+# of its repository; Redwood and CO3D lie as a camera saw them, y down, roughly). `templates`: the texts
+# around its names. The rest is what the original code trains it with: points per cloud, thresholds of
+# joint-label and of images and points apart, point weight, and epochs and batch size where they differ from
+# all others'.
 CAD = dict(up="z", templates="depth", points=2048, threshold=[0.84], separate=[0.84, 0.84], point_weight=0.9)
 SCANS = dict(up="y", templates="depth", points=2048, threshold=[0.82], separate=[0.6, 0.6], point_weight=1.0)
 PHOTO = dict(SCANS, up="-y", templates="photo", points=8192)
@@ -446,51 +511,66 @@ DATASETS = {
     "modelnet10": dict(CAD, load=partial(load_modelnet, classes=MODELNET10)),
     "modelnet40": dict(CAD, load=load_modelnet, separate=[0.8, 0.82]),
     "modelnet40-depth": dict(CAD, load=partial(load_modelnet, views=False)),
-    "scanobjectnn-obj-only": dict(SCANS, separate=[0.8, 0.82],
-                                  load=partial(load_scanobjectnn, part="main_split_nobg")),
+    "scanobjectnn-obj-only": dict(
+        SCANS, load=partial(load_scanobjectnn, part="main_split_nobg"), separate=[0.8, 0.82]),
     "scanobjectnn-with-bg": dict(SCANS, load=load_scanobjectnn),
     "scanobjectnn-hardest": dict(SCANS, load=partial(load_scanobjectnn, suffix="_augmentedrot_scale75")),
     "redwood": dict(PHOTO, load=load_redwood, separate=[0.82, 0.82], batch_size=64),
-    "co3d": dict(PHOTO, load=load_co3d, threshold=[0.84], separate=[0.8, 0.82], point_weight=0.9, epochs=150),
+    "co3d": dict(
+        PHOTO, load=load_co3d, threshold=[0.84], separate=[0.8, 0.82], point_weight=0.9, epochs=150),
     "shapenet55": dict(CAD, load=load_shapenet55, up="y", templates="3d", points=8192),
 }
 
 
 def dataset_row(name: str) -> dict:
-    """The row of DATASETS for a data set. A folder of one's own, whose shares and sizes nobody knows, has
-    ScanObjectNN's values, being scans; one with `views` has photographs."""
+    """The row of DATASETS for a data set. A user's folder gets ScanObjectNN's values, because it usually
+    holds scans, and texts of photographs if it has `views`.
+    """
     templates = "photo" if (Path(name) / "views").is_dir() else "depth"
     return DATASETS.get(name) or dict(SCANS, up="z", separate=[0.82, 0.82], templates=templates)
 
 
 def load_dataset(name: str, root: str | Path, split: str, points: int = 1024, domain: str | None = None,
-                 download: bool | None = None, up: str | None = None) -> Objects:
-    """Objects of a data set or of a folder of one's own, z up, in the unit sphere; split "train" or "test".
-    domain "target" shows objects as a scanner would (see scan), None as the data set has them; download: see
-    the loaders; up: the axis that points upwards in the files. Raises: UserError, OSError for wrong data."""
-    folder, row = Path(name), dataset_row(name)
+                 download: bool = True, up: str | None = None) -> Objects:
+    """Objects of a data set, or of a user's folder: z up, in the unit sphere, `points` points a cloud.
+
+    name: one of DATASETS, or a folder. root: the folder that holds the data sets. split: "train" or "test".
+    domain: "target" shows objects as a scanner would see them (see scan), "source" as they are; None is what
+    the data set usually is: `shapes` scanned, all others as they are.
+    download: fetch what is missing and needs no form. up: the axis that points upwards in the files.
+    Raises: UserError or OSError for data that are missing or wrong.
+    """
+    folder = Path(name)
     if name not in DATASETS and not folder.is_dir():
         raise UserError(f"unknown data set {name!r}; one of {', '.join(DATASETS)}, or a folder of your own")
     if name == "shapes":
         count, seed = {"train": (2000, 1), "test": (500, 2)}[split]
         objects = sample_shapes(count, seed, domain or "target", points)
+        differs = domain == "source"
     else:
-        if name in DATASETS:
-            objects = row["load"](Path(root), split, download)
-        else:
-            split = split if (folder / split).is_dir() else "train"  # without `test`, those of `train`
-            objects = load_folder(folder, split)
-        most = 3 * points if domain == "target" else points  # a scan loses a quarter of its cloud
-        if isinstance(objects.points, list):
-            objects.points = read_objects(objects.points, points, most)
-        if objects.points.shape[1] < points:
-            raise UserError(f"{name} has {objects.points.shape[1]} points, --points is {points}; lower it")
-        objects.points = to_unit_sphere(to_z_up(objects.points[:, :most], up or row["up"]), objects.names)
-        if domain == "target":
-            objects.points = scan(objects.points, points, seed=("train", "test").index(split))
-    unusual = domain == ("source" if name == "shapes" else "target")
-    objects.name = f"{folder.name}-{domain}" if unusual else folder.name
+        if name not in DATASETS and not (folder / split).is_dir():
+            split = "train"  # a folder without `test` is tested on what it is trained on
+        objects = load_clouds(name, Path(root), split, points, domain == "target", download, up)
+        differs = domain == "target"
+    objects.name = f"{folder.name}-{domain}" if differs else folder.name
     objects.split = split
+    return objects
+
+
+def load_clouds(name: str, root: Path, split: str, points: int, scanned: bool, download: bool,
+                up: str | None) -> Objects:
+    """Objects of files, upright in the unit sphere, as they are or as a scanner would see them."""
+    row = dataset_row(name)
+    objects = row["load"](root, split, download) if name in DATASETS else load_folder(Path(name), split)
+    max_points = 3 * points if scanned else points  # a scan loses a quarter of its cloud
+    if isinstance(objects.points, list):
+        objects.points = read_objects(objects.points, points, max_points)
+    available = objects.points.shape[1]
+    if available < points:
+        raise UserError(f"{name} has {available} points, --points is {points}; lower it")
+    objects.points = to_unit_sphere(objects.points[:, :max_points], objects.names, up or row["up"])
+    if scanned:
+        objects.points = scan(objects.points, points, seed=("train", "test").index(split))
     return objects
 
 
@@ -615,22 +695,31 @@ def reading(path: Path, repair: str, missing: str = "README, Data, says what goe
 
 # ------ Fetching: the hub's copy first, then plain addresses ------------------------------------------------
 ULIP2 = "ULIP-2-PointBERT-8k-xyz-pc-slip_vit_b-objaverse-pretrained.pt"
-# file: its place below the data root (starts: the cache). sources: addresses, or of the Hugging Face hub data
-# set, file in it, revision. sha256 and members (sha256 of files inside): where they are published.
+# file: its place below the data root (starts: below the cache). terms: what is said before it is fetched.
+# sources: addresses, or (data set of the Hugging Face hub, file in it, revision).
+# sha256, and members (sha256 of files inside an archive): where several public projects agree on them.
 DOWNLOADS = {
-    "ulip2": dict(file=ULIP2, terms="BSD-3-Clause, 8k-point Objaverse model of ULIP-2", sources=[
-        ("SFXX/ulip", f"ULIP-2/pretrained_models/{ULIP2}", None)]),
-    "ulip1": dict(file="checkpoint_pointbert.pt", terms="BSD-3-Clause, ULIP-1 on ShapeNet-55", sources=[(
-        "SFXX/ulip", "ULIP-1/pretrained_models/ckpt_zero-sho_classification/checkpoint_pointbert.pt", None)]),
+    "ulip2": dict(
+        file=ULIP2,
+        terms="BSD-3-Clause, 8k-point Objaverse model of ULIP-2",
+        sources=[("SFXX/ulip", f"ULIP-2/pretrained_models/{ULIP2}", None)]),
+    "ulip1": dict(
+        file="checkpoint_pointbert.pt",
+        terms="BSD-3-Clause, ULIP-1 on ShapeNet-55",
+        sources=[("SFXX/ulip",
+                  "ULIP-1/pretrained_models/ckpt_zero-sho_classification/checkpoint_pointbert.pt", None)]),
     "modelnet40": dict(
-        file="modelnet40_ply_hdf5_2048.zip", terms="435 MB, for academic research only", sources=[
-            ("Msun/modelnet40", "modelnet40_ply_hdf5_2048.zip", "d5dc795541800feeb7a4b3bd3142729a0d2adf7a"),
-            "https://shapenet.cs.stanford.edu/media/modelnet40_ply_hdf5_2048.zip"],
+        file="modelnet40_ply_hdf5_2048.zip",
+        terms="435 MB, for academic research only",
+        sources=[("Msun/modelnet40", "modelnet40_ply_hdf5_2048.zip",
+                  "d5dc795541800feeb7a4b3bd3142729a0d2adf7a"),
+                 "https://shapenet.cs.stanford.edu/media/modelnet40_ply_hdf5_2048.zip"],
         sha256="07670e237db72ece0f723b9abb571534c9ad655a6456b389646587dc72bb8bae"),
     "scanobjectnn": dict(
-        file="scanobjectnn/h5_files.zip", terms="for research: hkust-vgd.github.io/scanobjectnn", sources=[
-            "http://hkust-vgd.ust.hk/scanobjectnn/h5_files.zip",
-            "https://github.com/ma-xu/pointMLP-pytorch/releases/download/dataset/h5_files.zip"],
+        file="scanobjectnn/h5_files.zip",
+        terms="for research: hkust-vgd.github.io/scanobjectnn",
+        sources=["http://hkust-vgd.ust.hk/scanobjectnn/h5_files.zip",
+                 "https://github.com/ma-xu/pointMLP-pytorch/releases/download/dataset/h5_files.zip"],
         members={
             "h5_files/main_split/training_objectdataset.h5":
                 "d334dd3e44556606b0c38560a6a2ed6b191c2e2fe6588f22e3f154d5cbdf3cb1",
@@ -655,9 +744,11 @@ def fetch_published(name: str, root: Path, allowed: bool = True) -> Path:
 
 
 def fetch(path: Path, sources: list, sha256: str | None = None) -> Path:
-    """`path` if it is there; else from the first source that has it: an address, fetched to `path`, or a file
-    of the Hugging Face hub, in the hub's own cache. Bytes of another sha256 are refused and not kept.
-    Raises: UserError that names the file, where to put it, and what went wrong at each source."""
+    """`path` if it is there, else what the first source that answers has: an address is fetched to `path`, a
+    file of the Hugging Face hub goes to the hub's own cache. Bytes of another sha256 are not kept.
+
+    Raises: UserError that names the file, where to put it, and what went wrong at each source.
+    """
     reasons = []
     with lock(path):
         if path.exists():
@@ -668,10 +759,10 @@ def fetch(path: Path, sources: list, sha256: str | None = None) -> Path:
                     torch.hub.download_url_to_file(source, str(path), hash_prefix=sha256)
                     return path
                 data_set, file, revision = source
-                found = Path(hf_hub_download(data_set, file, repo_type="dataset", revision=revision))
-                if sha256 in (None, hashlib.sha256(found.read_bytes()).hexdigest()):
-                    return found
-                found.resolve().unlink()
+                cached = Path(hf_hub_download(data_set, file, repo_type="dataset", revision=revision))
+                if sha256 in (None, hashlib.sha256(cached.read_bytes()).hexdigest()):
+                    return cached
+                cached.resolve().unlink()
                 raise ValueError("wrong sha256")
             except Exception as error:  # the hub, the network and the file system have many types of errors
                 reasons.append(f"{source}: {error!r:.300}")
@@ -684,31 +775,20 @@ def lock(path: Path, timeout: float = -1) -> FileLock:
     return FileLock(path.with_name(f".{path.name}.lock"), timeout)
 
 
-def fetch_pieces(folder: Path, urls: dict, frames: int | None = None):
-    """The archives {address: sha256 or None}, unpacked in `folder`, unless it is there (see unpack)."""
-    if not folder.exists():
-        archives = [fetch(folder.parent / url.split("/")[-1], [url], sha256) for url, sha256 in urls.items()]
-        unpack(archives, folder, frames)
-        for archive in archives:
-            archive.unlink(missing_ok=True)
+def unpack(archive: Path, folder: Path, members: dict | None = None):
+    """Unpack a zip that holds `folder`, or what goes into it. The folder appears whole, or not at all.
 
-
-def unpack(archives: list[Path], folder: Path, frames: int | None = None, members: dict | None = None):
-    """Unpack zips that hold `folder` or what goes into it. It appears whole, or not at all. frames: take only
-    so many .jpg, evenly spaced, and no other file; members: sha256 of files in the zips.
-    Raises: UserError naming the archive that is broken or not its authors'."""
+    members: sha256 of files in the archive.
+    Raises: UserError naming an archive that is broken, or not its authors'.
+    """
     part = folder.with_name(f".{folder.name}.part")
     with lock(folder):
         if folder.exists():
             return
         shutil.rmtree(part, ignore_errors=True)  # a killed process left it
         try:
-            for archive in archives:
-                with zipfile.ZipFile(archive) as file:
-                    names = sorted(file.namelist())
-                    if frames:
-                        names = evenly_spaced([name for name in names if name.endswith(".jpg")], frames)
-                    file.extractall(part, names)  # strips `..`
+            with zipfile.ZipFile(archive) as file:
+                file.extractall(part)  # strips `..`
             for name, sha256 in (members or {}).items():
                 if hashlib.sha256((part / name).read_bytes()).hexdigest() != sha256:
                     raise ValueError(f"{name} is not its authors' (sha256)")
@@ -722,9 +802,13 @@ def unpack(archives: list[Path], folder: Path, frames: int | None = None, member
 
 # ------ shapes: ten classes of furniture, each a short program of solids ------------------------------------
 # Lengths are roughly metres, the front faces -y. A piece of furniture is a list of parts; + joins pieces.
+# The order of the random draws is part of the data: a line moved here makes other objects.
 def part(kind: str, centre, size, tilt=(0.0, 0.0, 0.0), taper=1.0) -> list:
-    """A piece of one solid: kind box, tube (elliptic), ball or bowl (lower half of a ball); full extents
-    `size`, turned by `tilt` about x, y, z around its centre. A box's or tube's top is `taper` its bottom."""
+    """A piece of one solid, a list of one part.
+
+    kind: box, tube (elliptic), ball, or bowl (the lower half of a ball). size: its full extents. tilt: turns
+    about x, y, z around its centre. taper: how wide the top of a box or tube is, as a share of its bottom.
+    """
     return [(kind, centre, size, tilt, taper)]
 
 
@@ -752,6 +836,7 @@ def frame(w, d, z, high, thick) -> list:
 
 class Chance(np.random.Generator):
     """u(low, high) draws a number, u.pick one of several things, u.perhaps a piece or nothing."""
+
     __call__ = np.random.Generator.uniform
 
     def pick(self, *options):
@@ -951,15 +1036,18 @@ def sample_parts(parts: list, count: int, rng) -> np.ndarray:
     scale = {"box": 8.0, "tube": 2 * math.pi, "ball": 4 / 3 * math.pi, "bowl": 2 / 3 * math.pi}
     area = faces.sum(axis=1) * (1 + taper) / 2 * [scale[k] for k in kind]
     which = rng.choice(len(parts), count, p=area / area.sum())
+
     # A box: one coordinate moves to a face. The least of three waiting times chooses it by its area.
     spread = rng.uniform(-1, 1, (count, 3))
     face = (rng.exponential(size=(count, 3)) / faces[which]).argmin(axis=1)[:, None]
     cube = np.where(np.arange(3) == face, np.sign(spread), spread)
+
     # A tube: its upper and lower face are discs, the others mantle. A ball is rings, a bowl its lower ones.
     angle = rng.uniform(0, 2 * math.pi, (count, 1))
     circle = np.hstack([np.cos(angle), np.sin(angle)])
     disc = circle * np.where(face == 2, np.sqrt(rng.random((count, 1))), 1)
     ring = circle * np.sqrt(1 - spread[:, 2:] ** 2)
+
     kind = kind[which, None]
     width = 1 + (taper[which, None] - 1) * (cube[:, 2:] + 1) / 2
     flat = np.select([kind == "box", kind == "tube"], [cube[:, :2] * width, disc * width], ring)
@@ -969,24 +1057,38 @@ def sample_parts(parts: list, count: int, rng) -> np.ndarray:
     return centre[which] + np.einsum("ni,nij->nj", points, axes[which])
 
 
-def seen_from(points: Tensor, azimuths: Tensor, elevations: Tensor) -> Tensor:
-    """What a depth camera sees of clouds (B, P, 3) from each of V directions (B, V). -> (B, V, P) bool
-    Seen is a point at most 0.15 behind the nearest one of its cell of a 20 x 20 depth map."""
-    u, v, depth = project(points, azimuths, elevations)
-    cell = ((v * 0.499 + 0.5) * 20).long() * 20 + ((u * 0.499 + 0.5) * 20).long()
-    nearest = depth.new_full((*azimuths.shape, 400), -2.0).scatter_reduce(2, cell, depth, "amax")
-    return depth > nearest.gather(2, cell) - 0.15
+def sample_shapes(count: int, seed: int, domain: str = "source", points: int = 1024) -> Objects:
+    """The procedural set, the same for a seed: object i is of class i mod 10, upright, turned by any yaw.
+
+    domain "source": clean, whole objects. "target": the same programs as a scanner sees them (see scan).
+    NumPy promises equal numbers in all versions only for PCG64's bits, not for what Generator makes of them:
+    the clouds are equal to the bit with NumPy 1.26, 2.0, 2.2 and 2.4, and a test would see a change.
+    """
+    scanned = domain == "target"
+    dense = {"source": points, "target": 3 * points}[domain]
+    clouds, angles = torch.empty(count, dense, 3), torch.zeros(count, 3)
+    for i in range(count):
+        rng = Chance(np.random.PCG64([seed, scanned, i]))
+        cloud = sample_parts(PROGRAMS[i % len(PROGRAMS)](rng), dense, rng) * rng.uniform(0.85, 1.15, 3)
+        clouds[i] = torch.from_numpy(cloud)
+        angles[i, 2] = rng.uniform(0, 2 * math.pi)
+    clouds = rotate_about_xyz(to_unit_sphere(clouds), angles)
+    if scanned:
+        clouds = scan(clouds, points, seed)
+    return Objects(clouds, torch.arange(count) % len(PROGRAMS), list(MODELNET10), "shapes", domain)
 
 
 def scan(points: Tensor, count: int, seed: int) -> Tensor:
-    """A scan: one-sided, stretched, noisy, some floor and clutter. (N, P, 3) -> (N, count, 3), P >> count.
-    A hand-held scanner looks from three directions of an arc of 2 radians; what none of them sees, a quarter
-    of the points, is lost. Floor makes the object smaller in the unit sphere."""
+    """A scan: one-sided, stretched, noisy, with some floor and clutter. (N, P, 3) -> (N, count, 3)
+
+    A hand-held scanner looks from three directions of an arc of 2 radians. What none of them sees is lost, a
+    quarter of the points: P has to be larger than count. Floor makes the object smaller in the unit sphere.
+    """
     random = torch.Generator().manual_seed(seed)
-    n = len(points)
+    objects = len(points)
 
     def draw(low, high, *shape):
-        return low + (high - low) * torch.rand(n, *shape, generator=random)
+        return low + (high - low) * torch.rand(objects, *shape, generator=random)
 
     points = to_unit_sphere(points * draw(0.9, 1.1, 1, 3))
     azimuths = draw(0, 2 * math.pi, 1) + torch.tensor([-1.0, 0.0, 1.0])
@@ -995,26 +1097,25 @@ def scan(points: Tensor, count: int, seed: int) -> Tensor:
     kept = torch.multinomial(seen.float(), count, replacement=True, generator=random)
     points = points.gather(1, kept[..., None].expand(-1, -1, 3))
     points = points + draw(0.0, 0.01, 1, 1) * torch.randn(points.shape, generator=random)
-    floor = points.amin(dim=1, keepdim=True)[..., 2] - 0.01
-    flat = torch.cat([draw(-0.73, 0.73, count, 2), floor[..., None].expand(-1, count, 1)], dim=-1)
-    lump = draw(-0.7, 0.7, 1, 3) + draw(0.05, 0.15, 1, 1) * torch.randn(n, count, 3, generator=random)
-    kind = draw(0, 1, count)
-    share_floor, share_lump = draw(0, 0.05, 1), draw(0, 0.03, 1)
-    points = torch.where((kind < share_floor)[..., None], flat, points)
-    return to_unit_sphere(torch.where((kind > 1 - share_lump)[..., None], lump, points))
+
+    # Up to 5 % of the points become floor below the object, up to 3 % one lump of clutter.
+    floor_z = points.amin(dim=1, keepdim=True)[..., 2] - 0.01
+    floor = torch.cat([draw(-0.73, 0.73, count, 2), floor_z[..., None].expand(-1, count, 1)], dim=-1)
+    lump = draw(-0.7, 0.7, 1, 3)
+    lump = lump + draw(0.05, 0.15, 1, 1) * torch.randn(objects, count, 3, generator=random)
+    lot = draw(0, 1, count)
+    floor_share, lump_share = draw(0, 0.05, 1), draw(0, 0.03, 1)
+    points = torch.where((lot < floor_share)[..., None], floor, points)
+    points = torch.where((lot > 1 - lump_share)[..., None], lump, points)
+    return to_unit_sphere(points)
 
 
-def sample_shapes(count: int, seed: int, domain: str = "source", points: int = 1024) -> Objects:
-    """The procedural set, the same for a seed: object i is of class i mod 10, upright, turned by any yaw.
-    domain "source": clean, whole objects. "target": the same programs as a scanner sees them (see scan)."""
-    dense = {"source": points, "target": 3 * points}[domain]
-    clouds, angles = torch.empty(count, dense, 3), torch.zeros(count, 3)
-    for i in range(count):
-        rng = Chance(np.random.PCG64([seed, domain == "target", i]))
-        cloud = sample_parts(PROGRAMS[i % len(PROGRAMS)](rng), dense, rng) * rng.uniform(0.85, 1.15, 3)
-        clouds[i] = torch.from_numpy(cloud)
-        angles[i, 2] = rng.uniform(0, 2 * math.pi)
-    clouds = rotate_about_xyz(to_unit_sphere(clouds), angles)
-    if domain == "target":
-        clouds = scan(clouds, points, seed)
-    return Objects(clouds, torch.arange(count) % len(PROGRAMS), list(MODELNET10), "shapes", domain)
+def seen_from(points: Tensor, azimuths: Tensor, elevations: Tensor) -> Tensor:
+    """What a depth camera sees of clouds (B, P, 3) from each of V directions (B, V). -> (B, V, P) bool
+
+    A point is seen if it lies at most 0.15 behind the nearest one of its cell of a 20 x 20 depth map.
+    """
+    right, up, towards = project(points, azimuths, elevations)
+    cell = ((up * 0.499 + 0.5) * 20).long() * 20 + ((right * 0.499 + 0.5) * 20).long()
+    nearest = towards.new_full((*azimuths.shape, 400), -2.0).scatter_reduce(2, cell, towards, "amax")
+    return towards > nearest.gather(2, cell) - 0.15

@@ -35,9 +35,9 @@ import model as models
 import train
 from assets import make_tables
 from data import UserError
-from losses import (cross_modal_alignment_loss, fairness_loss, global_local_alignment_loss,
+from losses import (RULES, Evidence, cross_modal_alignment_loss, fairness_loss, global_local_alignment_loss,
                     joint_pseudo_labels, masked_image_loss, masked_point_loss, masked_terms,
-                    name_alignment_loss, pseudo_labels, self_training_loss)
+                    name_alignment_loss, self_training_loss)
 from model import (CrossMoST, build_model, farthest_point_sample, group_points, hide_groups, hide_patches,
                    load_checkpoint, update_teacher)
 
@@ -149,9 +149,16 @@ def test_the_more_confident_modality_names_the_object_and_a_tie_takes_one_of_the
 def test_every_label_rule_does_what_its_name_says(rule, thresholds, labels, keep):
     image = torch.tensor([[0.90, 0.08, 0.02], [0.70, 0.20, 0.10]])
     point = torch.tensor([[0.10, 0.85, 0.05], [0.95, 0.03, 0.02]])
-    given = pseudo_labels(rule, image, point, thresholds, truth=torch.tensor([2, 1]))
+    given = RULES[rule].label(Evidence(image, point, thresholds, truth=torch.tensor([2, 1])))
     assert [given[m][0].tolist() for m in ("image", "point")] == labels
     assert [given[m][1].tolist() for m in ("image", "point")] == keep
+
+
+def test_joint_labels_of_one_modality_are_its_own():
+    image = torch.tensor([[0.90, 0.08, 0.02], [0.70, 0.20, 0.10]])
+    given = RULES["joint"].label(Evidence(image, None, [0.84, 0.5]))
+    assert list(given) == ["image"]
+    assert given["image"][0].tolist() == [0, 0] and given["image"][1].tolist() == [True, False]
 
 
 def test_self_training_counts_kept_objects_only_and_fairness_is_least_at_a_uniform_mean():
@@ -491,9 +498,13 @@ def test_learning_rates_of_the_full_size_model_decay_by_image_layer_and_by_step(
         decay = 0 if parameter.ndim == 1 else 0.05  # logit_scale is 0-D: the original decays it
         assert parameter.requires_grad == trained == (id(parameter) in of), name
         assert not trained or of[id(parameter)] == (pytest.approx(0.65 ** (13 - layer)), decay), name
-    rate = [train.learning_rate(step, 100, 10, 1.0, 0.05) for step in range(100)]
-    assert rate[0] == 0 and rate[10] == 1.0 and rate[99] == pytest.approx(0.05)
+    args = options("--lr", "2", "--batch-size", "128", "--epochs", "10", "--warmup-epochs", "1")
+    rate = [train.learning_rate(step, 100, args) for step in range(100)]
+    assert rate[0] == pytest.approx(0.1) and rate[9] == rate[10] == 1.0  # of a batch of 256: half
+    assert rate[99] == pytest.approx(0.05)  # a twentieth of the peak, as 1e-6 of 2e-5
     assert rate[:11] == sorted(rate[:11]) and rate[10:] == sorted(rate[10:], reverse=True)
+    args.lr = 0.0
+    assert {train.learning_rate(step, 100, args) for step in range(100)} == {0.0}
 
 
 @pytest.mark.parametrize("name, threshold, apart, point_weight", [
@@ -540,18 +551,18 @@ def test_an_archive_is_unpacked_once_inside_its_folder_and_whole_or_not_at_all(t
     odd = write_zip(tmp_path / "odd.zip", files)
     broken.write_bytes(odd.read_bytes()[:60])
     for archive, members in ((broken, None), (odd, {"set/1.txt": "0" * 64})):
-        assert_refused(f"cannot unpack .*{archive.name}", data.unpack, [archive], folder, members=members)
+        assert_refused(f"cannot unpack .*{archive.name}", data.unpack, archive, folder, members=members)
     with monkeypatch.context() as patch:
         patch.setattr(data.os, "replace", None)  # as if the process ended before
-        assert_refused("TypeError", data.unpack, [odd], folder)
+        assert_refused("TypeError", data.unpack, odd, folder)
     assert not folder.exists() and not list(tmp_path.rglob("*.txt"))
     (folder.parent / ".set.part/set").mkdir(parents=True)  # left by a killed process
     (folder.parent / ".set.part/set/half.txt").write_text("1")
     with ThreadPoolExecutor() as pool:  # the second thread waits, and finds it there
-        assert [*pool.map(data.unpack, 2 * [[odd]], 2 * [folder])] == [None, None]
+        assert [*pool.map(data.unpack, 2 * [odd], 2 * [folder])] == [None, None]
     assert (folder / "1.txt").read_text() == "1" and not list(tmp_path.rglob("half.txt"))
     assert all(folder in path.parents for path in tmp_path.rglob("*.txt"))
-    assert_named_if_broken(odd, lambda path: data.unpack([path], tmp_path / f"{random.random()}"))
+    assert_named_if_broken(odd, lambda path: data.unpack(path, tmp_path / f"{random.random()}"))
 
 
 def test_shapes_are_the_same_for_a_seed_and_made_of_surfaces_and_a_scan_is_one_sided():
@@ -576,6 +587,38 @@ def test_shapes_are_the_same_for_a_seed_and_made_of_surfaces_and_a_scan_is_one_s
     assert outer[depth > 0.5].all() and not outer[depth < -0.2].any() and inner.float().mean() < 0.02
     low, high = data.scan(shell, 2000, seed=0).aminmax(dim=1)  # its mean is 0
     assert ((low + high) / 2)[:, :2].norm(dim=-1).mean() > 0.07  # a whole sphere's middle lies in its mean
+
+
+HASHES = {"source": "6da010e89ddf9284", "target": "b0bea5ac40c31780"}
+
+
+def test_shapes_are_the_same_with_every_numpy():
+    """Equal to the bit with 1.26.4, 2.0.2, 2.2.6 and 2.4.6. Rounded here: other processors differ in the last
+    digits of a sine. If this fails, NumPy's Generator draws other numbers, and tables and tiny.pt are old."""
+    for domain, expected in HASHES.items():
+        points = data.sample_shapes(10, 0, domain, points=64).points[:, :16]
+        thousandths = (points * 1000).round().to(torch.int32).numpy()
+        assert hashlib.sha256(thousandths.tobytes()).hexdigest()[:16] == expected, np.__version__
+
+
+def test_a_large_or_far_away_set_is_scaled_in_twice_its_memory_and_keeps_its_digits(tmp_path):
+    far = LEANING[None, :64].astype(np.float64) + [4e5, 5.5e6, 300]  # metres of a map: float32 has halves
+    assert torch.allclose(data.to_unit_sphere(torch.from_numpy(far)), CLOUD, atol=1e-6)
+    with h5py.File(tmp_path / "far.h5", "w") as file:
+        file.update(data=far, label=[0])
+    clouds = data.read_h5(tmp_path / "far.h5", 1)[0]
+    assert clouds.dtype == torch.float32 and torch.allclose(data.to_unit_sphere(clouds), CLOUD, atol=1e-5)
+
+    script = """if True:
+        import resource, torch, data
+        points = torch.rand(4000, 4096, 3)
+        data.to_unit_sphere(points[:8], up="-y")  # what torch loads when it is first used
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        data.to_unit_sphere(points, up="-y")
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / points.nbytes)"""
+    more = float(subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True,
+                                check=True).stdout)
+    assert 0.5 < more < 1.15  # the result, and nothing else of the set's size
 
 
 def one_view(points, size, azimuth=0.0):
@@ -687,39 +730,33 @@ def write_pictures(folder, *names, size=(40, 30)):
         Image.new("RGB", size, (20 * k % 256, 100, 200)).save(folder / name)
 
 
-def test_redwood_and_co3d_are_fetched_piece_by_piece_and_read_and_so_is_shapenet(tmp_path, monkeypatch):
-    ids, fetched = [f"{i:05d}" for i in range(60)], {}
-    lists = {"categories.json": {name: ids[k::9] for k, name in enumerate(data.REDWOOD)} | {"amp": ["7"]},
-             "meshes.json": [*ids[1:-1], "7"],  # without the first, which is a cloud, and the last
-             "co3d_sha256.json": {"singlesequence": {f"{c}_00{k}.zip": k for c in data.CO3D for k in (0, 1)}}}
-    for folder in ("redwood/points", "ShapeNet-55", "shapenet_pc"):
+def test_redwood_co3d_and_shapenet_are_read_as_their_authors_tools_leave_them(tmp_path):
+    ids = [f"{i:05d}" for i in range(60)]
+    for folder in ("redwood/points", "redwood/meshes", "ShapeNet-55", "shapenet_pc"):
         (tmp_path / folder).mkdir(parents=True)
     for file in ("redwood/points/00000", "shapenet_pc/03001627-a", "shapenet_pc/02691156-b"):
         np.save(tmp_path / f"{file}.npy", LEANING[:64])
     for split, names in (("train", "03001627-a.npy\n02691156-b.npy\n"), ("test", "02691156-b.npy\n")):
         (tmp_path / f"ShapeNet-55/{split}.txt").write_text(names)
-    cloud = trimesh.PointCloud(LEANING[:64]).export(file_type="ply")
 
-    def fetch(path, urls, sha256=None):
-        fetched[urls[0].rsplit("/", 1)[1]] = sha256
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.name in lists:
-            path.write_text(json.dumps(lists[path.name]))
-        elif path.suffix == ".ply":
-            path.write_bytes(cloud)
-        elif path.stem in ids:
-            write_zip(path, dict.fromkeys(["depth/1.png", *(f"rgb/{i:03d}.jpg" for i in range(50))], ""))
-        else:
-            folder = f"{path.stem.split('_')[0]}/{path.stem}"
-            write_zip(path, {f"{folder}/pointcloud.ply": cloud, f"{folder}/images/a.jpg": "", "LICENSE": ""})
-        return path
-    monkeypatch.setattr(data, "fetch", fetch)
+    cloud = trimesh.PointCloud(LEANING[:64])
+    categories = {name: ids[k::9] for k, name in enumerate(data.REDWOOD)} | {"amp": ["7"]}
+    (tmp_path / "redwood/categories.json").write_text(json.dumps(categories))
+    for one in [*ids[1:-1], "7"]:  # without the first, which is a cloud, and the last; the amp is no class
+        cloud.export(tmp_path / f"redwood/meshes/{one}.ply")
+    for one in ids[::2]:
+        write_pictures(tmp_path / "redwood/images" / one, "1.jpg", "2.jpg")
+    for category in data.CO3D:
+        for k in (0, 1):
+            write_pictures(tmp_path / f"co3d/{category}/{category}_{k}/images", "a.jpg")
+            cloud.export(tmp_path / f"co3d/{category}/{category}_{k}/pointcloud.ply")
+
     y_up, y_down = CLOUD[..., [2, 0, 1]], CLOUD[..., [0, 2, 1]] * torch.tensor([1, 1, -1])
     for name, count, classes, shots, stood, named in (
-            ("redwood", 59, 9, {0, 24}, y_down, lambda name: data.REDWOOD[int(name) % 9]),
+            ("redwood", 59, 9, {0, 2}, y_down, lambda name: data.REDWOOD[int(name) % 9]),
             ("co3d", 84, 42, {1}, y_down, lambda name: data.CO3D[name.split("_")[0]]),
             ("shapenet55", 2, 55, None, y_up, lambda name: "chair" if "-a" in name else "airplane")):
-        both = [data.load_dataset(name, tmp_path, split, 64, download=True) for split in ("train", "test")]
+        both = [data.load_dataset(name, tmp_path, split, 64) for split in ("train", "test")]
         assert len({*both[0].names, *both[1].names}) == count and len(both[0]) > len(both[1]) > 0
         for objects in both:
             assert [objects.class_names[k] for k in objects.labels] == list(map(named, objects.names))
@@ -727,9 +764,6 @@ def test_redwood_and_co3d_are_fetched_piece_by_piece_and_read_and_so_is_shapenet
             assert torch.allclose(objects.points, stood.expand(len(objects), -1, -1), atol=1e-5)
             for one, paths in zip(objects.names, objects.images or ()):
                 assert len(paths) in shots and all(one in path.parts for path in paths)
-    assert (tmp_path / "redwood/images/00001/rgb/049.jpg").exists()  # 24 of 50 frames, first and last too
-    assert not {"7.ply", "00059.ply"} & fetched.keys() and fetched["bench_001_singlesequence.zip"] == 1
-    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".zip", ".part")]
 
 
 def assert_named_if_broken(path, read):
@@ -847,10 +881,10 @@ def test_missing_data_sets_are_fetched_checked_unpacked_and_read(tmp_path, monke
 @pytest.mark.parametrize("name, file, content, says", [  # in place of a file: None is nothing
     ("modelnet41", "", b"", "unknown data set 'modelnet41'.*folder of your own"),
     ("shapenet55", "", b"", "no .*ShapeNet-55/test.txt.*form: https://huggingface"),
-    ("redwood", "", b"", "no .*categories.json; --download fetches"),
-    ("co3d", "", b"", "no .*pointcloud.ply; --download fetches.*8.9 GB, CC BY-NC"),
+    ("redwood", "", b"", "no .*categories.json; github.com/isl-org/redwood-3dscan fetches"),
+    ("co3d", "", b"", "no .*pointcloud.ply; github.com/facebookresearch/co3d fetches"),
     ("scanobjectnn-hardest", "", b"", "no .*test_objectdataset_augmentedrot_scale75.h5"),
-    ("modelnet40", "shape_names.txt", None, "no .*shape_names.txt; README, Data"),
+    ("modelnet40", "shape_names.txt", None, "no .*shape_names.txt; README, \"Data sets\""),
     ("modelnet40", "test_files.txt", b"\n", "test_files.txt is empty"),
     ("modelnet40", "ply_data_test0.h5", dict(labels=[0, 200]), "label 200 in .*but there are 11 classes"),
     ("modelnet40", "ply_data_test0.h5", dict(labels=[1], clouds=np.nan), "object 0 has NaN"),
@@ -902,10 +936,13 @@ def weights(out, which="student"):
 
 
 def outcome(out):
-    """All that a run leaves, but for its duration and the log's first line: to compare two."""
+    """All that a run leaves, but for durations and the log's first line: to compare two."""
     results = json.loads((out / "results.json").read_text())
-    del results["seconds"]
-    return (results, (out / "log.jsonl").read_text().splitlines()[1:], (out / "predictions.csv").read_text(),
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()[1:]]
+    for timed in (results, *rows):
+        timed.pop("seconds", None)
+        timed.pop("objects_per_second", None)
+    return (results, rows, (out / "predictions.csv").read_text(), (out / "predictions-start.csv").read_text(),
             {path.name for path in out.iterdir()})
 
 
@@ -933,45 +970,98 @@ def test_true_labels_do_not_touch_training(tmp_path, monkeypatch, request, kind)
     assert_refused("truth needs labels, own has none", run, "no", lambda labels: None, "--labels", "truth")
 
 
+def stop_in_step(monkeypatch, number, seen=None):
+    """Ctrl-C in the step of this number; strong images go into `seen`. A save after every epoch."""
+    real, calls = train.train_step, []
+
+    def step(student, teacher, views, *more):
+        calls.append(1)
+        if seen is not None:
+            seen.append(views["strong_image"])
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return real(student, teacher, views, *more)
+    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(train, "SAVE_EVERY", 0)
+
+
 @pytest.mark.parametrize("kind", ["finished", "photographed"])
 def test_a_run_that_stops_and_goes_on_equals_one_that_does_not(tmp_path, monkeypatch, request, kind):
-    (folder, _), out, step, calls = request.getfixturevalue(kind), tmp_path / "out", train.train_step, []
-
-    def interrupt(student, teacher, views, *more):  # Ctrl-C in the middle of the second epoch
-        calls.append((views["strong_image"][:, 0] != views["strong_image"][:, 2]).any().item())
-        if len(calls) == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(student, teacher, views, *more)
-    monkeypatch.setattr(train, "train_step", interrupt)
-    with pytest.raises(SystemExit) as stopped:
+    (folder, _), out, images = request.getfixturevalue(kind), tmp_path / "out", []
+    stop_in_step(monkeypatch, 5, images)  # in the middle of the second epoch
+    with pytest.raises(KeyboardInterrupt, match="last.pt holds the last saved epoch; the same command goes on"):
         small_run(folder, "--out", out)
+    coloured = [(image[:, 0] != image[:, 2]).any().item() for image in images]
+    assert set(coloured) == {kind == "photographed"}  # what is coloured is no depth view
+
     saved = models.read_file(out / "last.pt")
-    assert stopped.value.code == 130 and saved["step"] == 5
-    assert set(calls) == {kind == "photographed"}  # what is coloured is no depth view
+    assert saved["epoch"] == 1
     models.save_file(saved | {"seconds": 1000.0}, out / "last.pt")
     with open(out / "log.jsonl", "a") as log:
         log.write("a line a killed process left behind")
     assert small_run(folder, "--out", out, "--grad-checkpointing")["seconds"] > 1000  # of all processes
+    assert_equal(folder / "out", out)
+
+
+def test_a_run_continues_only_with_its_own_options_data_and_code(tmp_path, monkeypatch, finished):
+    folder, out = finished[0], shutil.copytree(finished[0] / "out", tmp_path / "out")
     load, names = data.load_dataset, ["pouffe", *NAMES[1:]]
+
+    def others(*given):  # as many clouds with the same names, from another scanner
+        objects = load(*given)
+        return replace(objects, points=objects.points.flip(1))
     for name, value, says in (
-            ("load_dataset", lambda *given: load(*given).pick(torch.arange(15)), "other options.*48 -> 15"),
-            ("load_dataset", lambda *given: replace(load(*given), class_names=names), "continue .*'pouffe'"),
-            ("CODE", "edited", "last.pt: it was made with other .*code.* another --out, or --no-resume")):
+            ("load_dataset", others, "another objects: "),
+            ("load_dataset", lambda *given: replace(load(*given), class_names=names), "another classes: "),
+            ("CODE", "edited", "another code: .* then, edited now; use the same, another --out, or --no-resume")):
         with monkeypatch.context() as patch:
             patch.setattr(train, name, value)
             assert_refused(says, small_run, folder, "--out", out)
+    assert_refused("another w_cross: 1 then, 0 now;", small_run, folder, "--out", out, "--w-cross", "0")
     with data.lock(out / "last.pt"):
         assert_refused(f"another process writes to {out};", small_run, folder, "--out", out)
-    assert_refused("other options.*seed", small_run, folder, "--out", out, "--seed", "3")
     assert_equal(folder / "out", out)  # which no refused run has touched
+    (out / "log.jsonl").write_text("{}\n")
+    assert_refused("log.jsonl is shorter than it was when", small_run, folder, "--out", out)
+
+
+def test_starting_over_removes_what_the_run_before_left(tmp_path, monkeypatch, finished):
+    out = shutil.copytree(finished[0] / "out", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 1)
+        with pytest.raises(KeyboardInterrupt, match="no epoch is saved yet"):
+            small_run(finished[0], "--out", out, "--no-resume", "--w-cross", "0")
+    left = {path.name for path in out.iterdir()}
+    assert left == {"log.jsonl", "predictions-start.csv", ".last.pt.lock"}
+    small_run(finished[0], "--out", out)  # nothing of the stopped ablation is in it
+    assert_equal(finished[0] / "out", out)
+
+
+@pytest.mark.parametrize("given, name", [
+    ("", "shapes-tiny"), ("--seed 1 --w-cross 0", "shapes-tiny-w-cross-0-seed-1"),
+    ("--w-cross 0 --seed 1", "shapes-tiny-w-cross-0-seed-1"), ("--w-cross 1 --lr 2e-3 --device cpu", "shapes-tiny"),
+    ("--dataset modelnet10 --model tiny --domain target", "modelnet10-tiny-domain-target"),
+    ("--dataset co3d --labels separate --threshold 0.5 0.6", "co3d-ulip2-labels-separate-threshold-0.5-0.6")])
+def test_what_differs_from_the_defaults_is_in_the_folders_name(given, name):
+    assert train.parse_args(given.split()).out == Path("runs", name)
+
+
+def test_what_was_changed_is_said_first_and_last_with_the_seed(tmp_path, capsys, finished):
+    small_run(finished[0], "--out", tmp_path / "out", "--w-cross", "0", "--seed", "3", "--epochs", "1")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == lines[-1] and re.search("own with tiny, seed 3, .*--w-cross 0 instead of 1", lines[0])
+    assert any(re.match("  small start's recipe: .*lr 0.002", line) for line in lines)
+    assert any(re.match("  command line: .*w_cross 0", line) for line in lines)
 
 
 def test_a_run_killed_at_any_moment_continues_to_the_bit(tmp_path):
     """KILLS=50 kills more often. A run that gets to its end is compared and begins anew."""
     moments, kills, last = random.Random(0), 0, int(os.environ.get("KILLS", 3))
     whole, parts, log = (tmp_path / name for name in ("whole", "parts", "parts/log.jsonl"))
-    command = [sys.executable, HERE / "train.py", *small_flags(tmp_path, "--epochs", 16, "--log-every", 3)]
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    saves_often = "import train; train.SAVE_EVERY = 0; train.main()"
+    command = [sys.executable, "-c", saves_often, *small_flags(tmp_path, "--epochs", 16, "--log-every", 3)]
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=HERE,
+                 env=os.environ | {"OMP_NUM_THREADS": "1"})
     subprocess.run([*command, "--out", whole], check=True, **quiet)
     while kills < last or parts.exists():
         before = log.stat().st_mtime if log.exists() else 0
@@ -1077,56 +1167,42 @@ def test_a_weight_of_zero_removes_its_term(flag, gone):
     assert removed == pytest.approx(0.5 * sum(whole[name] for name in gone).item(), abs=1e-4)
 
 
-def test_a_single_modality_trains_only_itself_and_takes_less_work(tmp_path, capsys, finished):
+def test_a_single_modality_trains_only_itself():
     for modality, absent, idle in (("image", "point", "point_encoder"), ("point", "image", "visual")):
         terms, student = one_step("--modalities", modality, "--threshold", "0")
         assert f"self_{modality}" in terms and f"self_{absent}" not in terms and "cross" not in terms
         assert all(parameter.grad is None for parameter in getattr(student, idle).parameters())
-    found, narrow = (small_run(finished[0], "--out", tmp_path / "out", "--benchmark", *more)
-                     for more in ((), ("--modalities", "point")))
-    assert not (tmp_path / "out").exists() and "objects/s" in capsys.readouterr().out
-    assert min(narrow.values()) > 0 and narrow["tflop"] < found["tflop"]
 
 
-def test_a_step_that_fails_says_why_and_leaves_the_last_checkpoint(tmp_path, monkeypatch, finished):
-    out = shutil.copytree(finished[0] / "out", tmp_path / "out")
-    before, real = (out / "last.pt").read_bytes(), train.train_step
+def test_a_loss_that_is_not_finite_is_named_with_its_step_and_the_last_checkpoint_stays(tmp_path, monkeypatch, finished):
+    out, real, steps = tmp_path / "out", train.fairness_loss, []
 
-    def interrupt(*given):  # Ctrl-C in the very step that spoils the weights
-        os.kill(os.getpid(), signal.SIGINT)
-        return real(*given)
-    monkeypatch.setattr(train, "fairness_loss", lambda logits, shares: logits.sum() / 0)
-    infinite = "not finite at step 0: .*'self_image': [0-9].*'cross': [0-9]"
-    for step in (real, interrupt):
-        monkeypatch.setattr(train, "train_step", step)
-        assert_refused(infinite, small_run, finished[0], "--out", out, "--no-resume")
-        assert (out / "last.pt").read_bytes() == before
+    def spoilt(logits, shares):  # from the fifth step on: each has two such terms
+        steps.append(1)
+        return real(logits, shares) if len(steps) < 9 else logits.sum() / 0
+    monkeypatch.setattr(train, "fairness_loss", spoilt)
+    monkeypatch.setattr(train, "SAVE_EVERY", 0)
+    assert_refused("not finite at step 4: .*'self_image': [0-9].*'cross': [0-9]", small_run, finished[0], "--out", out)
+    assert models.read_file(out / "last.pt")["epoch"] == 1
+    assert all(value.isfinite().all() for value in weights(out).values())
 
 
-def test_bfloat16_is_for_the_networks_only_and_auto_takes_it_where_it_gains(monkeypatch, capsys, tmp_path):
+def test_bfloat16_is_for_the_networks_only():
     student, (views, names), terms = tiny(), views_and_labels(), {}
-    for precision in ("fp32", "bf16"):
+    for precision in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
-        terms[precision] = train.student_terms(student, views, names, options("--precision", precision))
+        student.precision = precision
+        terms[precision] = train.student_terms(student, views, names, options())
     exact, fast = terms.values()
     assert all(term.dtype == torch.float32 for term in fast.values())
     assert all(fast[name].item() == pytest.approx(exact[name].item(), rel=0.05) for name in exact)
     assert any(fast[name] != exact[name] for name in exact)
-    with train.networks_precision(options("--precision", "bf16")):
-        groups = student.group(views["weak_points"])
-        assert student.logits(torch.ones(1, 128)).dtype == groups.centres.dtype == torch.float32
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train.F, "linear", Mock(wraps=F.linear))
-        assert train.product_speed("cpu", torch.bfloat16) > 0
-        assert {given.dtype for given in train.F.linear.call_args.args} == {torch.bfloat16}
-    run = partial(small_run, tmp_path, "--epochs", "1", "--precision")
-    for gain, resume, says in ((1.29, "--no-resume", "auto: fp32, a"), (1.31, "--no-resume", "auto: bf16, a"),
-                               (0.5, "--resume", "continuing")):
-        monkeypatch.setattr(train, "product_speed", lambda _, kind: gain if kind == torch.bfloat16 else 1.0)
-        run("auto", resume)
-        assert says in capsys.readouterr().out
-    assert_refused("other options.*precision.*bf16 -> fp32", run, "fp32")
+
+def test_a_run_trains_and_is_scored_in_its_precision(tmp_path, finished):
+    results = small_run(finished[0], "--out", tmp_path / "out", "--precision", "bf16", "--epochs", "1")
+    assert results["precision"] == "bfloat16" and finished[1]["precision"] == "float32"
+    assert results["zero_shot"] is not None
 
 
 def test_one_batch_overfits():
@@ -1143,19 +1219,34 @@ def test_one_batch_overfits():
     assert sum(history[-5:]) / 5 < 0.3 * history[0]
 
 
-def test_the_log_tells_names_given_and_how_many_rightly(tmp_path):
-    run = train.Run(tiny(), None, None, options("--out", str(tmp_path)), 4)
+def test_the_log_tells_names_given_and_how_many_rightly():
     truth = torch.tensor([0, 0, 1, 9])
     image = torch.tensor([0, 1, 1, 9]), torch.tensor([True, True, True, False])
     point = truth, torch.tensor([True, False, False, False])
-    for loss, labels, known in ((2.0, {"image": image, "point": point}, truth),
-                                (1.0, {"image": (truth, truth < 0)}, None)):
-        run.count_step({"loss": torch.tensor(loss)}, labels, known)
-        run.flush(1)
-    row, empty = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    step = 0, {"loss": torch.tensor(2.0), "lr": 0.1}, {"image": image, "point": point}, truth
+    row = train.interval_means([step], 10)
     assert row["coverage"] == 0.5 and row["label_accuracy"] == 0.75 and row["loss"] == 2  # 4 of 8, 3 of 4
     assert row["named"] == [0.25, 0.25, *[0] * 8] and row["entropy"] == pytest.approx(math.log(2))
-    assert empty["coverage"] == empty["entropy"] == 0 and empty["label_accuracy"] is None
+    assert row["lr"] == pytest.approx(0.1)  # a number that is no tensor
+
+    nothing = 0, {"loss": torch.tensor(1.0)}, {"image": (truth, truth < 0)}, None
+    row = train.interval_means([nothing, nothing], 10)
+    assert row["coverage"] == row["entropy"] == 0 and row["label_accuracy"] is None
+
+
+def test_every_line_of_the_log_tells_speed_and_learning_rate(finished):
+    rows = [json.loads(line) for line in (finished[0] / "out/log.jsonl").read_text().splitlines()[1:]]
+    steps = [row for row in rows if "steps" in row]
+    assert [row["step"] for row in steps] == [3, 6] and [row["epoch"] for row in rows] == [1, 2, 2]
+    assert all(row["lr"] > 0 and row["seconds"] > 0 and row["objects_per_second"] > 0 for row in steps)
+
+
+def test_evaluating_is_as_rare_as_asked(tmp_path, monkeypatch, finished):
+    for every, epochs in ((1, [1, 2, 3]), (2, [2, 3]), (0, [3])):  # the last one always
+        out = tmp_path / str(every)
+        small_run(finished[0], "--out", out, "--epochs", "3", "--eval-every", every)
+        rows = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+        assert [row["epoch"] for row in rows if "teacher" in row] == epochs
 
 
 def test_a_start_made_here_is_kept_by_what_made_it(tmp_path, monkeypatch):
@@ -1217,11 +1308,9 @@ def test_on_a_gpu_nothing_mixes_devices_or_waits_for_a_value(tmp_path, monkeypat
         for labels in ("joint", "mean", "separate", "agree", "truth"):
             for modalities in ("both", "image", "point") if labels == "joint" else ("both",):
                 args = options("--out", str(tmp_path), "--labels", labels, "--modalities", modalities)
-                args.device = "cuda:0"
-                given = train.teacher_labels(model, views, args, truth)
+                given = train.teacher_labels(model, views, 0, args, truth if labels == "truth" else None)
                 terms = train.student_terms(model, views, given, args)
                 assert {term.device.type for term in terms.values()} == {"cuda"}
-                train.Run(model, model, None, args, 4).count_step(terms, given, truth)
         assert model(model.normalise(data.fixed_views(points, 2, 64)), points).image_logits.shape == (4, 10)
         for label, tower in ((3, text), (3, None), (-1, text), (-1, None)):  # a number a fake tensor knows
             loss = train.pretrain_loss(model, tower, points[:1], torch.tensor([label]), NAMES)

@@ -60,6 +60,7 @@ NO_MATTER = ("out", "cache", "data_root", "download", "resume", "device", "log_e
 # Options that say what is trained on what: the tables of results have columns for them.
 SETTING = ("dataset", "domain", "model", "pretrained", "start_checkpoint", "pretrain_epochs", "precision",
            "seed")
+SAVE_EVERY = 60  # seconds between two saves, at the ends of epochs
 # What a run writes into OUT; one that starts over removes it first.
 LEFT_BY_A_RUN = ("last.pt", "log.jsonl", "results.json", "curves.png", "predictions.csv",
                  "predictions-start.csv")
@@ -390,7 +391,7 @@ def self_train(state: "TrainingState", objects: Objects, test: Objects, args):
             write_log(args, epoch=epoch + 1, step=step + 1, teacher=accuracy)
             interval_began = time.perf_counter()
         state.epoch = epoch + 1
-        if is_last or time.perf_counter() - last_save > 60:
+        if is_last or time.perf_counter() - last_save > SAVE_EVERY:
             state.save()
             last_save = interval_began = time.perf_counter()
     bar.close()
@@ -782,7 +783,7 @@ def pretrain(args, objects: Objects, path: Path):
             if len(losses) == 100 or bar.n % steps_per_pass == 0:
                 log_pretraining(log_path, bar.n, losses, len(losses) * batch / (time.perf_counter() - began))
                 losses, began = [], time.perf_counter()
-        if time.perf_counter() - last_save > 60:
+        if time.perf_counter() - last_save > SAVE_EVERY:
             states = {name: part.state_dict() for name, part in parts.items()}
             save_file({**states, "passes": done + 1, "code": CODE}, last_path)
             last_save = began = time.perf_counter()
