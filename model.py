@@ -8,10 +8,10 @@ SLIP, in ULIP's files, is renamed.
 """
 import argparse
 import codecs
-import io
 import math
 import os
-from contextlib import contextmanager
+import re
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -140,11 +140,14 @@ class PointEncoder(nn.Module):
     group's token, with "points" its points. proj maps CLS and tokens into the joint space [gl-align].
     """
 
+    frozen_by_default = ("encoder",)  # the mini-PointNet, as in the original (Deviation D12)
+
     def __init__(self, embed_dim: int, width: int = 384, layers: int = 12, heads: int = 6, groups: int = 64,
                  group_size: int = 32, stem: tuple = (128, 256, 512), token_width: int = 256,
                  channels: int = 3, drop_path: float = 0.1, target: str = "tokens"):
         super().__init__()
         self.groups, self.group_size, self.channels, self.target = groups, group_size, channels, target
+        self.out_width = 2 * width
 
         self.encoder = MiniPointNet(stem, token_width, channels)
         self.reduce_dim = nn.Linear(token_width, width)
@@ -246,6 +249,15 @@ class CrossMoST(nn.Module):
     image, point: arguments of the encoders. class_names: one per column of the classifier. mean, std: of the
     pixels the image encoder was trained on. up: the axis that pointed upwards where the point encoder was
     trained. CrossMoST(**architecture) is a model of the same sizes again.
+
+    What a fork's own encoder has to have:
+        visual(images, hidden) -> features (B, E), patch tokens (B, L, D). Attributes: image_size and
+            grid_size, two numbers each; ln_patch; proj (D, E); decoder: (B, D, rows, columns) -> pixels
+            (B, 3, H, W); transformer.resblocks, over which parameter_groups lets the learning rate decay.
+        point_encoder(groups, hidden) -> features (B, out_width), of which the first D are the global (CLS)
+            token; tokens (B, G, D); tokens before masking, which are what is to be predicted. Attributes:
+            groups, group_size and target, as given; proj (D, E); lm_head: tokens -> prediction; out_width;
+            frozen_by_default, names of its modules that are not trained unless asked for.
     """
 
     def __init__(self, embed_dim: int, image: dict, point: dict, class_names: list[str] = (),
@@ -256,10 +268,12 @@ class CrossMoST(nn.Module):
         self.visual = ImageEncoder(embed_dim, **image)
         self.point_encoder = PointEncoder(embed_dim, **point)
 
-        features = 2 * self.point_encoder.cls_token.shape[-1]
+        features = self.point_encoder.out_width
         self.pc_projection = nn.Parameter(torch.randn(features, embed_dim) * features ** -0.5)
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # 0.07: CLIP's initial temperature
         self.classifier = nn.Parameter(torch.zeros(embed_dim, len(class_names))) if class_names else None
+
+        self.precision = torch.float32  # or torch.bfloat16: of the encoders, in training and evaluation alike
 
         self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -306,40 +320,55 @@ class CrossMoST(nn.Module):
             point_prediction, point_target: (B, G, D); with target "points" (B, G, S, 3).
         """
         out = SimpleNamespace()
+        with self.in_precision():
+            # Images.
+            if images is not None:
+                features, patches = self.visual(images.reshape(-1, *images.shape[-3:]), image_hidden)
+                features = F.normalize(features.float(), dim=-1).view(*images.shape[:-3], -1)  # (B, [V,] E)
+                mean = features if images.dim() == 4 else features.mean(dim=1)
+                if self.classifier is not None:
+                    out.image_logits = self.logits(mean)  # linear in f: the mean over views of the logits
+                out.image_features = F.normalize(mean, dim=-1)
 
-        # Images.
-        if images is not None:
-            features, patches = self.visual(images.reshape(-1, *images.shape[-3:]), image_hidden)
-            features = F.normalize(features.float(), dim=-1).view(*images.shape[:-3], -1)  # (B, [V,] E)
-            mean = features if images.dim() == 4 else features.mean(dim=1)
-            if self.classifier is not None:
-                out.image_logits = self.logits(mean)  # linear in f: the mean over views of the logits
-            out.image_features = F.normalize(mean, dim=-1)
+            # Points.
+            if points is not None:
+                groups = points if isinstance(points, Groups) else self.group(points)
+                features, tokens, group_tokens = self.point_encoder(groups, point_hidden)
+                out.point_features = F.normalize((features @ self.pc_projection).float(), dim=-1)
+                if self.classifier is not None:
+                    out.point_logits = self.logits(out.point_features)
 
-        # Points.
-        if points is not None:
-            groups = points if isinstance(points, Groups) else self.group(points)
-            features, tokens, group_tokens = self.point_encoder(groups, point_hidden)
-            out.point_features = F.normalize((features @ self.pc_projection).float(), dim=-1)
-            if self.classifier is not None:
-                out.point_logits = self.logits(out.point_features)
-
-        # What hidden tokens predict.
-        if image_hidden is not None:
-            patches = self.visual.ln_patch(patches)
-            out.image_tokens = F.normalize((patches @ self.visual.proj).float(), dim=-1)
-            grid = patches.transpose(1, 2).unflatten(2, self.visual.grid_size)  # (B, D, rows, columns)
-            out.image_pixels = self.visual.decoder(grid)
-        if point_hidden is not None:
-            encoder = self.point_encoder
-            cls, _ = features.chunk(2, dim=-1)
-            out.point_cls = F.normalize((cls @ encoder.proj).float(), dim=-1)
-            out.point_tokens = F.normalize((tokens @ encoder.proj).float(), dim=-1)
-            out.point_prediction, out.point_target = encoder.lm_head(tokens), group_tokens.detach()
-            if encoder.target == "points":
-                out.point_target = groups.neighbourhoods
-                out.point_prediction = out.point_prediction.view_as(groups.neighbourhoods)
+            # What hidden tokens predict.
+            if image_hidden is not None:
+                patches = self.visual.ln_patch(patches)
+                out.image_tokens = F.normalize((patches @ self.visual.proj).float(), dim=-1)
+                grid = patches.transpose(1, 2).unflatten(2, self.visual.grid_size)  # (B, D, rows, columns)
+                out.image_pixels = self.visual.decoder(grid)
+            if point_hidden is not None:
+                cls = features[:, :len(self.point_encoder.proj)]
+                out.point_cls = F.normalize((cls @ self.point_encoder.proj).float(), dim=-1)
+                out.point_tokens = F.normalize((tokens @ self.point_encoder.proj).float(), dim=-1)
+                out.point_prediction = self.point_encoder.lm_head(tokens)
+                out.point_target = group_tokens.detach()
+                if self.point_encoder.target == "points":
+                    out.point_target = groups.neighbourhoods
+                    out.point_prediction = out.point_prediction.view_as(groups.neighbourhoods)
         return out
+
+    def in_precision(self):
+        """The context the encoders compute in. Grouping and logits leave it, and losses stand outside."""
+        if self.precision == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.logit_scale.device.type, self.precision)
+
+
+def precision_for(name: str, device: str | torch.device) -> torch.dtype:
+    """What --precision means on a device; auto is bfloat16 on a GPU that supports it, and else float32."""
+    on_gpu = torch.device(device).type == "cuda" and torch.cuda.is_available()
+    fast = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    return {"auto": torch.bfloat16 if fast else torch.float32,
+            "bf16": torch.bfloat16,
+            "fp32": torch.float32}[name]
 
 
 # ------ Training: the teacher, and what the optimizer is given ----------------------------------------------
@@ -364,19 +393,19 @@ def parameter_groups(model: CrossMoST, weight_decay: float, layer_decay: float,
 
     lr_scale = layer_decay^n, n counting the image encoder's layers from a parameter to the output: of twelve
     blocks 1 for the last, 12 for the first, 13 for the embeddings; 0 for everything else. 1-D parameters have
-    no weight decay. Parameters whose names begin with one of `freeze` lose requires_grad and are in no group.
-    Raises: UserError where one of `freeze` fits no parameter, or none is left to train.
+    no weight decay. freeze: names of parameters or modules, see is_below; these lose requires_grad and are in
+    no group. Raises: UserError where such a name is none, or nothing is left to train.
     """
     parameters = dict(model.named_parameters())
-    for prefix in freeze:
-        if not any(name.startswith(prefix) for name in parameters):
-            raise UserError(f"--freeze: no parameter begins with {[prefix]}; model.named_parameters() lists "
-                            "them")
+    for module in freeze:
+        if not any(is_below(name, [module]) for name in parameters):
+            raise UserError(f"--freeze {module}: no parameter or module has this name; give whole names, as "
+                            "visual or point_encoder.encoder (model.named_parameters() lists them)")
 
     layers = len(model.visual.transformer.resblocks)
     groups = {}
     for name, parameter in parameters.items():
-        parameter.requires_grad_(not name.startswith(tuple(freeze)))
+        parameter.requires_grad_(not is_below(name, freeze))
         if parameter.requires_grad:
             lr_scale = layer_decay ** layers_above(name, layers)
             decay = 0.0 if parameter.ndim == 1 else weight_decay
@@ -386,6 +415,11 @@ def parameter_groups(model: CrossMoST, weight_decay: float, layer_decay: float,
         raise UserError(f"--freeze {' '.join(freeze)} leaves nothing to train")
     return [{"params": members, "lr_scale": lr_scale, "weight_decay": decay}
             for (lr_scale, decay), members in groups.items()]
+
+
+def is_below(name: str, modules: list[str]) -> bool:
+    """Whether a dotted name is one of `modules` or part of one: visual.proj is part of visual, not of vis."""
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)
 
 
 IMAGE_EMBEDDINGS = ("visual.conv1", "visual.class_emb", "visual.positional", "visual.mask_token",
@@ -405,7 +439,7 @@ def train_mode(student: CrossMoST, freeze: list[str]):
     """Set training mode, but eval mode for frozen modules: their BatchNorm must not move (Deviation D12)."""
     student.train()
     for name, module in student.named_modules():
-        if name.startswith(tuple(freeze)):
+        if is_below(name, freeze):
             module.eval()
 
 
@@ -451,19 +485,63 @@ class TextEncoder(nn.Module):
 
 @torch.no_grad()
 def embed_names(text: TextEncoder, class_names: list[str], templates: tuple[str, ...]) -> Tensor:
-    """Average each name's text features over the templates [classifier]. -> (C, E), unit norm"""
-    features = [text([template.format(name) for template in templates]).mean(dim=0) for name in class_names]
-    return F.normalize(torch.stack(features), dim=-1)
+    """Average each name's text features over the templates [classifier]. -> (C, E), unit norm
+
+    Raises: UserError for two names that are the same words to the tower.
+    """
+    texts = [template.format(name) for name in class_names for template in templates]
+    tokens = text.tokenize(texts).unflatten(0, (len(class_names), len(templates)))  # (C, templates, length)
+    refuse_equal_tokens(class_names, tokens)
+
+    features = []
+    for part in tokens.split(math.ceil(256 / len(templates))):  # about 256 texts at once
+        of_texts = text_features(text.tower, part.flatten(0, 1))
+        features.append(of_texts.unflatten(0, part.shape[:2]).mean(dim=1))
+    return F.normalize(torch.cat(features), dim=-1)
+
+
+def text_features(tower: nn.Module, tokens: Tensor) -> Tensor:
+    """Features (n, E), unit norm, of the tokens (n, length) of n texts: the tower's own, but faster.
+
+    CLIP's tower answers at the end token, the largest number, and sees only what stands before it. Texts are
+    short, so the empty places behind them are left out. Other towers get every place.
+    """
+    device = next(tower.parameters()).device
+    if getattr(tower, "pool_type", None) != "argmax":
+        return F.normalize(tower(tokens.to(device)).float(), dim=-1)
+
+    ends = tokens.argmax(dim=-1)
+    length = ends.max().item() + 1
+    x = tower.token_embedding(tokens[:, :length].to(device)) + tower.positional_embedding[:length]
+    x = tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])
+    x = tower.ln_final(x[torch.arange(len(x), device=device), ends.to(device)])
+    return F.normalize((x @ tower.text_projection).float(), dim=-1)
+
+
+def refuse_equal_tokens(class_names: list[str], tokens: Tensor):
+    """Raises: UserError for two names with equal tokens (C, templates, length): they would share a column."""
+    names_by_tokens = {}
+    for name, rows in zip(class_names, tokens):
+        other = names_by_tokens.setdefault(rows.numpy().tobytes(), name)
+        if other is not name:
+            raise UserError(f"{other!r} and {name!r} are the same words to the text tower: it ignores case "
+                            f"and reads {tokens.shape[-1]} tokens at most; rename one, or leave it out")
 
 
 # ------ Starts: a model without classifier, and the text tower that names classes for it --------------------
 
+# Of what figures of a start's authors are: they are theirs, not measured with this code.
+POINT_TOP_1 = {
+    "dataset": "modelnet40",
+    "measured": "zero-shot top-1 in percent, on 8,192 points of modelnet40_normal_resampled",
+    "source": "README of huggingface.co/datasets/SFXX/ulip",
+}
 # What is known of each start: how it cut clouds in its training, and what its authors report of it.
 # Files of our own say it themselves. Any other name is a plain vision transformer of open_clip.
 STARTS = {
     "tiny": dict(groups=32, group_size=16),
-    "ulip2": dict(groups=512, group_size=32),
-    "ulip1": dict(groups=512, group_size=32),
+    "ulip2": dict(groups=512, group_size=32, reported=dict(POINT_TOP_1, point="about 74")),
+    "ulip1": dict(groups=512, group_size=32, reported=dict(POINT_TOP_1, point="60.3")),
     "crossmost": dict(groups=64, group_size=32),
 }
 OTHER_GROUPS = STARTS["crossmost"]
@@ -491,8 +569,9 @@ def start_file(name: str, cache: Path, allowed: bool = True) -> Path:
 
 
 def build_model(name: str, class_names: list[str], templates: tuple[str, ...], pretrained: str | None = None,
-                start_checkpoint: str | Path | None = None, seed: int = 0, **point) -> CrossMoST:
-    """Build a zero-shot start with one classifier column per class name, in eval mode.
+                start_checkpoint: str | Path | None = None, seed: int = 0, device: str | torch.device = "cpu",
+                **point) -> CrossMoST:
+    """Build a zero-shot start with one classifier column per class name, in eval mode, on `device`.
 
     Args:
         name: one of STARTS, or a model of open_clip's.
@@ -521,8 +600,9 @@ def build_model(name: str, class_names: list[str], templates: tuple[str, ...], p
         raise UserError(f"{start_checkpoint} holds no text tower to name classes with; add the open_clip "
                         "name of its CLIP, --model and --pretrained")
 
+    text.tower.to(device)
     model.set_classifier(embed_names(text, class_names, templates), class_names)
-    return model.eval()
+    return model.to(device).eval()
 
 
 def random_tiny(seed: int, **point) -> tuple[CrossMoST, TextEncoder]:
@@ -533,8 +613,9 @@ def random_tiny(seed: int, **point) -> tuple[CrossMoST, TextEncoder]:
         return model, TextEncoder(TINY["embed_dim"], **TINY["text"])
 
 
-def open_clip_start(name: str, pretrained: str | None, seed: int = 0, **point) -> tuple[CrossMoST, nn.Module]:
-    """An open_clip model's image and text tower beside an untrained Point-BERT.
+def open_clip_start(name: str, pretrained: str | None, seed: int = 0,
+                    **point) -> tuple[CrossMoST, SimpleNamespace]:
+    """An open_clip model's image tower beside an untrained Point-BERT, and its text tower with its tokenizer.
 
     Raises: UserError for an unknown name, an image tower that is no plain vision transformer, weights of
     another activation, or weights out of reach.
@@ -546,7 +627,8 @@ def open_clip_start(name: str, pretrained: str | None, seed: int = 0, **point) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            clip = open_clip.create_model(name, pretrained).requires_grad_(False).eval()
+            clip = open_clip.create_model(name, pretrained, force_custom_text=True)  # a text tower of its own
+            clip = clip.requires_grad_(False).eval()
         except Exception as error:  # of the hub, of the network, of the file: each has its own type
             raise UserError(f"cannot get the weights {pretrained!r} of {name} ({str(error)[:150]}); fetch "
                             "them once with a connection, or name a file: --pretrained FILE") from error
@@ -555,9 +637,7 @@ def open_clip_start(name: str, pretrained: str | None, seed: int = 0, **point) -
 
     load_strictly(model.visual, clip.visual.state_dict(), name, ("mask_token_emb", "ln_patch.", "decoder."))
     model.logit_scale.data.copy_(clip.logit_scale)
-    clip.visual = None  # its weights are copied: ViT-bigG's are 7 GB
-    tokenize = open_clip.get_tokenizer(name)
-    return model, lambda texts: F.normalize(clip.encode_text(tokenize(texts)).float(), dim=-1)
+    return model, SimpleNamespace(tower=clip.text, tokenize=open_clip.get_tokenizer(name))
 
 
 def plain_image_tower(name: str, config: dict | None) -> dict:
@@ -704,7 +784,8 @@ def published_start(content: dict, which: str, path: str | Path) -> dict:
 
     embed_dim = state["pc_projection"].shape[1]
     image = image_sizes(state, slip) if "visual.conv1.weight" in state else None
-    cut = STARTS["ulip2" if slip or image is None else "crossmost"]
+    of_ulip = slip or image is None
+    cut = {key: STARTS["ulip2" if of_ulip else "crossmost"][key] for key in ("groups", "group_size")}
     classes = state["classifier"].shape[1] if "classifier" in state else 0
     pixels = dict(mean=IMAGENET_MEAN, std=IMAGENET_STD) if slip else {}
     start = {
@@ -797,11 +878,16 @@ def halved(module: nn.Module) -> dict:
 
 
 def save_file(content: dict, path: Path):
-    """torch.save, whole or not at all."""
-    buffer = io.BytesIO()  # torch.save to a full disk does not raise OSError
-    torch.save(content, buffer)
+    """torch.save, whole or not at all. Raises: OSError, where the disk is full."""
     with whole_file(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(content, file)
+        except RuntimeError as error:
+            # torch's writer counts bytes: it raises its own error after the OSError of a write that failed.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 @contextmanager
@@ -834,5 +920,13 @@ def read_file(path: str | Path) -> dict:
     try:
         with torch.serialization.safe_globals(harmless):
             return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except OSError:  # of the disk, or forbidden: it names the file
+        raise
     except Exception as error:  # torch raises a different type for each way a file can be broken
-        raise UserError(f"cannot read checkpoint {path}: {str(error)[:200]}") from error
+        # torch's own message advises to load such a file unsafely.
+        foreign = re.search(r"(?i:unsupported).* GLOBAL ([\w.]+)", str(error))
+        if foreign:
+            raise UserError(f"{path} holds {foreign[1]}, which could run code; only tensors and plain values "
+                            "are read: get the checkpoint from its authors") from error
+        raise UserError(f"{path} is no checkpoint, or only a part of one; expected a file that torch.save "
+                        "wrote: get or make it again") from error

@@ -1,5 +1,6 @@
 """Properties of the method and of the run. CPU, no network, no weights; a few minutes on two cores."""
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -28,6 +29,11 @@ import torch.nn.functional as F
 import trimesh
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+try:
+    import resource  # not on Windows
+except ImportError:
+    resource = None
 
 import data
 import eval as evaluation
@@ -290,6 +296,62 @@ def test_what_is_hidden_does_not_reach_the_features_and_points_have_no_order():
     assert not hasattr(model(None, points), "point_logits")
 
 
+def test_the_model_knows_its_precision_which_is_of_the_networks_only(monkeypatch):
+    model, (images, points) = tiny(), inputs()
+    half = copy.deepcopy(model)
+    half.precision = torch.bfloat16
+    half = copy.deepcopy(half)  # as a teacher of its student
+    assert half.precision == torch.bfloat16 and half.state_dict().keys() == model.state_dict().keys()
+    image_hidden, point_hidden = torch.arange(16).expand(4, -1) == 5, torch.arange(32).expand(4, -1) == 5
+    exact, rounded = (vars(m(images, points, image_hidden, point_hidden)) for m in (model, half))
+    for name, value in exact.items():
+        assert torch.allclose(value, rounded[name].float(), atol=0.3), name
+        assert not torch.equal(value, rounded[name].float()), name
+        assert ("features" in name or "logits" in name) <= (rounded[name].dtype == torch.float32)
+    logits = half.logit_scale.exp() * rounded["point_features"] @ half.classifier
+    assert torch.equal(logits, rounded["point_logits"])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same(half.group(points)._asdict(), model.group(points)._asdict())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    for name, expected in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("auto", torch.float32)):
+        assert models.precision_for(name, "cpu") == models.precision_for(name, "cuda:0") == expected
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert models.precision_for("auto", "cpu") == torch.float32
+    assert models.precision_for("auto", torch.device("cuda")) == torch.bfloat16
+
+
+def test_another_point_encoder_needs_no_more_than_the_contract_says(monkeypatch):
+    class Mean(torch.nn.Module):
+        """Two linear layers; features [global token, its square, its cube], of a width of its own."""
+        frozen_by_default = ("into",)
+
+        def __init__(self, embed_dim, width, groups, group_size, target="tokens"):
+            super().__init__()
+            self.groups, self.group_size, self.target, self.out_width = groups, group_size, target, 3 * width
+            self.into, self.lm_head = torch.nn.Linear(3, width), torch.nn.Linear(width, width)
+            self.proj = torch.nn.Parameter(torch.randn(width, embed_dim))
+
+        def forward(self, groups, hidden=None):
+            before = tokens = self.into(groups.neighbourhoods.mean(dim=2) + groups.centres)
+            if hidden is not None:
+                tokens = tokens * ~hidden[..., None]
+            whole = tokens.mean(dim=1)
+            return torch.cat([whole, whole ** 2, whole ** 3], dim=-1), tokens, before
+    monkeypatch.setattr(models, "PointEncoder", Mean)
+    model = CrossMoST(24, models.TINY["image"], dict(width=8, groups=6, group_size=5))
+    images, points = inputs()
+    hidden = torch.arange(6).expand(4, -1) < 2
+    out, groups = model(images, points, None, hidden), model.group(points)
+    whole = model.point_encoder(groups, hidden)[0][:, :8]
+    assert torch.equal(out.point_cls, F.normalize(whole @ model.point_encoder.proj, dim=-1))
+    assert out.point_prediction.shape == out.point_target.shape == (4, 6, 8)
+    frozen = [f"point_encoder.{name}" for name in Mean.frozen_by_default]
+    members = sum((group["params"] for group in models.parameter_groups(model, 0.1, 0.9, frozen)), [])
+    assert len(members) == len(list(model.parameters())) - 2  # but weight and bias of `into`
+    assert models.PointEncoder is Mean and options().freeze == ["point_encoder.encoder"]
+
+
 @pytest.mark.parametrize("target", ["tokens", "points"])
 def test_every_trainable_parameter_gets_a_finite_gradient_that_is_not_zero_and_what_is_frozen_stays(target):
     args, student = options("--mask-ratio", "0.3"), tiny(target=target)
@@ -426,8 +488,16 @@ def test_a_checkpoint_of_a_stranger_runs_no_code_and_what_does_not_fit_is_named_
     (tmp_path / "cut.pt").write_bytes((tmp_path / "evil.pt").read_bytes()[:200])
     torch.save({"weights": 1}, tmp_path / "other.pt")
     np.save(tmp_path / "evil.npy", np.array([Evil()]), allow_pickle=True)
-    for name in ("evil.pt", "cut.pt", "other.pt", "nowhere.pt"):
-        assert_refused(name, load_checkpoint, tmp_path / name)
+    (tmp_path / "README.md").write_text("# A project")
+    (tmp_path / "empty.pt").touch()
+    torch.save({"folder": HERE}, tmp_path / "foreign.pt")
+    for name, says in (("evil.pt", r" holds \w+\.system, which could run code"), ("nowhere.pt", ""),
+                       ("foreign.pt", r" holds pathlib\.\S*Path, which"), ("other.pt", "no known family"),
+                       ("cut.pt", " is no checkpoint, or only a part"), ("empty.pt", " is no checkpoint"),
+                       ("README.md", " is no checkpoint")):
+        with pytest.raises((UserError, OSError), match=name + ".*" + says) as refusal:
+            load_checkpoint(tmp_path / name)
+        assert "weights_only" not in str(refusal.value)  # torch's advice to load unsafely
     assert_refused("evil.npy", data.read_object, tmp_path / "evil.npy", 1)
     assert not (tmp_path / "ran").exists()
     state = write_ulip(tmp_path / "ulip.pt")[2]
@@ -475,6 +545,24 @@ def test_an_open_clip_model_lends_its_towers_to_a_file_without(tmp_path):
     coloured = torch.cat([groups.neighbourhoods, torch.full_like(groups.neighbourhoods, 0.4)], dim=-1)
     tokens = model.point_encoder.reduce_dim(model.point_encoder.encoder(coloured))
     assert torch.allclose(model.point_encoder(groups)[2], tokens, atol=1e-5)
+
+
+def test_names_are_embedded_in_batches_as_one_by_one_and_none_shares_a_column_with_another():
+    text, templates = models.random_tiny(0)[1].eval(), models.TEMPLATES["openai"]
+    names = [f"{a} {b}" for a in NAMES for b in ("", "lamp", "made of very old wood, with handles")]
+    one_by_one = [F.normalize(text([t.format(name) for t in templates]).mean(dim=0), dim=0) for name in names]
+    assert torch.allclose(models.embed_names(text, names, templates), torch.stack(one_by_one), atol=1e-6)
+    _, clip = models.open_clip_start("ViT-S-32-alt", None)
+    tokens = clip.tokenize(["a chair", "a point cloud model of a night stand."])
+    assert torch.allclose(models.text_features(clip.tower, tokens), F.normalize(clip.tower(tokens), dim=-1),
+                          atol=1e-6)
+    clip.tower.pool_type = "eos"  # as a tower of another kind, which is asked as it is
+    clip.tower.eos_id = 49407
+    assert torch.equal(models.text_features(clip.tower, tokens), F.normalize(clip.tower(tokens), dim=-1))
+    longer = "very " * 20  # than tiny's twenty tokens
+    for a, b in (("desk", "Desk"), ("a  stand", "a stand"), (f"{longer}low desk", f"{longer}high desk")):
+        embed = partial(models.embed_names, text, ["bed", a, b])
+        assert_refused(f"'{a}' and '{b}' are the same words to the text tower.* 20 tokens", embed, templates)
 
 
 def test_learning_rates_of_the_full_size_model_decay_by_image_layer_and_by_step():
@@ -1111,8 +1199,9 @@ def test_two_processes_equal_one_and_share_a_batch_evenly(tmp_path, monkeypatch,
     ("--modalities image --labels agree", "--labels agree needs both modalities"),
     ("--stage pretrain", "start.pt is a finished start; drop --stage pretrain"),
     ("--threshold 0.5 0.6", "--threshold takes one value; two, image's and point's, go with"),
-    ("--freeze visual nothing", r"no parameter begins with \['nothing'\]"),
-    ("--freeze visual p c logit", "leaves nothing to train"),
+    ("--freeze visual nothing", "--freeze nothing: no parameter or module has this name"),
+    ("--freeze visua", "--freeze visua: no parameter or module has this name; give whole names"),
+    ("--freeze visual point_encoder pc_projection logit_scale classifier", "leaves nothing to train"),
     ("--batch-size 0", r"argument --batch-size: 0 is not in \[1, inf\]"),
     ("--lr nan", "argument --lr: nan is not in"),
     ("--momentum 1.5", r"argument --momentum: 1.5 is not in \[0, 1\]"),
@@ -1582,11 +1671,26 @@ def test_stopping_the_tables_stops_their_runs(tmp_path, monkeypatch):
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "x.pt"
+    path, much = tmp_path / "x.pt", {"a": torch.zeros(1 << 18), "b": torch.zeros(1 << 10)}
     models.save_file({"a": 0}, path)
     with open(path, "rb") as old:
         models.save_file({"a": 1}, path)
         assert torch.load(old) == {"a": 0}  # the new one took its name, and did not overwrite it
+    if Path("/dev/full").exists():
+        for content in ({"a": 2}, much):
+            (tmp_path / ".x.pt").symlink_to("/dev/full")
+            with pytest.raises(OSError, match="No space left"):
+                models.save_file(content, path)
+    if resource:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        for size in (0, 1000, 1 << 19, 1 << 20, (1 << 20) + 2000):  # head, middle, end
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+            try:
+                assert_refused("File too large", models.save_file, much, path)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with pytest.raises((RuntimeError, TypeError, AttributeError)):  # not of the disk: as it is
+        models.save_file({"a": lambda: 0}, path)
     monkeypatch.setattr(os, "fsync", None)  # raises, as a full disk
     with pytest.raises(TypeError):
         models.save_file({"a": 2}, path)
