@@ -21,11 +21,12 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
+from tqdm import tqdm
 
 from data import (DATASETS, UP, Objects, UserError, dataset_row, draw_views, fixed_images, load_dataset,
-                  load_files, read_lines, training_photographs)
-from model import (STARTS, TEMPLATES, CrossMoST, build_model, load_checkpoint, read_start, start_file,
-                   whole_file)
+                  load_files, read_lines, to_unit_sphere, training_photographs)
+from model import (STARTS, TEMPLATES, CrossMoST, build_model, load_checkpoint, precision_for, read_start,
+                   start_file, whole_file)
 
 # Each modality's own opinion, and the mean of the two probabilities.
 MODALITIES = ("image", "point", "joint")
@@ -52,12 +53,15 @@ def embed(model: CrossMoST, objects: Objects, views: int | None = None, batch_si
     size = model.visual.image_size[0]
     batches = []
     start = 0
-    with evaluation_mode(model):
+    # disable=None: a bar only where a person looks on.
+    bar = tqdm(total=len(objects), desc="evaluating", unit="object", leave=False, disable=None)
+    with evaluation_mode(model), bar:
         for images in fixed_images(objects, views, size, batch_size, device):
             points = objects.points[start:start + len(images)].to(device)
             start += len(images)
             outputs = model(model.normalise(images), points)
             batches.append({name: value.cpu() for name, value in vars(outputs).items()})
+            bar.update(len(images))
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
@@ -92,6 +96,37 @@ def to_probs(logits: dict[str, Tensor]) -> dict[str, Tensor]:
     image = logits["image_logits"].softmax(dim=-1)
     point = logits["point_logits"].softmax(dim=-1)
     return {"image": image, "point": point, "joint": (image + point) / 2}
+
+
+def classify(model: CrossMoST, clouds, points: int = 1024, views: int | None = None) -> tuple[list, Tensor]:
+    """Name clouds as they are, of any place and scale, for example in a notebook.
+
+    Args:
+        clouds: (P, 3) arrays or tensors, z up: a list of any numbers of points, or a batch (N, P, 3).
+        points: a cloud of more points is thinned to as many; best what the model was trained with.
+        views: how many depth views are rendered of each; None: six.
+    Returns:
+        The N names, and the joint probabilities (N, C) in the order of model.class_names.
+    Raises:
+        UserError: a cloud has another shape, too few points for the model's groups, coordinates that are not
+            finite, or all its points in one place.
+    """
+    random = np.random.default_rng(0)
+    of_size = {}  # number of points -> [(which cloud, cloud in the unit sphere)]
+    for i, cloud in enumerate(clouds):
+        cloud = torch.as_tensor(cloud, dtype=torch.float64, device="cpu")  # UTM coordinates need the digits
+        if cloud.dim() != 2 or cloud.shape[1] != 3:
+            raise UserError(f"cloud {i} has the shape {tuple(cloud.shape)}; expected a list of (points, 3)")
+        if len(cloud) > points:
+            cloud = cloud[random.choice(len(cloud), points, replace=False)]
+        of_size.setdefault(len(cloud), []).append((i, to_unit_sphere(cloud[None], [i]).float()))
+
+    probs = torch.empty(len(clouds), len(model.class_names))
+    for numbered in of_size.values():
+        index, same_size = zip(*numbered)
+        objects = Objects(torch.cat(same_size), None, model.class_names)
+        probs[list(index)] = to_probs(embed(model, objects, views))["joint"]
+    return [model.class_names[k] for k in probs.argmax(dim=-1).tolist()], probs
 
 
 def evaluate(model: CrossMoST, objects: Objects, views: int | None = None,
@@ -181,8 +216,8 @@ def table(results: dict, every_class_of: str | None = None) -> str:
 
 # ------ Predictions and embeddings --------------------------------------------------------------------------
 def name_objects(objects: Objects, probs: dict[str, Tensor]) -> list[dict]:
-    """The line of predictions.csv for each object: joint class and probability, either modality's, and
-    whether these two agree."""
+    """The line of predictions.csv for each object: joint class and probability, either modality's, whether
+    these two agree, and the true class where there are labels."""
     confidences = {modality: probs[modality].amax(dim=-1).tolist() for modality in MODALITIES}
     names = {modality: [objects.class_names[k] for k in probs[modality].argmax(dim=-1).tolist()]
              for modality in MODALITIES}
@@ -198,13 +233,16 @@ def name_objects(objects: Objects, probs: dict[str, Tensor]) -> list[dict]:
             "point_confidence": f"{confidences['point'][i]:.4f}",
             "agree": "yes" if names["image"][i] == names["point"][i] else "no",
         })
+        if objects.labels is not None:
+            lines[-1]["true"] = objects.class_names[objects.labels[i]]
     return lines
 
 
 def write_predictions(path: Path, objects: Objects, probs: dict[str, Tensor]):
     """A CSV file with a line for each object, see `name_objects`."""
     lines = name_objects(objects, probs)
-    with open(path, "w", newline="") as file:
+    # surrogateescape: a file's name that is no UTF-8 is written as it is.
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.DictWriter(file, fieldnames=lines[0])
         writer.writeheader()
         writer.writerows(lines)
@@ -284,16 +322,15 @@ def plot_confusion(picture: Path, probs: Tensor, objects: Objects):
 def plot_gallery(picture: Path, probs: dict[str, Tensor], objects: Objects, count: int = 12):
     """View and cloud of objects that are named wrongly or in two ways, evenly spaced over all of these."""
     lines = name_objects(objects, probs)
-    truth = None if objects.labels is None else [objects.class_names[k] for k in objects.labels]
     doubtful = [i for i, line in enumerate(lines)
-                if line["agree"] == "no" or (truth and line["class"] != truth[i])]
+                if line["agree"] == "no" or line["class"] != line.get("true", line["class"])]
     spaced = torch.linspace(0, len(doubtful) - 1, min(count, len(doubtful))).long()
     chosen = torch.tensor(doubtful).long()[spaced]
 
     cells = []
     for i, images in zip(chosen.tolist(), fixed_images(objects.pick(chosen), 1, 224, 1, "cpu")):
         text = "image: {image} {image_confidence}\npoint: {point} {point_confidence}".format(**lines[i])
-        cells.append((images[0, 0], f"is {truth[i]}\n{text}" if truth else text))
+        cells.append((images[0, 0], f"is {lines[i]['true']}\n{text}" if "true" in lines[i] else text))
         cells.append((objects.points[i], ""))
     title = f"{len(doubtful)} of {len(objects)} objects are named wrongly or in two ways"
     draw_grid(picture, cells, 8, title)
@@ -349,12 +386,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     group("--cache", type=Path, default=Path("cache"), help="folder of fetched starts")
     group("--preview", type=Path, help="FILE.png: no model, only draw what the models see of --dataset")
 
-    group = parser.add_argument_group("on (if not given: what the checkpoint was trained on)").add_argument
+    group = parser.add_argument_group("on (if not given: as the checkpoint was trained)").add_argument
     group("files", nargs="*", type=Path, help="single objects to name")
     group("--dataset", help=f"{', '.join(DATASETS)}, or a folder of your own")
     group("--split", choices=("train", "test"), default="test", help="which of its splits")
     add_data_options(group)
-    group("--device", type=usable_device, default=DEVICE, help="where to compute")
+    add_device_options(group)
+    parser.set_defaults(data_root=None, precision=None)  # to know what is given
 
     group = parser.add_argument_group("into").add_argument
     group("--predictions", type=Path, help="FILE.csv: every object's name, confidence, either opinion")
@@ -376,8 +414,13 @@ def main(argv=None) -> dict | None:
     if args.model in STARTS and not path:
         path = start_file(args.model, args.cache, args.download)
     saved = read_start(path) if path else {"options": {}, "architecture": {"class_names": []}}
-    data = data_options(args, saved["options"])
-    objects = load_objects(args, data, saved["architecture"]["class_names"])
+    made_by = saved.get("identity", {}).get("code", CODE)
+    if made_by != CODE:
+        print(f"note: {path} was trained by other code ({made_by}, now {CODE}); figures may have changed",
+              file=sys.stderr)
+
+    chosen = as_trained(args, saved["options"])
+    objects = load_objects(args, chosen, saved["architecture"]["class_names"])
     if args.preview:
         write_whole(args.preview, preview, objects)
         print(f"some of {objects.name} {objects.split}'s {len(objects)} objects: {args.preview}")
@@ -386,17 +429,20 @@ def main(argv=None) -> dict | None:
         raise UserError("--confusion needs labels, of classes that are all among the names")
 
     results = {"dataset": objects.name, "split": objects.split, "objects": len(objects)}
+    precision = precision_for(chosen["precision"], args.device)
     if args.checkpoint:
         student = load_checkpoint(path, which="student").to(args.device)
-        results["student"] = evaluate(student, objects, data["views"])
+        student.precision = precision
+        results["student"] = evaluate(student, objects, chosen["views"])
         model, which = load_checkpoint(path, which="teacher"), "teacher"
     else:
-        templates = TEMPLATES[args.templates or dataset_row(data["dataset"])["templates"]]
+        templates = TEMPLATES[args.templates or dataset_row(chosen["dataset"])["templates"]]
         name = args.model or saved["options"]["model"]
         model, which = build_model(name, objects.class_names, templates, args.pretrained, path), "zero_shot"
+    model.precision = precision
 
     # Names, embeddings and pictures are the teacher's, or the start's.
-    embedded = embed(model.to(args.device), objects, data["views"])
+    embedded = embed(model.to(args.device), objects, chosen["views"])
     probs = to_probs(embedded)
     results[which] = assess(probs, objects)
     report(args, results, which, objects, probs)
@@ -417,33 +463,37 @@ def refuse_contradictions(args):
         raise UserError("name single files or a --dataset, not both")
 
 
-def data_options(args, trained: dict) -> dict:
-    """Which objects, and how they are read.
+def as_trained(args, trained: dict) -> dict:
+    """Which objects, how they are read, and the precision.
 
-    What is not given is as the checkpoint was trained (`trained`, its options; empty without a checkpoint):
-    points and views on any data set, domain and upright axis on its own one. The rest is the data set's.
+    What is not given is as in `trained`, the options of a checkpoint or a start (empty without): points and
+    views on any data set, domain and upright axis on its own one; data root and precision of a checkpoint.
+    The rest is the data set's.
     """
     dataset = args.dataset or trained.get("dataset", "shapes")
-    of_data_set = trained if dataset == trained.get("dataset") else {}
     row = dataset_row(dataset)
+    on_this_data_set = trained if dataset == trained.get("dataset") else {}
+    of_checkpoint = trained if args.checkpoint else {}
     return {
         "dataset": dataset,
-        "domain": args.domain or of_data_set.get("domain"),
-        "up": args.up or of_data_set.get("up"),
+        "data_root": args.data_root or Path(of_checkpoint.get("data_root", "data")),
+        "domain": args.domain or on_this_data_set.get("domain"),
+        "up": args.up or on_this_data_set.get("up"),
         "points": args.points or trained.get("points") or row["points"],
         "views": args.views or trained.get("views"),
+        "precision": args.precision or of_checkpoint.get("precision", "auto"),
     }
 
 
-def load_objects(args, data: dict, trained_names: list[str]) -> Objects:
+def load_objects(args, chosen: dict, trained_names: list[str]) -> Objects:
     """The files or the data set asked for, under the class names asked for."""
     if args.files:
-        up = data["up"] or dataset_row(data["dataset"])["up"]
-        objects = load_files(args.files, data["points"], up)
+        up = chosen["up"] or dataset_row(chosen["dataset"])["up"]
+        objects = load_files(args.files, chosen["points"], up)
         objects.class_names = trained_names
     else:
-        objects = load_dataset(data["dataset"], args.data_root, args.split, data["points"], data["domain"],
-                               args.download, data["up"])
+        objects = load_dataset(chosen["dataset"], chosen["data_root"], args.split, chosen["points"],
+                               chosen["domain"], args.download, chosen["up"])
     if args.classes:
         is_file = os.path.isfile(args.classes)  # Path.is_file raises for a long list of names
         rename(objects, read_lines(Path(args.classes)) if is_file else args.classes.split(","))
@@ -509,10 +559,13 @@ def one_line_errors():
     """Under it (`with`) what a user can put right ends a script with one line and exit code 2.
 
     That is UserError, OSError and too little memory. Every other error is a bug, and keeps its traceback.
+    Ctrl-C ends it with one line, too: the KeyboardInterrupt's text, if it has one.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be in the terminal's alphabet
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop}" if str(stop) else "\nstopped", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         message = " ".join(str(error).split())
@@ -541,6 +594,13 @@ def add_data_options(add):
     add("--up", choices=sorted(UP), help="axis that points upwards in the files (down: --up=-y)")
     add("--points", type=COUNT, help="points per cloud")
     add("--views", type=COUNT, help="evaluation: depth views (6) or photographs (all) averaged")
+
+
+def add_device_options(add):
+    """Where and how both scripts compute."""
+    add("--device", type=usable_device, default=DEVICE, help="where to compute")
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto",
+        help="of the networks; auto: bf16 on a GPU that has it, else fp32. Some CPUs are fast in bf16, too")
 
 
 def number(low: float, high: float = math.inf, convert: type = float):

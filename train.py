@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 from data import (DATASETS, MODELNET10, Objects, UserError, dataset_row, draw_views, load_dataset, lock,
                   random_yaw, sample_shapes, training_photographs)
-from eval import (CODE, COUNT, DEVICE, SHARE, WEIGHT, add_data_options, assess, embed, number,
+from eval import (CODE, COUNT, SHARE, WEIGHT, add_data_options, add_device_options, assess, embed, number,
                   one_line_errors, option_parser, plot_curves, pseudo_label_quality, table, to_probs, top_one,
-                  usable_device, write_predictions, write_whole)
+                  write_predictions, write_whole)
 from losses import (RULES, Evidence, cross_modal_alignment_loss, fairness_loss, masked_terms,
                     name_alignment_loss, self_training_loss)
 from model import (STARTS, TEMPLATES, CrossMoST, build_model, hide_groups, hide_patches, parameter_groups,
@@ -177,9 +177,7 @@ def make_parser() -> argparse.ArgumentParser:
     group("--out", type=Path, help="results folder (default: runs/DATASET-MODEL and what differs from defaults)")
     group("--seed", type=number(0, 2 ** 32, int), default=0, help="of a new start, views, order and masks")
     group("--resume", action=argparse.BooleanOptionalAction, default=True, help="continue OUT/last.pt")
-    group("--device", type=usable_device, default=DEVICE, help="where to compute")
-    group("--precision", choices=("auto", "bf16", "fp32"), default="auto",
-          help="of both networks; auto: bf16 on a GPU that supports it, else fp32. Some CPUs are fast in bf16, too")
+    add_device_options(group)
     group("--compile", action="store_true", help="compile the encoders' blocks (slow first step, then faster)")
     group("--grad-checkpointing", action="store_true", help="less memory: compute image blocks twice")
     group("--eval-every", type=number(0, convert=int), default=5,
@@ -614,6 +612,7 @@ def train_and_score(state: TrainingState, objects: Objects, test: Objects, args,
         begin(state, objects, test, args, start)
     results = {"dataset": objects.name, "split": test.split, "objects": len(test), "classes": len(test.class_names),
                "model": args.model, "start": start.stem, "seed": args.seed, "epochs": args.epochs,
+               "pretrain_epochs": args.pretrain_epochs,
                "precision": state.identity["precision"], "changed": args.changed, "code": CODE,
                "commit": provenance(args.device)["commit"], "zero_shot": top_one(state.zero_shot)}
     print(table(results))

@@ -27,7 +27,7 @@ import train
 from data import Objects, UserError, load_dataset, reading
 from eval import (CODE, MODALITIES, assess, embed, evaluate, number, one_line_errors, option_parser, to_probs,
                   top_one, write_whole)
-from model import TEMPLATES, CrossMoST, build_model
+from model import TEMPLATES, CrossMoST, build_model, precision_for
 
 # ------ What is run -----------------------------------------------------------------------------------------
 # Options of train.py for all runs. Each seed has a start of its own, of as many passes as assets/tiny.pt.
@@ -207,11 +207,13 @@ def score_rival(run: Run) -> dict:
     start_path = train.find_start(args, unlabelled)
     model = build_model(args.model, test.class_names, TEMPLATES[args.templates], args.pretrained, start_path,
                         groups=args.groups, group_size=args.group_size).to(args.device)
+    model.precision = precision_for(args.precision, args.device)
     probs = RIVALS[run.rival](model, unlabelled, test, args.views)
     return {
         "dataset": test.name, "split": test.split, "objects": len(test), "rival": run.rival,
         "model": args.model, "start": start_path.stem, "pretrain_epochs": args.pretrain_epochs,
-        "seed": args.seed, "changed": {}, "precision": args.precision, "code": CODE,
+        "seed": args.seed, "changed": {}, "code": CODE,
+        "precision": str(model.precision).removeprefix("torch."),
         "commit": train.provenance(args.device)["commit"],
         "zero_shot": top_one(evaluate(model, test, args.views)),
         "accuracy": top_one(assess(probs, test)),
