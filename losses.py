@@ -65,6 +65,94 @@ def pseudo_labels(rule: str, image_probs: Tensor | None, point_probs: Tensor | N
     return {"image": (labels, keep), "point": (labels, keep)}
 
 
+@torch.no_grad()
+def transduced_labels(probs: Tensor, image_features: Tensor, point_features: Tensor, names: Tensor,
+                      neighbours: int = 3, alpha: float = 1.0, temperature: float = 50.0,
+                      rounds: int = 10, part: int = 1024) -> Tensor:
+    """Name all objects together, from what the teacher says of each [together] (StatA, arXiv 2501.03729).
+
+    Each name has a Gaussian in each modality. It begins at the name's text and moves towards the objects that
+    bear the name, as far as there are any: so an absent name stays at its text, and no shares are assumed.
+
+    start:   z = p,  mu_mk = t_k,  s_mk = S_m = sum_ik p_ik (f_mi - t_k)^2 / N
+    names:   z_ik ~ p_ik exp( (1/T) [ sum_m sum_d ( -(f_mid - mu_mkd)^2 / (2 s_mkd) - log(s_mkd) / 2 )
+                                      + (50 / 2k) sum_j (w_ij + w_ji) z_jk ] ),  rows sum to 1; five times
+    moves:   n_k = objects whose largest z is k;  b_k = n_k / (alpha + n_k)
+             mu_mk = norm( b_k norm(mean_z f_m) + (1 - b_k) t_k )
+             s_mk = b_k mean_z (f_m - mu_mk)^2 + (1 - b_k) (S_m + (t_k - mu_mk)^2)
+
+    w_ij is the similarity, the mean of both modalities', of i and its k nearest j; else 0. Names and moves take
+    turns, `rounds` times. Squares and quotients of vectors are by dimension d.
+
+    probs p: (N, C), the teacher's joint probabilities. image_features, point_features f: (N, E), and names t:
+    (C, E), of unit norm. neighbours k; 0 leaves their votes out. temperature T: 50 is StatA's, at 512
+    dimensions; infinity leaves p as it is. part: objects whose neighbours are sought at once (memory part x N).
+    Returns z (N, C), float32, rows sum to 1: label and confidence are its largest. The order of the objects
+    does not matter.
+    """
+    probs, texts = probs.float(), names.float()
+    features = torch.stack([image_features, point_features]).float()  # (2, N, E)
+    neighbours = min(neighbours, len(probs) - 1)
+    edges = neighbour_edges(features, neighbours, part) if neighbours > 0 else None
+
+    spread = expected_square(features, probs / len(probs), texts).sum(dim=1, keepdim=True)  # (2, 1, E)
+    spread = spread.clamp(min=1e-8)  # a dimension in which all are alike
+    z, means, variances = probs, texts, spread
+    for _ in range(rounds):
+        fit = log_density(features, means, variances).sum(dim=0)  # (N, C)
+        for _ in range(5):
+            votes = neighbour_votes(z, *edges) * (25 / neighbours) if edges else 0
+            z = (probs.log() + (fit + votes) / temperature).softmax(dim=-1)
+
+        bearers = F.one_hot(z.argmax(dim=-1), len(texts)).sum(dim=0)
+        trust = (bearers / (alpha + bearers))[:, None]  # (C, 1)
+        weights = z / z.sum(dim=0).clamp(min=1e-30)  # columns sum to 1
+        moved = F.normalize(weights.T @ features, dim=-1)  # (2, C, E)
+        means = F.normalize(trust * moved + (1 - trust) * texts, dim=-1)
+        variances = (trust * expected_square(features, weights, means)
+                     + (1 - trust) * (spread + (texts - means).square()))
+    return z
+
+
+def log_density(features: Tensor, means: Tensor, variances: Tensor) -> Tensor:
+    """Of features (2, N, E) under each name's Gaussian (2, C, E), without the constant -> (2, N, C)."""
+    means, precision = means.expand(2, -1, -1), (1 / variances).expand(2, *means.shape[-2:])
+    square = (features.square() @ precision.mT - 2 * features @ (means * precision).mT
+              + (means.square() * precision).sum(dim=-1)[:, None])
+    return -(square - precision.log().sum(dim=-1)[:, None]) / 2
+
+
+def expected_square(features: Tensor, weights: Tensor, centres: Tensor) -> Tensor:
+    """sum_i weights_ik (f_mi - centre_k)^2 by dimension, through moments, without N x C x E numbers.
+    features (2, N, E), weights (N, C), centres (2, C, E) or (C, E) -> (2, C, E)"""
+    square = (weights.T @ features.square() - 2 * centres * (weights.T @ features)
+              + centres.square() * weights.sum(dim=0)[:, None])
+    return square.clamp(min=0)
+
+
+def neighbour_edges(features: Tensor, neighbours: int, part: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The symmetric matrix w_ij + w_ji, sparse: columns and values row after row, and where each row begins.
+    features (2, N, E), of which `part` at a time are compared with all."""
+    both = torch.cat(features.unbind(), dim=1)  # the product of two rows is the sum of both similarities
+    nearest, similarity = [], []
+    for at, some in zip(range(0, len(both), part), both.split(part)):
+        to_all = some @ both.T / 2
+        to_all[torch.arange(len(some)), torch.arange(at, at + len(some))] = -torch.inf  # not itself
+        values, index = to_all.topk(neighbours, dim=1)
+        nearest.append(index)
+        similarity.append(values)
+    nearest, values = torch.cat(nearest).flatten(), torch.cat(similarity).flatten()
+    itself = torch.arange(len(both), device=both.device).repeat_interleave(neighbours)
+    rows, order = torch.cat([itself, nearest]).sort(stable=True)
+    begins = torch.searchsorted(rows, torch.arange(len(both), device=both.device))
+    return torch.cat([nearest, itself])[order], values.repeat(2)[order], begins
+
+
+def neighbour_votes(z: Tensor, columns: Tensor, values: Tensor, begins: Tensor) -> Tensor:
+    """The sparse matrix of neighbour_edges times z (N, C). embedding_bag adds in one order, also on a GPU."""
+    return F.embedding_bag(columns, z, begins, mode="sum", per_sample_weights=values)
+
+
 def self_training_loss(logits: Tensor, labels: Tensor, keep: Tensor) -> Tensor:
     """Cross-entropy in nats, averaged over the kept objects [self-training].
 

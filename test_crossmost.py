@@ -36,7 +36,8 @@ import train
 from data import UserError
 from losses import (cross_modal_alignment_loss, fairness_loss, global_local_alignment_loss,
                     joint_pseudo_labels, masked_image_loss, masked_point_loss, masked_terms,
-                    name_alignment_loss, pseudo_labels, self_training_loss)
+                    name_alignment_loss, neighbour_edges, neighbour_votes, pseudo_labels,
+                    self_training_loss, transduced_labels)
 from model import (CrossMoST, build_model, farthest_point_sample, group_points, hide_groups, hide_patches,
                    load_checkpoint, update_teacher)
 
@@ -151,6 +152,66 @@ def test_every_label_rule_does_what_its_name_says(rule, thresholds, labels, keep
     given = pseudo_labels(rule, image, point, thresholds, truth=torch.tensor([2, 1]))
     assert [given[m][0].tolist() for m in ("image", "point")] == labels
     assert [given[m][1].tolist() for m in ("image", "point")] == keep
+
+
+def clusters_with_wrong_texts(noise=0.1):
+    """40 objects of name 0, 40 of name 1, none of name 2, and texts that name some of them wrongly.
+
+    Returns the teacher's probabilities (80, 3), features of both modalities (80, 8), texts (3, 8), labels."""
+    def directions(*degrees):
+        angles = torch.tensor(degrees).deg2rad()
+        return F.pad(torch.stack([angles.cos(), angles.sin()], dim=1), (0, 6))
+
+    labels = torch.arange(80) // 40
+    random = torch.Generator().manual_seed(0)
+    noisy = directions(0, 40)[labels] + noise * torch.randn(2, 80, 8, generator=random)
+    image, point = F.normalize(noisy, dim=-1)
+    # The border between the first two texts runs through the objects of name 1; the third text, which no object
+    # bears, points to between the two clusters, but away from the plane they lie in.
+    texts = directions(10, 70, 20)
+    texts[2] = 0.7 * texts[2] + (1 - 0.7 ** 2) ** 0.5 * torch.eye(8)[4]
+    probs = (4 * (image + point) @ texts.T).softmax(dim=-1)
+    return probs, image, point, texts, labels
+
+
+def test_objects_named_together_are_right_where_their_texts_are_not_and_an_absent_name_gets_none():
+    *given, labels = clusters_with_wrong_texts()
+    probs, *_ = given
+    assert 0.5 < (probs.argmax(dim=-1) == labels).double().mean() < 0.9
+    for neighbours in (0, 3):
+        z = transduced_labels(*given, neighbours=neighbours, temperature=5)  # of 8 dimensions, not of 512
+        assert torch.equal(z.argmax(dim=-1), labels)
+        assert z[:, 2].sum() < 1 and (z.sum(dim=-1) - 1).abs().max() < 1e-5
+
+
+def test_naming_together_knows_no_order_and_no_parts_and_with_nothing_to_tell_it_is_the_teacher():
+    probs, image, point, texts, _ = clusters_with_wrong_texts(noise=0.3)
+    named = partial(transduced_labels, names=texts, temperature=5)
+    z = named(probs, image, point)
+    assert (z - probs).abs().max() > 0.5  # else what follows would say little
+
+    order = torch.randperm(80, generator=torch.Generator().manual_seed(0))
+    assert (named(probs[order], image[order], point[order]) - z[order]).abs().max() < 1e-4
+    for part in (1, 7, 80):
+        assert (named(probs, image, point, part=part) - z).abs().max() < 1e-4
+
+    unmoved = transduced_labels(probs, image, point, texts, neighbours=0, temperature=math.inf)
+    assert (unmoved - probs).abs().max() < 1e-6
+    for few in (1, 2):  # fewer objects than neighbours
+        assert named(probs[:few], image[:few], point[:few]).isfinite().all()
+
+
+def test_a_neighbour_votes_by_its_similarity_in_both_directions():
+    # In the plane at 0, 10, 30 and 100 degrees; the one neighbour of each: 1, 0, 1 and 2.
+    angles = torch.tensor([0.0, 10.0, 30.0, 100.0]).deg2rad()
+    features = torch.stack([angles.cos(), angles.sin()], dim=1).expand(2, 4, 2)
+    w = torch.zeros(4, 4, dtype=torch.float64)
+    for i, j, between in ((0, 1, 10), (1, 0, 10), (2, 1, 20), (3, 2, 70)):
+        w[i, j] = math.cos(math.radians(between))
+    z = torch.rand(4, 3)
+    for part in (1, 3, 4):
+        votes = neighbour_votes(z, *neighbour_edges(features, 1, part))
+        assert (votes - (w + w.T) @ z.double()).abs().max() < 1e-6
 
 
 def test_self_training_counts_kept_objects_only_and_fairness_is_least_at_a_uniform_mean():
