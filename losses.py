@@ -76,17 +76,18 @@ def transduced_labels(probs: Tensor, image_features: Tensor, point_features: Ten
 
     start:   z = p,  mu_mk = t_k,  s_mk = S_m = sum_ik p_ik (f_mi - t_k)^2 / N
     names:   z_ik ~ p_ik exp( (1/T) [ sum_m sum_d ( -(f_mid - mu_mkd)^2 / (2 s_mkd) - log(s_mkd) / 2 )
-                                      + (50 / 2k) sum_j (w_ij + w_ji) z_jk ] ),  rows sum to 1; five times
+                                + (50 / 2k) sum_j (w_ij + w_ji) z_jk ] ),  rows sum to 1; five times
     moves:   n_k = objects whose largest z is k;  b_k = n_k / (alpha + n_k)
              mu_mk = norm( b_k norm(mean_z f_m) + (1 - b_k) t_k )
              s_mk = b_k mean_z (f_m - mu_mk)^2 + (1 - b_k) (S_m + (t_k - mu_mk)^2)
 
-    w_ij is the similarity, the mean of both modalities', of i and its k nearest j; else 0. Names and moves take
-    turns, `rounds` times. Squares and quotients of vectors are by dimension d.
+    w_ij is the similarity of i and its k nearest j, the mean of both modalities', and else 0. Names and moves
+    take turns, `rounds` times. Squares of vectors are by dimension d.
 
     probs p: (N, C), the teacher's joint probabilities. image_features, point_features f: (N, E), and names t:
     (C, E), of unit norm. neighbours k; 0 leaves their votes out. temperature T: 50 is StatA's, at 512
-    dimensions; infinity leaves p as it is. part: objects whose neighbours are sought at once (memory part x N).
+    dimensions; infinity leaves p as it is. part: so many objects seek their neighbours at once; part x N
+    similarities are in memory.
     Returns z (N, C), float32, rows sum to 1: label and confidence are its largest. The order of the objects
     does not matter.
     """

@@ -166,8 +166,8 @@ def clusters_with_wrong_texts(noise=0.1):
     random = torch.Generator().manual_seed(0)
     noisy = directions(0, 40)[labels] + noise * torch.randn(2, 80, 8, generator=random)
     image, point = F.normalize(noisy, dim=-1)
-    # The border between the first two texts runs through the objects of name 1; the third text, which no object
-    # bears, points to between the two clusters, but away from the plane they lie in.
+    # The border between the first two texts runs through the objects of name 1. No object bears the third
+    # text, which points to between the two clusters, but away from the plane they lie in.
     texts = directions(10, 70, 20)
     texts[2] = 0.7 * texts[2] + (1 - 0.7 ** 2) ** 0.5 * torch.eye(8)[4]
     probs = (4 * (image + point) @ texts.T).softmax(dim=-1)
