@@ -43,7 +43,7 @@ from assets import make_tables
 from data import UserError
 from losses import (RULES, Evidence, cross_modal_alignment_loss, fairness_loss, global_local_alignment_loss,
                     joint_pseudo_labels, masked_image_loss, masked_point_loss, masked_terms,
-                    name_alignment_loss, self_training_loss)
+                    name_alignment_loss, self_training_loss, similar_objects, transduced_labels)
 from model import (CrossMoST, build_model, farthest_point_sample, group_points, hide_groups, hide_patches,
                    load_checkpoint, update_teacher)
 
@@ -165,6 +165,66 @@ def test_joint_labels_of_one_modality_are_its_own():
     given = RULES["joint"].label(Evidence(image, None, [0.84, 0.5]))
     assert list(given) == ["image"]
     assert given["image"][0].tolist() == [0, 0] and given["image"][1].tolist() == [True, False]
+
+
+def clusters_with_wrong_texts(noise=0.1):
+    """40 objects of name 0, 40 of name 1, none of name 2, and texts that name some of them wrongly.
+
+    Returns the teacher's probabilities (80, 3), features of both modalities (80, 8), texts (3, 8), labels."""
+    def directions(*degrees):
+        angles = torch.tensor(degrees).deg2rad()
+        return F.pad(torch.stack([angles.cos(), angles.sin()], dim=1), (0, 6))
+
+    labels = torch.arange(80) // 40
+    random = torch.Generator().manual_seed(0)
+    noisy = directions(0, 40)[labels] + noise * torch.randn(2, 80, 8, generator=random)
+    image, point = F.normalize(noisy, dim=-1)
+    # The border between the first two texts runs through the objects of name 1. No object bears the third
+    # text, which points to between the two clusters, but away from the plane they lie in.
+    texts = directions(10, 70, 20)
+    texts[2] = 0.7 * texts[2] + (1 - 0.7 ** 2) ** 0.5 * torch.eye(8)[4]
+    probs = (4 * (image + point) @ texts.T).softmax(dim=-1)
+    return probs, image, point, texts, labels
+
+
+def test_objects_named_together_are_right_where_their_texts_are_not_and_an_absent_name_gets_none():
+    *given, labels = clusters_with_wrong_texts()
+    probs, *_ = given
+    assert 0.5 < (probs.argmax(dim=-1) == labels).double().mean() < 0.9
+    for neighbours in (0, 3):
+        z = transduced_labels(*given, neighbours=neighbours, temperature=5)  # of 8 dimensions, not of 512
+        assert torch.equal(z.argmax(dim=-1), labels)
+        assert z[:, 2].sum() < 1 and (z.sum(dim=-1) - 1).abs().max() < 1e-5
+
+
+def test_naming_together_knows_no_order_and_no_parts_and_with_nothing_to_tell_it_is_the_teacher():
+    probs, image, point, texts, _ = clusters_with_wrong_texts(noise=0.3)
+    named = partial(transduced_labels, texts=texts, temperature=5)
+    z = named(probs, image, point)
+    assert (z - probs).abs().max() > 0.5  # else what follows would say little
+
+    order = torch.randperm(80, generator=torch.Generator().manual_seed(0))
+    assert (named(probs[order], image[order], point[order]) - z[order]).abs().max() < 1e-4
+    for part in (1, 7, 80):
+        assert (named(probs, image, point, part=part) - z).abs().max() < 1e-4
+
+    unmoved = transduced_labels(probs, image, point, texts, neighbours=0, temperature=math.inf)
+    assert (unmoved - probs).abs().max() < 1e-6
+    for few in (1, 2):  # fewer objects than neighbours
+        assert named(probs[:few], image[:few], point[:few]).isfinite().all()
+
+
+def test_a_neighbour_votes_by_its_similarity_in_both_directions():
+    # In the plane at 0, 10, 30 and 100 degrees; the one neighbour of each: 1, 0, 1 and 2.
+    angles = torch.tensor([0.0, 10.0, 30.0, 100.0]).deg2rad()
+    features = torch.stack([angles.cos(), angles.sin()], dim=1).expand(2, 4, 2)
+    w = torch.zeros(4, 4, dtype=torch.float64)
+    for i, j, between in ((0, 1, 10), (1, 0, 10), (2, 1, 20), (3, 2, 70)):
+        w[i, j] = math.cos(math.radians(between))
+    z = torch.rand(4, 3)
+    for part in (1, 3, 4):
+        votes = similar_objects(features, 1, part) @ z
+        assert (votes - (w + w.T) @ z.double()).abs().max() < 1e-6
 
 
 def test_self_training_counts_kept_objects_only_and_fairness_is_least_at_a_uniform_mean():
@@ -379,7 +439,7 @@ def test_the_teacher_is_a_moving_average_with_copied_buffers():
     assert torch.allclose(after, 0.75 * before["visual.conv1.weight"] + 0.25 * theirs, atol=1e-6)
     update_teacher(teacher, student, 0.0)
     assert all(torch.allclose(a, b) for a, b in zip(teacher.parameters(), student.parameters()))
-    momenta = [models.teacher_momentum(step, 0.9998) for step in (0, 200, 400, 9999)]
+    momenta = [models.teacher_momentum(step, 10_000, 0.9998) for step in (0, 200, 400, 9999)]
     assert momenta == pytest.approx([0.99, 0.9949, 0.9998, 0.9998])
 
 
