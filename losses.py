@@ -41,7 +41,6 @@ def joint_pseudo_labels(image_probs: Tensor, point_probs: Tensor, threshold: flo
     return labels, keep
 
 
-@torch.no_grad()
 def self_training_loss(logits: Tensor, labels: Tensor, keep: Tensor) -> Tensor:
     """Cross-entropy in nats, averaged over the kept objects [self-training].
 
@@ -265,6 +264,7 @@ RULES = {
 
 
 # ------ Names from all objects together ---------------------------------------------------------------------
+@torch.no_grad()
 def transduced_labels(probs: Tensor, image_features: Tensor, point_features: Tensor, texts: Tensor,
                       neighbours: int = 3, alpha: float = 1.0, temperature: float = 50.0,
                       rounds: int = 10, part: int = 1024) -> Tensor:
