@@ -1466,6 +1466,54 @@ def test_on_a_gpu_nothing_mixes_devices_or_waits_for_a_value(tmp_path, monkeypat
             assert loss.device.type == "cuda"
 
 
+# ------ on a GPU --------------------------------------------------------------------------------------------
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+def test_a_step_on_a_gpu_is_that_of_a_cpu(monkeypatch):
+    views, args = views_and_labels()[0], options("--batch-size", "8", "--threshold", "0.1")
+    hidden = {"image": hide_patches(8, 4, 0.3, "cpu"), "point": torch.rand(8, 32).argsort(dim=1) < 10}
+    monkeypatch.setattr(train, "hide_patches", lambda *given: hidden["image"].to(given[-1]))
+    monkeypatch.setattr(train, "hide_groups", lambda centres, ratio: hidden["point"].to(centres.device))
+    terms = {}
+    for device in ("cpu", "cuda"):
+        student, teacher = tiny().to(device), tiny().to(device)
+        groups = models.parameter_groups(student, 0.05, 1.0, args.freeze)
+        optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
+        given = {name: view.to(device) for name, view in views.items()}
+        terms[device], _ = train.train_step(student, teacher, given, optimizer, 2, 10, args)
+    for name, value in terms["cpu"].items():
+        assert float(terms["cuda"][name]) == pytest.approx(float(value), abs=1e-4), name
+
+
+@needs_gpu
+def test_a_run_on_a_gpu_that_stops_and_goes_on_nearly_equals_one_that_does_not(tmp_path, monkeypatch, finished):
+    """Nearly: the backward pass of attention adds in no fixed order there."""
+    flags = ["--device", "cuda", "--out"]
+    small_run(finished[0], *flags, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            small_run(finished[0], *flags, tmp_path / "parts")
+    small_run(finished[0], *flags, tmp_path / "parts")
+    start = models.read_file(finished[0] / "start.pt")["model"]
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    moved = sum((whole[name] - start[name]).abs().sum() for name in start)
+    apart = sum((whole[name] - parts[name]).abs().sum() for name in start)
+    assert moved > 100 * apart
+
+
+@needs_gpu
+def test_bfloat16_names_objects_on_a_gpu_as_float32_does():
+    objects = data.load_dataset("shapes", "", "test")
+    model = build_model("tiny", NAMES, models.TEMPLATES["depth"], None, models.start_file("tiny", None)).to("cuda")
+    exact = evaluation.evaluate(model, objects)
+    model.precision = torch.bfloat16
+    fast = evaluation.evaluate(model, objects)
+    assert all(abs(fast[modality] - exact[modality]) <= 0.5 for modality in evaluation.MODALITIES)
+
+
 # ------ results, pictures, documents ------------------------------------------------------------------------
 def test_a_run_leaves_its_results_and_eval_repeats_them_on_any_data_set(tmp_path, finished):
     folder, results = finished
