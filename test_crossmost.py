@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import textwrap
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -318,6 +319,52 @@ def test_groups_equal_brute_force_and_follow_a_translation_and_masks_are_blocks(
         assert any(row[mask].max() < row[~mask].min() for row in distance)
 
 
+def test_the_gpus_kernel_chooses_the_points_the_loop_chooses(tmp_path):
+    """Triton's interpreter runs it on a CPU. It has to be asked for before Triton is imported."""
+    pytest.importorskip("triton")
+    (tmp_path / "compare.py").write_text(textwrap.dedent("""
+        import torch
+        from model import farthest_point_kernel, farthest_point_sample, launch_farthest_points
+        kernel = farthest_point_kernel(torch.device("cpu"))
+        for size in ((3, 64, 20), (2, 100, 100), (1, 2049, 33), (1, 1, 1), (2, 7, 5), (2, 33, 1)):
+            batch, total, count = size
+            torch.manual_seed(total)
+            cloud = torch.randn(batch, total, 3)
+            turned = torch.randn(batch, 3, total).transpose(1, 2)  # not contiguous
+            for points in (cloud, turned, (2 * cloud).round(), cloud.round().clamp(-1, 1), 0 * cloud):  # ties
+                chosen = launch_farthest_points(kernel, points, count)
+                assert torch.equal(chosen, farthest_point_sample(points, count)), size
+        print("equal")
+    """))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE)}
+    command = [sys.executable, tmp_path / "compare.py"]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ran.stdout == "equal\n" and "warning" not in ran.stderr, ran.stderr[-2000:]
+
+
+def test_the_loop_takes_the_first_of_equally_far_points_and_the_place_of_a_kernel_that_is_not_there(
+        monkeypatch, capsys):
+    corners = torch.tensor([[[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [-1, 0, 0]]]).repeat(1, 40, 1)
+    # Four corners, forty times each, are equally far from the others; at last every point is one of the chosen.
+    assert farthest_point_sample(corners, 6).tolist() == [[0, 1, 2, 3, 4, 0]]
+    monkeypatch.setitem(sys.modules, "triton", None)  # as on Windows
+    assert models.farthest_point_kernel.__wrapped__(torch.device("cpu")) is None
+    assert "slower (ModuleNotFoundError" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("total, count", [(2048, 512), (2048, 64), (8192, 512), (10000, 64), (100, 100)])
+def test_on_a_gpu_one_launch_chooses_the_points_the_loop_chooses(monkeypatch, total, count):
+    clouds = data.to_unit_sphere(data.sample_shapes(32, 0, points=total).points).cuda()
+    assert models.farthest_point_kernel(clouds.device)
+    for points in (clouds, (20 * clouds).round()):  # and with ties
+        chosen = farthest_point_sample(points, count)
+        assert torch.equal(chosen.cpu(), farthest_point_sample(points.cpu(), count))
+        with monkeypatch.context() as patch:
+            patch.setattr(models, "farthest_point_kernel", lambda device: None)
+            assert torch.equal(chosen, farthest_point_sample(points, count))
+
+
 # ------ encoders, teacher, starts ---------------------------------------------------------------------------
 @pytest.mark.parametrize("quick_gelu, theirs, ours", [
     (False, {}, {}), (True, {}, {}),
@@ -411,6 +458,25 @@ def test_another_point_encoder_needs_no_more_than_the_contract_says(monkeypatch)
     members = sum((group["params"] for group in models.parameter_groups(model, 0.1, 0.9, frozen)), [])
     assert len(members) == len(list(model.parameters())) - 2  # but weight and bias of `into`
     assert models.PointEncoder is Mean and options().freeze == ["point_encoder.encoder"]
+
+
+@pytest.mark.parametrize("channels", [3, 6])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_mini_pointnet_on_rows_is_that_of_convolutions_in_training_too(channels, training):
+    rows = randomise(models.MiniPointNet([32, 64, 96], 48, channels)).train(training)
+    convolutions, groups = copy.deepcopy(rows), torch.randn(3, 8, 16, channels)
+    tokens = rows(groups)
+    local = convolutions.first_conv(groups.flatten(0, 1).transpose(1, 2))
+    whole = local.amax(dim=2, keepdim=True).expand_as(local)
+    expected = convolutions.second_conv(torch.cat([whole, local], dim=1)).amax(dim=2).unflatten(0, (3, 8))
+    assert tokens.shape == (3, 8, 48)
+    assert (tokens - expected).abs().max() <= (1e-5 if training else 4e-7)
+    for after, other in zip(rows.buffers(), convolutions.buffers()):  # BatchNorm's statistics
+        assert torch.allclose(after, other, atol=1e-6)
+    weight = torch.randn_like(tokens)
+    (tokens * weight).sum().backward(), (expected * weight).sum().backward()
+    for (name, after), other in zip(rows.named_parameters(), convolutions.parameters()):
+        assert torch.allclose(after.grad, other.grad, atol=1e-3, rtol=1e-3), name
 
 
 @pytest.mark.parametrize("target", ["tokens", "points"])
@@ -1577,6 +1643,7 @@ def test_on_a_gpu_nothing_mixes_devices_or_waits_for_a_value(tmp_path, monkeypat
     randint = torch.randint  # a single one is a template's number: a fake tensor has none, on the CPU either
     monkeypatch.setattr(torch, "randint", lambda top, size, **more: randint(top, size, **more) if size else 0)
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)
+    monkeypatch.setattr(models, "farthest_point_kernel", lambda device: None)  # it needs real memory
     with FakeTensorMode(allow_non_fake_inputs=True):
         try:
             torch.rand(2, device="cuda:0").argsort()
