@@ -39,7 +39,7 @@ import data
 import eval as evaluation
 import model as models
 import train
-from assets import make_tables
+from assets import make_tables, measure_speed
 from data import UserError
 from losses import (RULES, Evidence, cross_modal_alignment_loss, fairness_loss, global_local_alignment_loss,
                     joint_pseudo_labels, masked_image_loss, masked_point_loss, masked_terms,
@@ -1721,6 +1721,22 @@ def test_all_runs_of_the_tables_are_one_command_that_can_be_stopped_and_continue
         said = capsys.readouterr().out
         assert f"1 runs, {remain} remain" in said and ("default/seed-0 done; 0 remain" in said) == ended
         assert "continuing" in done.with_name("output.txt").read_text()
+
+
+def test_a_step_is_measured_by_part_and_less_training_is_less_work(tmp_path, monkeypatch, capsys, finished):
+    monkeypatch.setattr(measure_speed, "REPEATS", 1)
+    out = ["--out", str(tmp_path / "out"), "--batch-size", "4"]
+    both, points, oracle = (
+        measure_speed.main([*small_flags(finished[0]), *out, *more])
+        for more in ((), ("--modalities", "point"), ("--labels", "truth")))
+    said = capsys.readouterr().out
+    for part in ("step", "views", "grouping", "teacher", "student, forward", "student, backward", "optimizer",
+                 "moving average", "evaluation", "objects/s", "% of a matrix product", "GiB"):
+        assert part in said
+    assert min(both["seconds"].values()) > 0 and min(both["product"], both["memory"]) > 0
+    assert points["tflop"] < 0.7 * both["tflop"]
+    assert oracle["tflop"] < 0.9 * both["tflop"]  # it asks no teacher
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_time_left_is_that_of_the_runs_done_on_the_same_data_set(tmp_path):
