@@ -231,6 +231,14 @@ def label_separately(evidence: Evidence) -> dict:
     return given
 
 
+def label_together(evidence: Evidence) -> dict:
+    """What transduced_labels says, kept where it is sure and the teacher's joint label is the same now."""
+    confidence, labels = evidence.together.max(dim=-1)
+    joint, _ = joint_pseudo_labels(evidence.image_probs, evidence.point_probs, 0.0, evidence.point_weight)
+    keep = (confidence > evidence.thresholds[0]) & (labels == joint)
+    return {"image": (labels, keep), "point": (labels, keep)}
+
+
 def label_truly(evidence: Evidence) -> dict:
     """The true labels, all kept."""
     keep = torch.ones_like(evidence.truth, dtype=torch.bool)
@@ -250,5 +258,101 @@ RULES = {
     "mean": Rule(label_by_mean, "the mean of both does", needs_both=True),
     "agree": Rule(label_where_they_agree, "joint, where both say the same", needs_both=True),
     "separate": Rule(label_separately, "each modality its own"),
+    "together": Rule(label_together, "all objects are named at once, and joint agrees", needs_both=True),
     "truth": Rule(label_truly, "an oracle that uses the real labels: the ceiling"),
 }
+
+
+# ------ Names from all objects together ---------------------------------------------------------------------
+@torch.no_grad()
+def transduced_labels(probs: Tensor, image_features: Tensor, point_features: Tensor, texts: Tensor,
+                      neighbours: int = 3, alpha: float = 1.0, temperature: float = 50.0,
+                      rounds: int = 10, part: int = 1024) -> Tensor:
+    """Name all objects at once, from what the teacher says of each [together] (StatA, arXiv 2501.03729).
+
+    Each name has a Gaussian in each modality. It begins at the name's text and moves towards the objects that
+    bear the name, as far as there are any. An absent name has no objects and stays at its text, so no shares of
+    the names are assumed.
+
+    start:   z = p,  mu_mk = t_k,  s_mk = S_m = sum_ik p_ik (f_mi - t_k)^2 / N
+    names:   z_ik ~ p_ik exp( (1/T) [ sum_m sum_d ( -(f_mid - mu_mkd)^2 / (2 s_mkd) - log(s_mkd) / 2 )
+                                + (50 / 2k) sum_j (w_ij + w_ji) z_jk ] ),  rows sum to 1; five times
+    moves:   n_k = number of objects whose largest z is k;  b_k = n_k / (alpha + n_k)
+             mu_mk = norm( b_k norm(mean_z f_m) + (1 - b_k) t_k )
+             s_mk = b_k mean_z (f_m - mu_mk)^2 + (1 - b_k) (S_m + (t_k - mu_mk)^2)
+
+    w_ij is the similarity of object i and its k nearest j, the mean of both modalities, and 0 for all others.
+    Names and moves take turns, `rounds` times. Squares of vectors are taken by dimension d.
+
+    Args:
+        probs: p, (N, C), the teacher's joint probabilities.
+        image_features, point_features: f, (N, E), unit norm.
+        texts: t, (C, E), unit norm.
+        neighbours: k; 0 leaves their votes out.
+        temperature: T. 50 is the paper's, for 512 dimensions; infinity leaves p as it is.
+        part: so many objects look for their neighbours at once; `part` x N similarities are in memory.
+    Returns:
+        z (N, C), rows sum to 1. An object's label and confidence are its largest entry.
+    """
+    probs, texts = probs.float(), texts.float()
+    features = torch.stack([image_features, point_features]).float()  # (2, N, E)
+    neighbours = min(neighbours, len(probs) - 1)
+    similarity = similar_objects(features, neighbours, part) if neighbours > 0 else None
+
+    spread = expected_square(features, probs / len(probs), texts).sum(dim=1, keepdim=True)  # S, (2, 1, E)
+    spread = spread.clamp(min=1e-8)  # a dimension in which all objects are alike
+    z, means, variances = probs, texts, spread
+    for _ in range(rounds):
+        density = log_density(features, means, variances).sum(dim=0)  # (N, C)
+        for _ in range(5):
+            votes = 0.0 if similarity is None else similarity @ z * 50 / (2 * neighbours)
+            z = (probs.log() + (density + votes) / temperature).softmax(dim=-1)
+
+        bearers = F.one_hot(z.argmax(dim=-1), len(texts)).sum(dim=0)
+        trust = (bearers / (alpha + bearers))[:, None]  # b, (C, 1)
+        weights = z / z.sum(dim=0).clamp(min=1e-30)  # columns sum to 1
+        centres = F.normalize(weights.T @ features, dim=-1)  # (2, C, E)
+        means = F.normalize(trust * centres + (1 - trust) * texts, dim=-1)
+        variances = (trust * expected_square(features, weights, means)
+                     + (1 - trust) * (spread + (texts - means).square()))
+    return z
+
+
+def similar_objects(features: Tensor, neighbours: int, part: int) -> Tensor:
+    """w_ij + w_ji of transduced_labels as a sparse matrix (N, N), from features (2, N, E)."""
+    # The product of two such rows is the sum of the similarities in both modalities.
+    both = torch.cat(features.unbind(), dim=1)
+    values, nearest = [], []
+    for start in range(0, len(both), part):
+        similarity = both[start:start + part] @ both.T / 2
+        itself = torch.arange(len(similarity), device=both.device)
+        similarity[itself, start + itself] = -torch.inf
+        of_part = similarity.topk(neighbours, dim=1)
+        values.append(of_part.values.flatten())
+        nearest.append(of_part.indices.flatten())
+
+    row = torch.arange(len(both), device=both.device).repeat_interleave(neighbours)
+    index = torch.stack([row, torch.cat(nearest)])
+    w = torch.sparse_coo_tensor(index, torch.cat(values), (len(both), len(both)), check_invariants=False)
+    return (w + w.T).coalesce()
+
+
+def expected_square(features: Tensor, weights: Tensor, centres: Tensor) -> Tensor:
+    """sum_i weights_ik (f_mi - centre_k)^2 by dimension, (2, C, E), without an N x C x E tensor.
+
+    features (2, N, E), weights (N, C), centres (2, C, E) or (C, E). From the moments: E f^2 - 2 c E f + c^2.
+    """
+    square = (weights.T @ features.square()
+              - 2 * centres * (weights.T @ features)
+              + centres.square() * weights.sum(dim=0)[:, None])
+    return square.clamp(min=0)  # rounding
+
+
+def log_density(features: Tensor, means: Tensor, variances: Tensor) -> Tensor:
+    """Log density of features (2, N, E) under each name's Gaussian (2, C, E), less a constant. -> (2, N, C)"""
+    means = means.expand(2, -1, -1)
+    precision = (1 / variances).expand(2, *means.shape[-2:])
+    distance = (features.square() @ precision.mT
+                - 2 * features @ (means * precision).mT
+                + (means.square() * precision).sum(dim=-1)[:, None])
+    return -(distance - precision.log().sum(dim=-1)[:, None]) / 2

@@ -382,8 +382,11 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float):
         teacher_buffer.copy_(student_buffer)
 
 
-def teacher_momentum(step: int, final: float) -> float:
-    """m = 0.99 + (final - 0.99) min(1, step / 400) [ema]. It must be slow from the first step on."""
+def teacher_momentum(step: int, total_steps: int, final: float) -> float:
+    """m = 0.99 + (final - 0.99) min(1, step / 400) [ema]. It must be slow from the first step on.
+
+    The original ramps for 400 steps, however long the run; total_steps is for a fork's own schedule.
+    """
     return 0.99 + (final - 0.99) * min(1, step / 400)
 
 

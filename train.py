@@ -33,7 +33,7 @@ from eval import (CODE, COUNT, SHARE, WEIGHT, add_data_options, add_device_optio
                   one_line_errors, option_parser, plot_curves, pseudo_label_quality, table, to_probs, top_one,
                   write_predictions, write_whole)
 from losses import (RULES, Evidence, cross_modal_alignment_loss, fairness_loss, masked_terms,
-                    name_alignment_loss, self_training_loss)
+                    name_alignment_loss, self_training_loss, transduced_labels)
 from model import (STARTS, TEMPLATES, CrossMoST, build_model, hide_groups, hide_patches, parameter_groups,
                    precision_for, random_tiny, read_file, read_start, save_file, save_start, start_file,
                    teacher_momentum, train_mode, update_teacher)
