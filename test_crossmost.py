@@ -41,7 +41,7 @@ import data
 import eval as evaluation
 import model as models
 import train
-from assets import make_tables
+from assets import make_tables, measure_speed
 from data import UserError
 from losses import (RULES, Evidence, cross_modal_alignment_loss, fairness_loss, global_local_alignment_loss,
                     joint_pseudo_labels, masked_image_loss, masked_point_loss, masked_terms,
@@ -1720,7 +1720,8 @@ def test_a_run_leaves_its_results_and_eval_repeats_them_on_any_data_set(tmp_path
     out, names = folder / "out", tmp_path / "names.csv"
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
     assert {path.name for path in out.iterdir()} == {"last.pt", "log.jsonl", "results.json", "curves.png",
-                                                     "predictions.csv", ".last.pt.lock"}
+                                                     "predictions.csv", "predictions-start.csv",
+                                                     ".last.pt.lock"}
     assert results["objects"] == 20 and results["pseudo_label"]["coverage"] > 0
     assert results["changed"] == {"points": 128, "batch_size": 16, "epochs": 2, "views": 2,
                                   "threshold": [0.12], "w_fair": 2.0}
@@ -1751,6 +1752,11 @@ def test_predictions_say_who_holds_what_and_a_warning_why_training_may_have_done
         "x,a,0.8000,a,0.9000,a,0.7000,yes", "y,a,0.5000,b,0.8000,a,0.9000,no",
         '"z, w",c,0.4500,a,0.4000,c,0.6000,no']
     objects.labels = torch.tensor([0, 0, 2])
+    objects.names = ["x", "\udcff", "z"]  # a file's name that is no UTF-8
+    evaluation.write_predictions(tmp_path / "p.csv", objects, probs)
+    assert (tmp_path / "p.csv").read_bytes().splitlines()[:3] == [
+        b"object,class,confidence,image,image_confidence,point,point_confidence,agree,true",
+        b"x,a,0.8000,a,0.9000,a,0.7000,yes,a", b"\xff,a,0.5000,b,0.8000,a,0.9000,no,a"]
     assert evaluation.assess(probs, objects)["per_class"] == {
         name: {"image": image, "point": 100.0, "joint": 100.0} for name, image in (("a", 50.0), ("c", 0.0))}
     for agreed, agree, share, says in ((80, 80, 50, None), (60, 70, 50, "few objects before"),
@@ -1827,6 +1833,80 @@ def test_a_confusion_of_any_number_of_classes_is_a_picture_of_bounded_size(tmp_p
     assert max(size) < 3700 and min(size) > min(250, 32 * classes)
     probs = dict.fromkeys(evaluation.MODALITIES, torch.rand(2, classes))
     evaluation.plot_gallery(tmp_path / "gallery.png", probs, objects.pick(torch.arange(2)), 1)
+
+
+def test_a_checkpoint_is_evaluated_as_it_was_trained_but_for_what_is_given(tmp_path, monkeypatch):
+    # No data set's folder is a name's: what eval.py asks for is seen, nothing is read.
+    def asked_for(trained, *argv):
+        monkeypatch.setattr(evaluation, "read_start", lambda path: {
+            "options": trained, "architecture": {"class_names": NAMES}})
+        monkeypatch.setattr(evaluation, "load_dataset", Mock(side_effect=UserError("enough")))
+        assert_refused("enough", evaluation.main, argv)
+        return evaluation.load_dataset.call_args.args
+    trained = {"dataset": "modelnet10", "data_root": "/far", "domain": "target", "points": 99, "views": 3,
+               "up": "y"}
+    checkpoint = "--checkpoint", "last.pt"
+    test = "test", 99
+    assert asked_for(trained, *checkpoint) == ("modelnet10", Path("/far"), *test, "target", True, "y")
+    assert asked_for(trained, *checkpoint, "--dataset", "modelnet40", "--no-download") == (
+        "modelnet40", Path("/far"), *test, None, False, None)
+    assert asked_for(trained, *checkpoint, "--data-root", "here", "--up", "z", "--domain", "source") == (
+        "modelnet10", Path("here"), *test, "source", True, "z")
+    assert asked_for(trained, "--start-checkpoint", "start.pt")[1] == Path("data")  # not where it was made
+    for argv, precision in (((*checkpoint,), "bf16"), ((*checkpoint, "--precision", "fp32"), "fp32"),
+                            (("--model", "tiny"), "auto")):
+        args = evaluation.parse_args(argv)
+        assert evaluation.as_trained(args, {"precision": "bf16"})["precision"] == precision
+
+
+def test_the_code_s_hash_changes_with_what_code_does_and_not_with_what_it_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "__file__", str(tmp_path / "eval.py"))
+
+    def hash_of(text):
+        (tmp_path / "losses.py").write_text(text)
+        return evaluation.code_hash("losses")
+    code = '"""One."""\nimport math\nclass A:\n    """Two."""\n    def f(self):\n        """Three."""\n' \
+        '        return {}  # four\n'
+    before = hash_of(code.format("1 + 1"))
+    for number, comment in (("One", "1"), ("Two", "2"), ("Three", "\\n3"), ("# four", "# 4"), ("1 + 1", "(1 +  1)")):
+        assert hash_of(code.format("1 + 1").replace(number, comment)) == before
+    assert hash_of(code.format("1 + 2")) != before
+    assert hash_of(code.format("'1 + 1'")) != before
+
+
+def test_evaluating_says_that_a_checkpoint_was_trained_by_other_code(tmp_path, capsys, finished):
+    saved = models.read_file(finished[0] / "out/last.pt")
+    for code, lines in ((evaluation.CODE, 0), ("0ther", 1)):
+        models.save_file({**saved, "identity": {**saved["identity"], "code": code}}, tmp_path / "last.pt")
+        evaluation.main(["--checkpoint", str(tmp_path / "last.pt")])
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == lines and all("was trained by other code (0ther, now " in line for line in said)
+
+
+def test_clouds_as_they_are_are_named_from_a_notebook():
+    start, names = models.start_file("tiny", None), [*NAMES[:3], "toilet"]
+    model = build_model("tiny", names, models.TEMPLATES["depth"], start_checkpoint=start)
+    chair, bed = data.sample_shapes(3, 0, points=2048).points[[2, 1]]
+    clouds = [chair, 800 * bed[:1500].double().numpy() + [4e6, 5e5, 3e2],  # millimetres, at UTM coordinates
+              3 * chair[:1024] - 7, chair[:1024]]
+    named, probs = evaluation.classify(model, clouds)
+    assert named == ["chair", "bed", "chair", "chair"] and probs.shape == (4, 4)
+    assert (probs.amax(dim=1) > 0.9).all() and torch.allclose(probs[2], probs[3], atol=1e-3)
+    batch = evaluation.classify(model, torch.stack([chair, bed]).numpy(), points=2048, views=2)
+    assert batch[0] == ["chair", "bed"]
+    for cloud, says in ((chair[:, :2], r"cloud 0 has the shape \(2048, 2\)"), (chair / 0, "object 0 has NaN"),
+                        (torch.ones(2000, 3), "object 0 has all its points in one place")):
+        assert_refused(says, evaluation.classify, model, [cloud])
+    assert_refused("expected a list", evaluation.classify, model, chair)
+
+
+def test_ctrl_c_is_one_line_and_a_name_that_cannot_be_printed_is_no_error(tmp_path):
+    script = ("import sys, eval\nwith eval.one_line_errors():\n    print('\\udcff')\n"
+              "    raise KeyboardInterrupt(*sys.argv[1:])")
+    for given, said in (((), "stopped"), (("stopped; the same command goes on",), "the same command goes on")):
+        done = subprocess.run([sys.executable, "-c", script, *given], capture_output=True, text=True, cwd=HERE)
+        assert done.returncode == 130 and done.stdout == "\\udcff\n"
+        assert len(done.stderr.split()) == len((given or ("stopped",))[0].split()) and said in done.stderr
 
 
 def test_a_sheet_of_a_data_set_is_drawn(tmp_path, monkeypatch):
@@ -1949,6 +2029,22 @@ def test_all_runs_of_the_tables_are_one_command_that_can_be_stopped_and_continue
         said = capsys.readouterr().out
         assert f"1 runs, {remain} remain" in said and ("default/seed-0 done; 0 remain" in said) == ended
         assert "continuing" in done.with_name("output.txt").read_text()
+
+
+def test_a_step_is_measured_by_part_and_less_training_is_less_work(tmp_path, monkeypatch, capsys, finished):
+    monkeypatch.setattr(measure_speed, "REPEATS", 1)
+    out = ["--out", str(tmp_path / "out"), "--batch-size", "4"]
+    both, points, oracle = (
+        measure_speed.main([*small_flags(finished[0]), *out, *more])
+        for more in ((), ("--modalities", "point"), ("--labels", "truth")))
+    said = capsys.readouterr().out
+    for part in ("step", "views", "grouping", "teacher", "student, forward", "student, backward", "optimizer",
+                 "moving average", "evaluation", "objects/s", "% of a matrix product", "GiB"):
+        assert part in said
+    assert min(both["seconds"].values()) > 0 and min(both["product"], both["memory"]) > 0
+    assert points["tflop"] < 0.7 * both["tflop"]
+    assert oracle["tflop"] < 0.9 * both["tflop"]  # it asks no teacher
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_time_left_is_that_of_the_runs_done_on_the_same_data_set(tmp_path):
