@@ -7,7 +7,9 @@ Parameters have the names of the published checkpoints, so that these load stric
 SLIP, in ULIP's files, is renamed.
 """
 import argparse
+import ast
 import codecs
+import hashlib
 import math
 import os
 import re
@@ -264,6 +266,25 @@ def image_block(block: nn.Module, x: Tensor) -> Tensor:
 # ------ The model -------------------------------------------------------------------------------------------
 
 
+class Outputs(NamedTuple):
+    """What CrossMoST returns, None where a modality is not given, nothing is hidden or no class is named."""
+
+    image_features: Tensor | None = None  # (B, E), unit norm
+    point_features: Tensor | None = None  # (B, E), unit norm
+    image_logits: Tensor | None = None  # (B, C)
+    point_logits: Tensor | None = None  # (B, C)
+
+    # Where patches are hidden.
+    image_tokens: Tensor | None = None  # (B, L, E), unit norm
+    image_pixels: Tensor | None = None  # (B, 3, H, W), the repainted image in normalised pixels
+
+    # Where groups are hidden.
+    point_cls: Tensor | None = None  # (B, E), unit norm
+    point_tokens: Tensor | None = None  # (B, G, E), unit norm
+    point_prediction: Tensor | None = None  # (B, G, D); with target "points" (B, G, S, 3)
+    point_target: Tensor | None = None  # of the same shape
+
+
 class CrossMoST(nn.Module):
     """Both encoders and the one classifier they share. Student and teacher are two of these.
 
@@ -325,20 +346,13 @@ class CrossMoST(nn.Module):
             return self.logit_scale.float().exp() * features.float() @ self.classifier.float()
 
     def forward(self, images: Tensor | None, points: Tensor | Groups | None,
-                image_hidden: Tensor | None = None, point_hidden: Tensor | None = None) -> SimpleNamespace:
+                image_hidden: Tensor | None = None, point_hidden: Tensor | None = None) -> Outputs:
         """Features and logits of both modalities, and what the masked losses need where something is hidden.
 
         Args:
             images: (B, 3, H, W) normalised pixels; or (B, V, 3, H, W), whose V logits are averaged; or None.
             points: (B, P, 3) clouds in the unit sphere, z up; or what group() made of them; or None.
             image_hidden, point_hidden: (B, L) and (B, G) bool, True = replaced by the mask token.
-        Returns, of each modality given:
-            image_features, point_features: (B, E), unit norm.
-            image_logits, point_logits: (B, C), where there is a classifier.
-        And where patches or groups are hidden:
-            image_tokens (B, L, E), point_tokens (B, G, E), point_cls (B, E): unit norm.
-            image_pixels: (B, 3, H, W), the repainted image in normalised pixels.
-            point_prediction, point_target: (B, G, D); with target "points" (B, G, S, 3).
         """
         out = SimpleNamespace()
         with self.in_precision():
@@ -374,7 +388,7 @@ class CrossMoST(nn.Module):
                 if self.point_encoder.target == "points":
                     out.point_target = groups.neighbourhoods
                     out.point_prediction = out.point_prediction.view_as(groups.neighbourhoods)
-        return out
+        return Outputs(**vars(out))
 
     def in_precision(self):
         """The context the encoders compute in. Grouping and logits leave it, and losses stand outside."""
@@ -752,6 +766,9 @@ def print_origin(path: str | Path, options: dict):
     if "commit" in options:
         print(f"start {path}: --pretrain-epochs {options['pretrain_epochs']} --seed {options['seed']}, "
               f"commit {options['commit']}, torch {options['torch']}")
+        if options.get("code") != CODE:
+            print(f"note: other code made this start ({options.get('code', 'unknown')}, now {CODE}); to make it "
+                  "anew, remove it from --cache, or see README, Starts")
 
 
 # ------ Files of starts: each family's layout ---------------------------------------------------------------
@@ -954,6 +971,27 @@ def read_file(path: str | Path) -> dict:
                             "are read: get the checkpoint from its authors") from error
         raise UserError(f"{path} is no checkpoint, or only a part of one; expected a file that torch.save "
                         "wrote: get or make it again") from error
+
+
+def code_hash(*modules: str) -> str:
+    """Eight letters that change with what these modules beside this file do.
+
+    Comments, docstrings and layout do not change it. (A new Python version might.)
+    """
+    digest = hashlib.sha256()
+    for module in modules:
+        tree = ast.parse(Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+            if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
+                node.body[0].value.value = ""
+        digest.update(ast.unparse(tree).encode())
+    return digest.hexdigest()[:8]
+
+
+# A run that other code began must not continue, and its figures are not ours. Hashed at import, because the
+# files may be edited while a run lasts.
+CODE = code_hash("losses", "model", "data", "train")
 
 
 # ------ The GPU's farthest points ---------------------------------------------------------------------------

@@ -401,7 +401,7 @@ def test_what_is_hidden_does_not_reach_the_features_and_points_have_no_order():
     both = model(torch.stack([images, other], dim=1), None).image_logits  # two views
     assert torch.allclose(both, (one.image_logits + two.image_logits) / 2, atol=1e-4)
     model.classifier = None
-    assert not hasattr(model(None, points), "point_logits")
+    assert model(None, points).point_logits is None
 
 
 def test_the_model_knows_its_precision_which_is_of_the_networks_only(monkeypatch):
@@ -1618,12 +1618,51 @@ def test_a_start_made_here_is_kept_by_what_made_it(tmp_path, monkeypatch):
     assert start(*clip, "--lr", "1") == aligned
 
 
+def test_pre_training_that_stops_goes_on_to_the_bit_logs_its_speed_and_refuses_what_is_not_finite(tmp_path, monkeypatch):
+    values = dict(objects=40, passes=3, batch=8, lr=1e-3, weight_decay=0.05)
+    monkeypatch.setattr(train, "PRETRAIN", {"tiny": values})
+    monkeypatch.setattr(train, "SAVE_EVERY", 0)
+    real = train.pretrain_loss
+
+    def make(folder, stop=None, spoil=None):
+        steps = []
+
+        def loss(*given):
+            steps.append(1)
+            if len(steps) == stop:
+                raise KeyboardInterrupt
+            return real(*given) * (math.inf if len(steps) == spoil else 1)
+        monkeypatch.setattr(train, "pretrain_loss", loss)
+        argv = ["--stage", "pretrain", "--cache", str(folder), "--points", "64", "--groups", "8", "--group-size", "8"]
+        path = train.find_start(options(*argv), None)
+        return len(steps), models.read_file(path)["model"], path
+    steps, whole, path = make(tmp_path / "whole")
+    rows = [json.loads(line) for line in path.with_suffix(".log.jsonl").read_text().splitlines()]
+    assert steps == 15 and [row["step"] for row in rows] == [5, 10, 15] and rows[0]["objects_per_second"] > 0
+    assert not path.with_suffix(".last.pt").exists()
+
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "parts", stop=8)  # in the second of three passes
+    steps, parts, _ = make(tmp_path / "parts")
+    assert steps == 10 and same(whole, parts)
+    assert_refused("loss of pre-training is not finite at step 5", make, tmp_path / "spoilt", spoil=2)
+
+
+def test_a_start_that_other_code_made_is_used_and_said_to_be_so(capsys, monkeypatch):
+    for code, says in ((models.read_start(models.start_file("tiny", None))["options"].get("code"), False),
+                       ("other", True)):
+        monkeypatch.setattr(models, "CODE", code)
+        models.load_start(models.start_file("tiny", None))
+        assert ("other code made this start" in capsys.readouterr().out) == says
+
+
 def test_a_point_encoder_is_aligned_to_a_frozen_clip_with_the_targets_clouds(tmp_path, monkeypatch):
     name, point, loss = "ViT-S-32-alt", dict(groups=8, group_size=8), Mock(wraps=train.pretrain_loss)
     own, targets = data.sample_shapes(8, 0, points=64), data.sample_shapes(20, 3, points=64)
     monkeypatch.setattr(train, "pretrain_loss", loss)
     monkeypatch.setattr(train, "sample_shapes", lambda *_, **__: own)
-    monkeypatch.setattr(train, "PRETRAIN", {"clip": (8, 12, 4, 1e-3, 0.1)})
+    values = dict(objects=8, passes=12, batch=4, lr=1e-3, weight_decay=0.1)
+    monkeypatch.setattr(train, "PRETRAIN", {"clip": values})
     sizes = ["--pretrain-epochs", "1", "--points", "64", "--groups", "8", "--group-size", "8"]
     path = train.find_start(options("--model", name, "--cache", str(tmp_path), *sizes), targets)
     # Eight procedural objects with their names, and with them the target's twenty clouds, without.
@@ -1864,7 +1903,7 @@ def test_the_code_s_hash_changes_with_what_code_does_and_not_with_what_it_says(t
 
     def hash_of(text):
         (tmp_path / "losses.py").write_text(text)
-        return evaluation.code_hash("losses")
+        return models.code_hash("losses")
     code = '"""One."""\nimport math\nclass A:\n    """Two."""\n    def f(self):\n        """Three."""\n' \
         '        return {}  # four\n'
     before = hash_of(code.format("1 + 1"))

@@ -29,12 +29,12 @@ from tqdm import tqdm
 
 from data import (DATASETS, MODELNET10, Objects, UserError, dataset_row, draw_views, load_dataset, lock,
                   random_yaw, sample_shapes, training_photographs)
-from eval import (CODE, COUNT, SHARE, WEIGHT, add_data_options, add_device_options, assess, embed, number,
+from eval import (COUNT, SHARE, WEIGHT, add_data_options, add_device_options, assess, embed, number,
                   one_line_errors, option_parser, plot_curves, pseudo_label_quality, table, to_probs, top_one,
                   write_predictions, write_whole)
 from losses import (RULES, Evidence, cross_modal_alignment_loss, fairness_loss, masked_terms,
                     name_alignment_loss, self_training_loss, transduced_labels)
-from model import (STARTS, TEMPLATES, CrossMoST, build_model, hide_groups, hide_patches, parameter_groups,
+from model import (CODE, STARTS, TEMPLATES, CrossMoST, PointEncoder, build_model, hide_groups, hide_patches, parameter_groups,
                    precision_for, random_tiny, read_file, read_start, save_file, save_start, start_file,
                    teacher_momentum, train_mode, update_teacher)
 
@@ -169,7 +169,7 @@ def make_parser() -> argparse.ArgumentParser:
     group("--weight-decay", type=WEIGHT, default=0.05, help="AdamW, not on 1-D parameters")
     group("--layer-decay", type=SHARE, default=0.65, help="factor on lr for each image block below the last")
     group("--warmup-epochs", type=WEIGHT, default=1.0, help="epochs of linear warm-up")
-    group("--freeze", nargs="*", default=["point_encoder.encoder"],
+    group("--freeze", nargs="*", default=[f"point_encoder.{name}" for name in PointEncoder.frozen_by_default],
           help="modules or parameters that are not trained, in place of the default: the mini-PointNet")
 
     group = parser.add_argument_group("run").add_argument
@@ -656,7 +656,8 @@ def print_reported(args):
     """What a start's authors report on this data set, so that a wrong set-up is seen before it trains."""
     reported = STARTS.get(args.model, {}).get("reported")
     if reported and reported["dataset"] == args.dataset:
-        print(f"{reported['text']}; far below that, look at eval.py --preview, and at --up")
+        print(f"{args.model}'s authors report {reported['point']} for points ({reported['measured']}; "
+              f"{reported['source']}); far below that, look at eval.py --preview, and at --up")
 
 
 def print_opinions(start: dict, teacher: dict):
@@ -709,7 +710,7 @@ def find_start(args, objects: Objects) -> Path:
     """The start's file: the one named, in the repository, fetched, or pre-trained here.
 
     What is pre-trained is kept in --cache under a hash of the options that made it and, where the clouds of the
-    training objects were used, of these. A file that other code made is used all the same, and a line says so.
+    training objects were used, of these. One that other code made is used all the same; load_start says so.
     """
     makes_own = args.pretrain_epochs or args.stage == "pretrain" or args.dataset == "shapenet55"
     if args.start_checkpoint or args.model in STARTS and not (args.model == "tiny" and makes_own):
@@ -719,10 +720,6 @@ def find_start(args, objects: Objects) -> Path:
         with lock(path):
             if not path.exists():
                 pretrain(args, objects, path)
-    made_by = read_start(path)["options"].get("code", CODE)
-    if made_by != CODE:
-        print(f"note: {path} was made by other code ({made_by}, now {CODE}); to make it anew, "
-              f"{'remove it' if path.parent == args.cache else 'see README, Starts'}")
     return path
 
 
