@@ -417,8 +417,9 @@ def self_train(state: "TrainingState", objects: Objects, test: Objects, args):
 def interval_means(interval: list, classes: int) -> dict:
     """One line of the log: means over an interval of steps, each (step, terms, labels, truth).
 
-    coverage is the share of the objects that were kept, label_accuracy the share of these whose label is right
-    (None without true labels), `named` each name's share of all objects, entropy that of the names in nats.
+    coverage is the share of the objects that were kept, label_accuracy the share of these whose label is
+    right (None without true labels), `named` each name's share of all objects, entropy that of the names in
+    nats.
     Raises: UserError with the step and all terms where a loss is not finite.
     """
     losses = torch.stack([terms["loss"] for _, terms, _, _ in interval])
@@ -638,7 +639,8 @@ def train_and_score(state: TrainingState, objects: Objects, test: Objects, args,
     else:
         begin(state, objects, test, args, start)
     results = {"dataset": objects.name, "split": test.split, "objects": len(test),
-               "classes": len(test.class_names), "model": args.model, "start": start.stem, "seed": args.seed, "epochs": args.epochs,
+               "classes": len(test.class_names), "model": args.model, "start": start.stem,
+               "seed": args.seed, "epochs": args.epochs,
                "pretrain_epochs": args.pretrain_epochs,
                "precision": state.identity["precision"], "changed": args.changed, "code": CODE,
                "commit": provenance(args.device)["commit"], "zero_shot": top_one(state.zero_shot)}
