@@ -4,6 +4,7 @@ Coordinates are right-handed, z up, float32; every cloud is centred and scaled i
 Angles are in radians. N objects, B batch, P points, V views.
 """
 import codecs
+import copy
 import csv
 import hashlib
 import io
@@ -319,16 +320,23 @@ def load_in_workers(photographs: Photographs, batches: list):
     """Items of Photographs in batches of these indices, decoded by worker processes; in [0, 1], float32.
     Raises: UserError naming a picture that cannot be read, or where shared memory is too small.
     """
+    # Each item travels alone: batches of pictures would not fit the 64 MB of shared memory that Docker gives.
     # Without a generator of its own a DataLoader draws from the global one, and a resumed run would differ.
-    loader = DataLoader(photographs, batch_sampler=batches, num_workers=min(8, os.cpu_count()),
-                        generator=torch.Generator())
+    ahead = 2 if photographs.seed is None else 16  # a batch in all; in evaluation an item is many pictures
+    loader = DataLoader(photographs, batch_sampler=[[i] for batch in batches for i in batch],
+                        num_workers=min(8, os.cpu_count()), prefetch_factor=ahead, generator=torch.Generator())
     try:
-        for batch in loader:
-            yield to_unit_range(batch) if torch.is_tensor(batch) else [to_unit_range(part) for part in batch]
+        items = iter(loader)
+        for batch in batches:
+            parts = [copy.deepcopy(next(items)) for _ in batch]  # a copy leaves shared memory free again
+            if torch.is_tensor(parts[0]):
+                yield to_unit_range(torch.cat(parts))
+            else:
+                yield [to_unit_range(torch.cat(images)) for images in zip(*parts)]
     except UserError as error:  # a worker's error comes with its whole traceback as the text
         raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from None
     except RuntimeError as error:
-        if "shared memory" not in str(error) and "shm" not in str(error):
+        if "shared memory" not in str(error):
             raise
         raise UserError("the processes that decode photographs found shared memory (/dev/shm) full; "
                         "start the container with more, as `docker run --shm-size 2g`") from error
@@ -732,12 +740,14 @@ def is_one_cloud(grid: np.ndarray) -> bool:
     that was only reshaped has rows like random samples of it, so that the mean of a row of W points has 1/W
     of the variance of all, in x and in x^2. Of separate clouds each has a mean and a spread of its own.
     """
+    if not np.isfinite(grid).all():
+        return True  # refused later, for what it is
     extent = np.ptp(grid.reshape(-1, 3), axis=0).max()
     steps = [np.median(np.abs(np.diff(grid, axis=axis)).max(axis=-1)) for axis in (0, 1)]
     if max(steps) < 0.05 * extent:
         return True
     moments = np.concatenate([grid, (grid - grid.mean(axis=(0, 1))) ** 2], axis=-1)
-    with np.errstate(invalid="ignore", divide="ignore"):  # not finite: refused later, or here
+    with np.errstate(invalid="ignore", divide="ignore"):  # a flat cloud: 0 / 0, which is refused
         ratio = moments.mean(axis=1).var(axis=0) * grid.shape[1] / moments.var(axis=(0, 1))
     return bool(((0.4 < ratio) & (ratio < 2)).all())
 
@@ -768,20 +778,20 @@ def read_text(path: Path) -> np.ndarray:
         raise ValueError("it has no line of three numbers")
     headers = lines[:lines.index(table[start])]
     body = table[start:]
-    while not any(NUMBER.fullmatch(cell) for cell in split_row(body[-1], between)):
-        body.pop()  # words at the end
+    while is_remark(split_row(body[-1], between), width):
+        body.pop()  # "end of file"
     if re.match(rf"{len(body) - 1}\b(?![.,]\d)", body[0]):
         body.pop(0)  # how many points follow
 
-    columns = named_columns(headers, between, width)
-    rows = split_rows(body, between)
-    cells = []
-    for number, row in enumerate(rows, start=1):
-        if len(row) != width:
-            raise ValueError(f"row {number} has {len(row)} columns, others have {width}")
-        cells += [row[column] for column in columns or (0, 1, 2)]
-    cloud = to_numbers(cells, comma_between=between == ",").reshape(-1, 3)
-    if columns is None:
+    named = named_columns(headers, between, width)
+    columns = named or [0, 1, 2]
+    try:  # five times faster, where nothing is left to understand
+        if between == "," and not any("." in line for line in body):
+            raise ValueError("may be decimal commas")
+        cloud = np.loadtxt(body, delimiter=None if between == " " else between, ndmin=2)[:, columns]
+    except ValueError:
+        cloud = read_cells(body, between, width, columns)
+    if named is None:
         refuse_other_columns(cloud, width)
     return cloud
 
@@ -833,6 +843,11 @@ def is_row(cells: list[str], width: int) -> bool:
     return len(cells) == width and numbers > 0 and numbers + cells.count("") >= 3
 
 
+def is_remark(cells: list[str], width: int) -> bool:
+    """Whether these are words after the points, and not a row that was cut off."""
+    return not is_row(cells, width) and any(cell and not NUMBER.fullmatch(cell) for cell in cells)
+
+
 def named_columns(headers: list[str], between: str, width: int) -> list[int] | None:
     """Which columns the header calls x, y, z; None where there is no header, so that the first three count.
     Raises: ValueError where a header names other things, or one of these twice.
@@ -850,6 +865,16 @@ def named_columns(headers: list[str], between: str, width: int) -> list[int] | N
     if len(names) == width > 3:
         raise ValueError(f"its header names {', '.join(names)}; call the columns of coordinates x, y, z")
     return None
+
+
+def read_cells(lines: list[str], between: str, width: int, columns: list[int]) -> np.ndarray:
+    """Three columns of a table with quotes, words or commas in its cells, or with an error to be named."""
+    cells = []
+    for number, row in enumerate(split_rows(lines, between), start=1):
+        if len(row) != width:
+            raise ValueError(f"row {number} has {len(row)} columns, others have {width}")
+        cells += [row[column] for column in columns]
+    return to_numbers(cells, comma_between=between == ",").reshape(-1, 3)
 
 
 def to_numbers(cells: list[str], comma_between: bool) -> np.ndarray:
@@ -904,6 +929,8 @@ def read_mesh(path: Path, count: int, random) -> np.ndarray:
         mesh = trimesh.load(path, file_type="stl", process=False)
         mesh = mesh.to_mesh() if isinstance(mesh, trimesh.Scene) else mesh
         vertices, faces = mesh.vertices, getattr(mesh, "faces", ())
+        if len(faces) == 0:
+            raise ValueError("it holds no triangles; it is empty, or was cut off")
     else:
         if suffix == ".ply":
             vertices, faces = read_ply(path.read_bytes())
@@ -968,6 +995,8 @@ def read_ply(raw: bytes) -> tuple[np.ndarray, np.ndarray]:
     header = re.sub(rb"[\x80-\xff]", b"?", raw[:end])  # comments come in all encodings
     raw = header + raw[end:]
     counts = {name.decode(): int(n) for name, n in re.findall(rb"^element\s+(\w+)\s+(\d+)", header, re.MULTILINE)}
+    if "vertex" not in counts:
+        raise ValueError("it has no element called vertex; export it as a cloud or as triangles")
     if counts.get("tristrips"):
         raise ValueError("it holds triangle strips; export it as triangles")
     if counts.get("edge") and not counts.get("face"):
@@ -998,19 +1027,19 @@ def read_obj(text: str) -> tuple[np.ndarray, np.ndarray]:
     """
     vertices, polygons, has_lines = [], [], False
     for line in text.replace("\\\r\n", " ").replace("\\\n", " ").splitlines():
-        keyword, *words = line.split("#")[0].split() or [""]
+        words = line.split()
+        keyword = words[0] if words else ""
         if keyword == "v":
-            if len(words) < 3:
-                raise ValueError(f"vertex {len(vertices) + 1} has {len(words)} coordinates")
-            vertices.append([float(word) for word in words[:3]])
+            vertices.append(line.split(None, 1)[1])
         elif keyword == "f":
-            corners = [int(word.split("/")[0]) for word in words]
+            words = line.split("#")[0].split()[1:]
+            corners = [int(word.split("/", 1)[0]) for word in words]
             polygons.append([i - 1 if i >= 0 else len(vertices) + i for i in corners])
         elif keyword in ("l", "curv", "surf"):
             has_lines = True
     if has_lines and not polygons:
         raise ValueError("it holds lines or curves and no faces; export it as triangles")
-    return np.array(vertices).reshape(-1, 3), fan(polygons)
+    return coordinates(vertices), fan(polygons)
 
 
 def read_off(text: str) -> tuple[np.ndarray, np.ndarray]:
@@ -1020,18 +1049,27 @@ def read_off(text: str) -> tuple[np.ndarray, np.ndarray]:
     if header is None:
         raise ValueError("it has no header, expected OFF and the numbers of points and faces")
     count, faces = int(header[1]), int(header[2])
-    rows = [line.split() for line in text[header.end():].splitlines()[1:]]
-    rows = [row for row in rows if row]
-    polygons = [[int(word) for word in row[1:1 + int(row[0])]] for row in rows[count:count + faces]]
-    is_whole = all(len(polygon) == int(row[0]) for polygon, row in zip(polygons, rows[count:]))
-    if len(rows) < count + faces or not is_whole:
+    lines = [line for line in text[header.end():].splitlines()[1:] if line.strip()]
+    polygons = []
+    for line in lines[count:count + faces]:
+        corners, *words = line.split()
+        polygons.append([int(word) for word in words[:int(corners)]])
+        if len(words) < int(corners):
+            lines.clear()
+    if len(lines) < count + faces:
         raise ValueError(f"it declares {count} points and {faces} faces, but holds fewer; it was cut off")
-    vertices = [[float(word) for word in row[:3]] for row in rows[:count]]
-    return np.array(vertices).reshape(-1, 3), fan(polygons)
+    return coordinates(lines[:count]), fan(polygons)
+
+
+def coordinates(lines: list[str]) -> np.ndarray:
+    """The first three numbers of each line. -> (N, 3) float64"""
+    return np.loadtxt(lines, usecols=(0, 1, 2), ndmin=2) if lines else np.empty((0, 3))
 
 
 def fan(polygons: list) -> np.ndarray:
     """Triangles (F, 3) of polygons: the first corner with each two that follow one another."""
+    if all(len(polygon) == 3 for polygon in polygons):
+        return np.array(polygons, np.int64).reshape(-1, 3)
     triangles = [(polygon[0], polygon[k], polygon[k + 1])
                  for polygon in polygons for k in range(1, len(polygon) - 1)]
     return np.array(triangles, np.int64).reshape(-1, 3)
@@ -1187,7 +1225,9 @@ def reading(path: Path, repair: str, missing: str = LAYOUT):
     try:
         yield
     except Exception as error:  # parsers of many formats, each with errors of its own
-        raise UserError(f"cannot read {path}: {str(error) or repr(error)}; {repair}") from error
+        problem = str(error) or repr(error)
+        advice = "" if "; " in problem else f"; {repair}"  # our own errors say what to do
+        raise UserError(f"cannot read {path}: {problem}{advice}") from error
 
 
 # ------ Fetching: the hub's copy first, then plain addresses ------------------------------------------------
