@@ -56,8 +56,8 @@ class Objects:
     images: list | None = None
 
     def __post_init__(self):
-        is_files = isinstance(self.points, list) and isinstance(self.points[0], (str, Path))
-        if not is_files:
+        are_files = isinstance(self.points, list) and all(isinstance(one, Path) for one in self.points)
+        if not are_files:
             points = self.points if isinstance(self.points, Tensor) else np.asarray(self.points)
             self.points = torch.as_tensor(points, dtype=torch.float32)
         if self.labels is not None:
@@ -89,9 +89,10 @@ def to_unit_sphere(points: Tensor, names: list | None = None, up: str = "z") -> 
     unit = torch.empty(points.shape, device=points.device)
     for start in range(0, len(points), 64):  # in parts: a large set is in memory twice, and no third time
         part = to_z_up(points[start:start + 64], up)
+        low, high = part.aminmax(dim=1)  # NaN where a coordinate is
         problems = {
-            "NaN or infinite coordinates": ~part.isfinite().all(dim=2).all(dim=1),
-            "all its points in one place": (part == part[:, :1]).all(dim=2).all(dim=1),
+            "NaN or infinite coordinates": ~(low.isfinite() & high.isfinite()).all(dim=1),
+            "all its points in one place": (low == high).all(dim=1),
         }
         for problem, has_problem in problems.items():
             if has_problem.any():
@@ -459,7 +460,7 @@ def cache_resampled(cache: Path, folder: Path, names: list[str], labels: list[in
 
 
 def read_resampled_text(path: Path) -> np.ndarray:
-    """Points (P, 3) of a file of lines x,y,z,nx,ny,nz, from y up to z up, so that they face as h5 files do."""
+    """Points (P, 3) of a file of lines x,y,z,nx,ny,nz; from y up to z up, so that they face as h5 files."""
     with reading(path, "expected lines x,y,z,nx,ny,nz; fetch it again", RESAMPLED_LAYOUT):
         x, y, z = np.loadtxt(path, np.float32, delimiter=",", usecols=(0, 1, 2), ndmin=2).T
     return np.stack([-x, z, y], axis=1)
