@@ -329,7 +329,7 @@ def fixed_images(objects: Objects, views: int | None, size: int, batch_size: int
 # are clouds (N, P, 3), at least as large as asked for if there are such, or the list of the N files to read
 # them from. `download` allows it to fetch what is missing.
 LAYOUT = 'README, "Data sets", says what goes there'
-RESAMPLED_LAYOUT = f"{LAYOUT}; --points 2048 reads modelnet40_ply_hdf5_2048 instead"
+FEWER_POINTS = "--points 2048 reads modelnet40_ply_hdf5_2048 instead"
 
 # Classes in the order of the labels. Of CO3D: folder -> class. Of ShapeNet-55: WordNet number -> class.
 MODELNET10 = (
@@ -376,8 +376,8 @@ def load_modelnet(root: Path, split: str, points: int, download: bool, classes=N
         archive, folder, read = "modelnet40-8192", root / "modelnet40_normal_resampled", read_resampled
     else:
         archive, folder, read = "modelnet40", root / "modelnet40_ply_hdf5_2048", read_modelnet_h5
-    if download and not folder.exists():
-        unpack(fetch_published(archive, root), folder)
+    if not folder.exists():
+        unpack(fetch_published(archive, root, download), folder)
     objects = read(folder, split)
     print(f"reading {folder}: {len(objects)} {split} objects of {objects.points.shape[1]} points", flush=True)
     unnamed = objects.names == [str(i) for i in range(len(objects))]
@@ -414,9 +414,9 @@ def read_resampled(folder: Path, split: str) -> Objects:
     points, as ULIP's protocol takes, and the same every time.
     Text files are slow: they are read once, into a cache file beside the folder.
     """
-    class_names = read_lines(folder / "modelnet40_shape_names.txt", RESAMPLED_LAYOUT)
+    class_names = read_lines(folder / "modelnet40_shape_names.txt", FEWER_POINTS)
     listed = folder / f"modelnet40_{split}.txt"
-    names = read_lines(listed, RESAMPLED_LAYOUT)
+    names = read_lines(listed, FEWER_POINTS)
     label_of = {class_name: label for label, class_name in enumerate(class_names)}
     with reading(listed, "expected names CLASS_NUMBER of classes in modelnet40_shape_names.txt"):
         labels = [label_of[name.rpartition("_")[0]] for name in names]
@@ -461,7 +461,7 @@ def cache_resampled(cache: Path, folder: Path, names: list[str], labels: list[in
 
 def read_resampled_text(path: Path) -> np.ndarray:
     """Points (P, 3) of a file of lines x,y,z,nx,ny,nz; from y up to z up, so that they face as h5 files."""
-    with reading(path, "expected lines x,y,z,nx,ny,nz; fetch it again", RESAMPLED_LAYOUT):
+    with reading(path, "expected lines x,y,z,nx,ny,nz; fetch it again", FEWER_POINTS):
         x, y, z = np.loadtxt(path, np.float32, delimiter=",", usecols=(0, 1, 2), ndmin=2).T
     return np.stack([-x, z, y], axis=1)
 
@@ -484,8 +484,9 @@ def load_scanobjectnn(root: Path, split: str, _points, download: bool, part="mai
                       suffix="") -> Objects:
     """ScanObjectNN, one of its variants: real indoor scans in its authors' h5 files."""
     folder = root / "scanobjectnn" / "h5_files"
-    if download and not folder.exists():
-        unpack(fetch_published("scanobjectnn", root), folder, DOWNLOADS["scanobjectnn"]["members"])
+    if not folder.exists():
+        archive = fetch_published("scanobjectnn", root, download)
+        unpack(archive, folder, DOWNLOADS["scanobjectnn"]["members"])
     file_of = {"train": f"training_objectdataset{suffix}.h5", "test": f"test_objectdataset{suffix}.h5"}
     clouds, labels, _ = read_h5(folder / part / file_of[split], len(SCANOBJECTNN))
     return Objects(clouds, labels, SCANOBJECTNN)
@@ -803,7 +804,7 @@ def reading(path: Path, repair: str, missing: str = "README, Data, says what goe
 # ------ Fetching: the hub's copy first, then plain addresses ------------------------------------------------
 ULIP2 = "ULIP-2-PointBERT-8k-xyz-pc-slip_vit_b-objaverse-pretrained.pt"
 # file: its place below the folder `option` (--data-root if none is named). terms: said before it is fetched.
-# sources: addresses, or (data set of the Hugging Face hub, file in it, revision).
+# sources: addresses, or (data set of the Hugging Face hub, file in it, revision). otherwise: the way without.
 # sha256, and members (sha256 of files inside an archive): where several public projects agree on them.
 DOWNLOADS = {
     "ulip2": dict(
@@ -824,7 +825,8 @@ DOWNLOADS = {
         terms="1.6 GB, 7 GB unpacked, for academic research only",
         sources=[("Pointcept/modelnet40_normal_resampled-compressed", "modelnet40_normal_resampled.tar.gz",
                   None),
-                 "https://shapenet.cs.stanford.edu/media/modelnet40_normal_resampled.zip"]),
+                 "https://shapenet.cs.stanford.edu/media/modelnet40_normal_resampled.zip"],
+        otherwise=FEWER_POINTS),
     "modelnet40": dict(
         file="modelnet40_ply_hdf5_2048.zip",
         terms="435 MB, for academic research only",
@@ -860,7 +862,8 @@ def fetch_published(name: str, folder: Path, allowed: bool = True) -> Path:
         return path
     pages = [source if isinstance(source, str) else hub_page(*source) for source in row["sources"]]
     by_hand = (f"save {pages[0]} as {path}, or name the folder that has it with "
-               f"{row.get('option', '--data-root')}; --dataset shapes --model tiny needs no file")
+               f"{row.get('option', '--data-root')}; "
+               + row.get("otherwise", "--dataset shapes --model tiny needs no file"))
     if not allowed:
         raise UserError(f"{path} is missing; leave out --no-download, or {by_hand}")
 
