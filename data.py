@@ -7,12 +7,14 @@ import difflib
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import sys
 import tarfile
+import threading
 import zipfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor
@@ -439,11 +441,10 @@ def cache_resampled(cache: Path, folder: Path, names: list[str], labels: list[in
     """Read a text file for each name, in parallel, into one h5 file. It appears whole, or not at all."""
     files = [folder / name.rpartition("_")[0] / f"{name}.txt" for name in names]
     part = cache.with_name(f".{cache.name}.part")
-    ignore_interrupt = signal.SIGINT, signal.SIG_IGN  # Ctrl-C is for the process that waits for the others
+    workers = ProcessPoolExecutor(min(8, os.cpu_count()), initializer=end_with_parent)
     try:
-        with h5py.File(part, "w") as file, ProcessPoolExecutor(
-                min(8, os.cpu_count()), initializer=signal.signal, initargs=ignore_interrupt) as pool:
-            clouds = pool.map(read_resampled_text, files, chunksize=16)
+        with h5py.File(part, "w") as file:
+            clouds = workers.map(read_resampled_text, files, chunksize=16)
             bar = tqdm(clouds, f"reading {folder.name} once", len(files), unit="object", disable=None)
             data = None
             for i, cloud in enumerate(bar):
@@ -454,9 +455,24 @@ def cache_resampled(cache: Path, folder: Path, names: list[str], labels: list[in
                                     "expected equally many; fetch it again")
                 data[i] = cloud
             file.update(label=labels, name=[name.encode() for name in names])
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())  # before the rename, for the case that the power fails
         os.replace(part, cache)
     finally:
+        workers.shutdown(cancel_futures=True)  # a bad file or Ctrl-C need not wait for the other files
         part.unlink(missing_ok=True)
+
+
+def end_with_parent():
+    """In a worker process: leave Ctrl-C to the parent, and end when it ends, even if it is killed. A worker
+    that stayed would keep the lock that it inherits, and the next run would wait for ever.
+    """
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def read_resampled_text(path: Path) -> np.ndarray:

@@ -806,6 +806,24 @@ def test_8192_points_of_modelnet_are_fetched_once_and_read_once(tmp_path, monkey
     assert "modelnet40_ply_hdf5_2048: 12 test objects of 64 points" in capsys.readouterr().out
 
 
+def test_reading_that_is_killed_leaves_no_worker_and_no_lock_behind(tmp_path):
+    folder = write_resampled(tmp_path)
+    names = [f"bed_{i}" for i in range(3000)]
+    for name in names:
+        os.link(folder / "bed/bed_0516.txt", folder / f"bed/{name}.txt")
+    (folder / "modelnet40_train.txt").write_text("\n".join(names))
+    script = f"import data; data.load_dataset('modelnet40', {str(tmp_path)!r}, 'train', 2100)"
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=HERE, stderr=subprocess.DEVNULL)
+    part = tmp_path / ".modelnet40_normal_resampled-train.h5.part"
+    while not (part.exists() and part.stat().st_size > 1e5):  # its workers are at work
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    with data.lock(tmp_path / "modelnet40_normal_resampled-train.h5", timeout=20):
+        assert not (tmp_path / "modelnet40_normal_resampled-train.h5").exists()
+
+
 @pytest.mark.parametrize("file, content, says", [
     ("bed/bed_0516.txt", None, "no .*bed_0516.txt; --points 2048 reads modelnet40_ply_hdf5_2048"),
     ("bed/bed_0516.txt", "1,2,3\n1,2\n", "cannot read .*bed_0516.txt.*; expected lines x,y,z"),
