@@ -6,21 +6,27 @@ Angles are in radians. N objects, B batch, P points, V views.
 import codecs
 import copy
 import csv
+import difflib
 import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
+import tarfile
+import threading
 import unicodedata
 import zipfile
 import zlib
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import h5py
@@ -28,7 +34,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -43,8 +49,8 @@ class UserError(Exception):
 class Objects:
     """A split of a data set: N clouds of P points, and what is known of each object.
 
-    points: (N, P, 3) float32; a loader may give the list of the N files to read them from instead.
-    labels: (N,) int64 numbers of the true classes, or None.
+    points: (N, P, 3) float32, cast from any numbers; a loader may give the list of the N files instead.
+    labels: (N,) int64 numbers of the true classes, cast too, or None.
     names: what the objects are called; their numbers, where nobody named them.
     images: for each object the list of its photographs, or None where depth views are rendered.
     """
@@ -58,6 +64,12 @@ class Objects:
     images: list | None = None
 
     def __post_init__(self):
+        are_files = isinstance(self.points, list) and all(isinstance(one, Path) for one in self.points)
+        if not are_files:
+            points = self.points if isinstance(self.points, Tensor) else np.asarray(self.points)
+            self.points = torch.as_tensor(points, dtype=torch.float32)
+        if self.labels is not None:
+            self.labels = torch.as_tensor(self.labels, dtype=torch.int64)
         self.names = self.names or [str(i) for i in range(len(self.points))]
 
     def __len__(self):
@@ -85,9 +97,10 @@ def to_unit_sphere(points: Tensor, names: list | None = None, up: str = "z") -> 
     unit = torch.empty(points.shape, device=points.device)
     for start in range(0, len(points), 64):  # in parts: a large set is in memory twice, and no third time
         part = to_z_up(points[start:start + 64], up)
+        low, high = part.aminmax(dim=1)  # NaN where a coordinate is
         problems = {
-            "NaN or infinite coordinates": ~part.isfinite().all(dim=2).all(dim=1),
-            "all its points in one place": (part == part[:, :1]).all(dim=2).all(dim=1),
+            "NaN or infinite coordinates": ~(low.isfinite() & high.isfinite()).all(dim=1),
+            "all its points in one place": (low == high).all(dim=1),
         }
         for problem, has_problem in problems.items():
             if has_problem.any():
@@ -367,9 +380,11 @@ def fixed_images(objects: Objects, views: int | None, size: int, batch_size: int
 
 
 # ------ Data sets -------------------------------------------------------------------------------------------
-# A loader takes (root, split, download) and returns Objects as they lie in the files: `points` holds clouds
-# (N, P, 3), or the list of the N files to read them from. `download` allows it to fetch what is missing.
+# A loader takes (root, split, points, download) and returns Objects as they lie in the files: their `points`
+# are clouds (N, P, 3), at least as large as asked for if there are such, or the list of the N files to read
+# them from. `download` allows it to fetch what is missing.
 LAYOUT = 'README, "Data sets", says what goes there'
+FEWER_POINTS = "--points 2048 reads modelnet40_ply_hdf5_2048 instead"
 
 # Classes in the order of the labels. Of CO3D: folder -> class. Of ShapeNet-55: WordNet number -> class.
 MODELNET10 = (
@@ -403,26 +418,127 @@ SHAPENET55 = {
     "04530566": "watercraft", "04554684": "washer"}
 
 
-def load_modelnet(root: Path, split: str, download: bool, classes=None, views=True) -> Objects:
-    """ModelNet40, or some of its classes, in the official h5 layout; pictures from its `views` folder."""
-    folder = root / "modelnet40_ply_hdf5_2048"
-    if download and not folder.exists():
-        unpack(fetch_published("modelnet40", root), folder)
+def load_modelnet(root: Path, split: str, points: int, download: bool, classes=None,
+                  depth_only=False) -> Objects:
+    """ModelNet40, or some of its classes.
+
+    More than 2,048 points come from `modelnet40_normal_resampled`, as in the original, fewer from the
+    official h5 files. `depth_only` (the original's "ModelNet40-depth") always reads these, and no pictures.
+    Pictures are those in a `views` folder inside either. Deviation D24: without them depth views are
+    rendered, where the original has shaded pictures.
+    """
+    if points > 2048 and not depth_only:
+        archive, folder, read = "modelnet40-8192", root / "modelnet40_normal_resampled", read_resampled
+    else:
+        archive, folder, read = "modelnet40", root / "modelnet40_ply_hdf5_2048", read_modelnet_h5
+    if not folder.exists():
+        unpack(fetch_published(archive, root, download), folder)
+    objects = read(folder, split)
+    print(f"reading {folder}: {len(objects)} {split} objects of {objects.points.shape[1]} points", flush=True)
+    unnamed = objects.names == [str(i) for i in range(len(objects))]
+    if classes is not None:
+        objects = only_classes(objects, classes)
+    if depth_only:
+        return objects
+
+    views = folder / "views"
+    if unnamed and views.is_dir():
+        raise UserError(f"{folder} has views, but no names of objects; expected h5 `name` or *_id2file.json")
+    objects.images = find_photographs(views, objects.names)
+    if objects.images is None:
+        say_once(f"no {views}: depth views are rendered; the original uses shaded pictures")
+    return objects
+
+
+def read_modelnet_h5(folder: Path, split: str) -> Objects:
+    """ModelNet40 in the official h5 layout, 2,048 points an object."""
     class_names = [line.replace("_", " ") for line in read_lines(folder / "shape_names.txt", LAYOUT)]
     listed = folder / f"{split}_files.txt"
     files = [folder / Path(line).name for line in read_lines(listed, LAYOUT)]  # paths of its authors' machine
     clouds, labels, names = zip(*(read_h5(file, len(class_names)) for file in files))
     names = None if None in names else sum(names, [])
-    if views and names is None and (folder / "views").is_dir():
-        raise UserError(f"{folder} has views, but no names of objects; expected h5 `name` or *_id2file.json")
     with reading(listed, "expected files of equally many points"):
-        objects = Objects(torch.cat(clouds), torch.cat(labels), class_names, names=names)
+        return Objects(torch.cat(clouds), torch.cat(labels), class_names, names=names)
 
-    if classes is not None:
-        objects = only_classes(objects, classes)
-    if views:
-        objects.images = find_photographs(folder / "views", objects.names)
-    return objects
+
+def read_resampled(folder: Path, split: str) -> Objects:
+    """ModelNet40 as `modelnet40_normal_resampled` has it, 10,000 points an object.
+
+    The points of a file are in the order of farthest point sampling: in both files that were looked at, the
+    first k are further apart than k random ones, for k = 256 to 8,192. So the first 8,192 are farthest
+    points, as ULIP's protocol takes, and the same every time.
+    Text files are slow: they are read once, into a cache file beside the folder.
+    """
+    class_names = read_lines(folder / "modelnet40_shape_names.txt", FEWER_POINTS)
+    listed = folder / f"modelnet40_{split}.txt"
+    names = read_lines(listed, FEWER_POINTS)
+    label_of = {class_name: label for label, class_name in enumerate(class_names)}
+    with reading(listed, "expected names CLASS_NUMBER of classes in modelnet40_shape_names.txt"):
+        labels = [label_of[name.rpartition("_")[0]] for name in names]
+
+    cache = folder.with_name(f"{folder.name}-{split}.h5")
+    with lock(cache):
+        if not cache.exists() or read_names(cache) != names:
+            cache_resampled(cache, folder, names, labels)
+    clouds, labels, names = read_h5(cache, len(class_names))
+    return Objects(clouds, labels, [name.replace("_", " ") for name in class_names], names=names)
+
+
+def read_names(cache: Path) -> list[str]:
+    """The names of the objects in an h5 file of ours."""
+    with reading(cache, "remove it, and it is made again"), h5py.File(cache) as file:
+        return [name.decode() for name in file["name"]]
+
+
+def cache_resampled(cache: Path, folder: Path, names: list[str], labels: list[int]):
+    """Read a text file for each name, in parallel, into one h5 file. It appears whole, or not at all."""
+    files = [folder / name.rpartition("_")[0] / f"{name}.txt" for name in names]
+    part = cache.with_name(f".{cache.name}.part")
+    workers = ProcessPoolExecutor(min(8, os.cpu_count()), initializer=end_with_parent)
+    try:
+        with h5py.File(part, "w") as file:
+            clouds = workers.map(read_resampled_text, files, chunksize=16)
+            bar = tqdm(clouds, f"reading {folder.name} once", len(files), unit="object", disable=None)
+            data = None
+            for i, cloud in enumerate(bar):
+                if data is None:
+                    data = file.create_dataset("data", (len(files), *cloud.shape), np.float32)
+                if cloud.shape != data.shape[1:]:
+                    raise UserError(f"{files[i]} has {len(cloud)} points, {files[0]} has {data.shape[1]}; "
+                                    "expected equally many; fetch it again")
+                data[i] = cloud
+            file.update(label=labels, name=[name.encode() for name in names])
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())  # before the rename, for the case that the power fails
+        os.replace(part, cache)
+    finally:
+        workers.shutdown(cancel_futures=True)  # a bad file or Ctrl-C need not wait for the other files
+        part.unlink(missing_ok=True)
+
+
+def end_with_parent():
+    """In a worker process: leave Ctrl-C to the parent, and end when it ends, even if it is killed. A worker
+    that stayed would keep the lock that it inherits, and the next run would wait for ever.
+    """
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def read_resampled_text(path: Path) -> np.ndarray:
+    """Points (P, 3) of a file of lines x,y,z,nx,ny,nz; from y up to z up, so that they face as h5 files."""
+    with reading(path, "expected lines x,y,z,nx,ny,nz; fetch it again", FEWER_POINTS):
+        x, y, z = np.loadtxt(path, np.float32, delimiter=",", usecols=(0, 1, 2), ndmin=2).T
+    return np.stack([-x, z, y], axis=1)
+
+
+@lru_cache
+def say_once(line: str):
+    """Print a line that holds for both splits of a data set."""
+    print(line, flush=True)
 
 
 def only_classes(objects: Objects, classes: tuple[str, ...]) -> Objects:
@@ -433,11 +549,13 @@ def only_classes(objects: Objects, classes: tuple[str, ...]) -> Objects:
     return objects.pick((labels >= 0).nonzero()[:, 0])
 
 
-def load_scanobjectnn(root: Path, split: str, download: bool, part="main_split", suffix="") -> Objects:
+def load_scanobjectnn(root: Path, split: str, _points, download: bool, part="main_split",
+                      suffix="") -> Objects:
     """ScanObjectNN, one of its variants: real indoor scans in its authors' h5 files."""
     folder = root / "scanobjectnn" / "h5_files"
-    if download and not folder.exists():
-        unpack(fetch_published("scanobjectnn", root), folder, DOWNLOADS["scanobjectnn"]["members"])
+    if not folder.exists():
+        archive = fetch_published("scanobjectnn", root, download)
+        unpack(archive, folder, DOWNLOADS["scanobjectnn"]["members"])
     file_of = {"train": f"training_objectdataset{suffix}.h5", "test": f"test_objectdataset{suffix}.h5"}
     clouds, labels, _ = read_h5(folder / part / file_of[split], len(SCANOBJECTNN))
     return Objects(clouds, labels, SCANOBJECTNN)
@@ -471,7 +589,7 @@ def read_h5(path: Path, classes: int) -> tuple[Tensor, Tensor, list | None]:
     return clouds, labels, names
 
 
-def load_redwood(root: Path, split: str, _download) -> Objects:
+def load_redwood(root: Path, split: str, _points, _download) -> Objects:
     """Redwood's scans of nine classes, which its authors' tool fetches. Scans without a mesh are left out.
 
     redwood/meshes/ID.ply or points/ID.npy; images/ID/*.jpg; categories.json maps a class to its ids.
@@ -490,7 +608,7 @@ def load_redwood(root: Path, split: str, _download) -> Objects:
                    names=names, images=find_photographs(folder / "images", names))
 
 
-def load_co3d(root: Path, split: str, _download) -> Objects:
+def load_co3d(root: Path, split: str, _points, _download) -> Objects:
     """CO3D v2, which its authors' tool fetches: co3d/CATEGORY/SEQUENCE/{pointcloud.ply, images/*.jpg} of 42
     categories. Sequences without a cloud are left out.
     """
@@ -508,7 +626,7 @@ def load_co3d(root: Path, split: str, _download) -> Objects:
                    names=[file.parent.name for file in files], images=images if any(images) else None)
 
 
-def load_shapenet55(root: Path, split: str, _download) -> Objects:
+def load_shapenet55(root: Path, split: str, _points, _download) -> Objects:
     """Point-BERT's ShapeNet-55, for pre-training: ShapeNet-55/{train,test}.txt, shapenet_pc/*.npy."""
     listed = root / "ShapeNet-55" / f"{split}.txt"
     names = read_lines(listed, "needs ShapeNet's form: https://huggingface.co/datasets/ShapeNet/ShapeNetCore")
@@ -586,9 +704,9 @@ SCANS = dict(up="y", templates="depth", points=2048, threshold=[0.82], separate=
 PHOTO = dict(SCANS, up="-y", templates="photo", points=8192)
 DATASETS = {
     "shapes": dict(CAD, point_weight=1.0),
-    "modelnet10": dict(CAD, load=partial(load_modelnet, classes=MODELNET10)),
-    "modelnet40": dict(CAD, load=load_modelnet, separate=[0.8, 0.82]),
-    "modelnet40-depth": dict(CAD, load=partial(load_modelnet, views=False)),
+    "modelnet10": dict(CAD, load=partial(load_modelnet, classes=MODELNET10), points=8192),
+    "modelnet40": dict(CAD, load=load_modelnet, separate=[0.8, 0.82], points=8192),
+    "modelnet40-depth": dict(CAD, load=partial(load_modelnet, depth_only=True)),
     "scanobjectnn-obj-only": dict(
         SCANS, load=partial(load_scanobjectnn, part="main_split_nobg"), separate=[0.8, 0.82]),
     "scanobjectnn-with-bg": dict(SCANS, load=load_scanobjectnn),
@@ -620,7 +738,10 @@ def load_dataset(name: str, root: str | Path, split: str, points: int = 1024, do
     """
     folder = Path(name)
     if name not in DATASETS and not folder.is_dir():
-        raise UserError(f"unknown data set {name!r}; one of {', '.join(DATASETS)}, or a folder of your own")
+        close = difflib.get_close_matches(name.lower(), DATASETS, 1)
+        question = f"did you mean {close[0]}? " if close else ""
+        raise UserError(f"unknown data set {name!r}; {question}There are {', '.join(DATASETS)}, "
+                        "and any folder of your own")
     if name == "shapes":
         count, seed = {"train": (2000, 1), "test": (500, 2)}[split]
         objects = sample_shapes(count, seed, domain or "target", points)
@@ -639,7 +760,10 @@ def load_clouds(name: str, root: Path, split: str, points: int, scanned: bool, d
                 up: str | None) -> Objects:
     """Objects of files, upright in the unit sphere, as they are or as a scanner would see them."""
     row = dataset_row(name)
-    objects = row["load"](root, split, download) if name in DATASETS else load_folder(Path(name), split)
+    if name in DATASETS:
+        objects = row["load"](root, split, points, download)
+    else:
+        objects = load_folder(Path(name), split)
     max_points = 3 * points if scanned else points  # a scan loses a quarter of its cloud
     up = up or row["up"]
     if isinstance(objects.points, list):
@@ -1232,19 +1356,30 @@ def reading(path: Path, repair: str, missing: str = LAYOUT):
 
 # ------ Fetching: the hub's copy first, then plain addresses ------------------------------------------------
 ULIP2 = "ULIP-2-PointBERT-8k-xyz-pc-slip_vit_b-objaverse-pretrained.pt"
-# file: its place below the data root (starts: below the cache). terms: what is said before it is fetched.
-# sources: addresses, or (data set of the Hugging Face hub, file in it, revision).
+# file: its place below the folder `option` (--data-root if none is named). terms: said before it is fetched.
+# sources: addresses, or (data set of the Hugging Face hub, file in it, revision). otherwise: the way without.
 # sha256, and members (sha256 of files inside an archive): where several public projects agree on them.
 DOWNLOADS = {
     "ulip2": dict(
         file=ULIP2,
         terms="BSD-3-Clause, 8k-point Objaverse model of ULIP-2",
+        option="--cache",
         sources=[("SFXX/ulip", f"ULIP-2/pretrained_models/{ULIP2}", None)]),
     "ulip1": dict(
         file="checkpoint_pointbert.pt",
         terms="BSD-3-Clause, ULIP-1 on ShapeNet-55",
+        option="--cache",
         sources=[("SFXX/ulip",
                   "ULIP-1/pretrained_models/ckpt_zero-sho_classification/checkpoint_pointbert.pt", None)]),
+    # No sha256 is published. The md5 of one public loader (46ed374f8ef5f7504ec4870298772ac2) is of no named
+    # revision: a renewed archive would be refused for nothing. read_resampled checks lists and files instead.
+    "modelnet40-8192": dict(
+        file="modelnet40_normal_resampled.tar.gz",
+        terms="1.6 GB, 7 GB unpacked, for academic research only",
+        sources=[("Pointcept/modelnet40_normal_resampled-compressed", "modelnet40_normal_resampled.tar.gz",
+                  None),
+                 "https://shapenet.cs.stanford.edu/media/modelnet40_normal_resampled.zip"],
+        otherwise=FEWER_POINTS),
     "modelnet40": dict(
         file="modelnet40_ply_hdf5_2048.zip",
         terms="435 MB, for academic research only",
@@ -1269,41 +1404,73 @@ DOWNLOADS = {
 }
 
 
-def fetch_published(name: str, root: Path, allowed: bool = True) -> Path:
-    """The file DOWNLOADS[name], from `root` or fetched. Raises: UserError, see fetch."""
-    row = DOWNLOADS[name]
-    path = root / row["file"]
-    if not path.exists():
-        if not allowed:
-            raise UserError(f"{path} is missing; put it there, or leave out --no-download")
-        print(f"fetching {path.name} ({row['terms']})", flush=True)
-    return fetch(path, row["sources"], row.get("sha256"))
+def fetch_published(name: str, folder: Path, allowed: bool = True) -> Path:
+    """The file DOWNLOADS[name] in `folder`; if it is not there, from the first source that gives it.
 
-
-def fetch(path: Path, sources: list, sha256: str | None = None) -> Path:
-    """`path` if it is there, else what the first source that answers has: an address is fetched to `path`, a
-    file of the Hugging Face hub goes to the hub's own cache. Bytes of another sha256 are not kept.
-
-    Raises: UserError that names the file, where to put it, and what went wrong at each source.
+    Raises: UserError, one line: what went wrong at each source, where the file is, where to put it.
     """
+    row = DOWNLOADS[name]
+    path = folder / row["file"]
+    if path.exists():
+        return path
+    pages = [source if isinstance(source, str) else hub_page(*source) for source in row["sources"]]
+    by_hand = (f"save {pages[0]} as {path}, or name the folder that has it with "
+               f"{row.get('option', '--data-root')}; "
+               + row.get("otherwise", "--dataset shapes --model tiny needs no file"))
+    if not allowed:
+        raise UserError(f"{path} is missing; leave out --no-download, or {by_hand}")
+
+    print(f"fetching {path.name} ({row['terms']})", flush=True)
     reasons = []
     with lock(path):
-        if path.exists():
+        if path.exists():  # another process fetched it
             return path
-        for source in sources:
+        for source, page in zip(row["sources"], pages):
             try:
-                if isinstance(source, str):
-                    torch.hub.download_url_to_file(source, str(path), hash_prefix=sha256)
-                    return path
-                data_set, file, revision = source
-                cached = Path(hf_hub_download(data_set, file, repo_type="dataset", revision=revision))
-                if sha256 in (None, hashlib.sha256(cached.read_bytes()).hexdigest()):
-                    return cached
-                cached.resolve().unlink()
-                raise ValueError("wrong sha256")
+                return fetch(source, path, row.get("sha256"))
             except Exception as error:  # the hub, the network and the file system have many types of errors
-                reasons.append(f"{source}: {error!r:.300}")
-    raise UserError(f"cannot fetch {path.name} ({'; '.join(reasons)}); fetch it by hand and put it at {path}")
+                reason = (str(error).strip() or repr(error)).splitlines()[0]
+                reasons.append(f"{page.split('/')[2]}: {reason[:200]}")
+    raise UserError(f"cannot fetch {path.name} ({'; '.join(reasons)}); {by_hand}")
+
+
+def hub_page(data_set: str, file: str, revision: str | None) -> str:
+    """The address where a person finds a file of the Hugging Face hub."""
+    return f"https://huggingface.co/datasets/{data_set}/blob/{revision or 'main'}/{file}"
+
+
+def fetch(source: str | tuple, path: Path, sha256: str | None) -> Path:
+    """A file from an address, to `path`, or from the Hugging Face hub, in the hub's own cache.
+
+    Raises: whatever went wrong, at once where there is no network or HF_HUB_OFFLINE forbids to use it.
+    ValueError or RuntimeError for bytes of another sha256, which are not kept.
+    """
+    if isinstance(source, str):
+        refuse_if_offline()
+        torch.hub.download_url_to_file(source, str(path), hash_prefix=sha256)
+        return path
+
+    data_set, file, revision = source
+    place = dict(repo_type="dataset", revision=revision)
+    try:  # one question before: without a network hf_hub_download asks for half a minute
+        refuse_if_offline()
+        get_hf_file_metadata(hf_hub_url(data_set, file, **place), timeout=10)
+    except Exception as no_answer:
+        try:
+            cached = Path(hf_hub_download(data_set, file, **place, local_files_only=True))
+        except OSError:  # nor is it in the cache
+            raise no_answer from None
+    else:
+        cached = Path(hf_hub_download(data_set, file, **place))
+    if sha256 and hashlib.sha256(cached.read_bytes()).hexdigest() != sha256:
+        cached.resolve().unlink()
+        raise ValueError("wrong sha256")
+    return cached
+
+
+def refuse_if_offline():
+    if constants.HF_HUB_OFFLINE:
+        raise OSError("HF_HUB_OFFLINE is set")
 
 
 def lock(path: Path, timeout: float = -1) -> FileLock:
@@ -1313,7 +1480,7 @@ def lock(path: Path, timeout: float = -1) -> FileLock:
 
 
 def unpack(archive: Path, folder: Path, members: dict | None = None):
-    """Unpack a zip that holds `folder`, or what goes into it. The folder appears whole, or not at all.
+    """Unpack a zip or tar.gz of `folder`, or of what goes into it. The folder appears whole, or not at all.
 
     members: sha256 of files in the archive.
     Raises: UserError naming an archive that is broken, or not its authors'.
@@ -1324,14 +1491,18 @@ def unpack(archive: Path, folder: Path, members: dict | None = None):
             return
         shutil.rmtree(part, ignore_errors=True)  # a killed process left it
         try:
-            with zipfile.ZipFile(archive) as file:
-                file.extractall(part)  # strips `..`
+            if zipfile.is_zipfile(archive):
+                with zipfile.ZipFile(archive) as file:
+                    file.extractall(part)  # strips `..`
+            else:
+                with tarfile.open(archive) as file:
+                    file.extractall(part, filter="data")  # refuses `..`, links to the outside, devices
             for name, sha256 in (members or {}).items():
                 if hashlib.sha256((part / name).read_bytes()).hexdigest() != sha256:
                     raise ValueError(f"{name} is not its authors' (sha256)")
             inner = part / folder.name
             os.replace(inner if inner.is_dir() else part, folder)
-        except Exception as error:  # zip files break in many ways, each with a type of its own
+        except Exception as error:  # archives break in many ways, each with a type of its own
             raise UserError(f"cannot unpack {archive}: {error!r}; to fetch it again, remove it") from error
         finally:
             shutil.rmtree(part, ignore_errors=True)
