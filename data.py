@@ -266,7 +266,7 @@ PHOTOGRAPHS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 class Photographs(Dataset):
-    """Photographs or renderings of objects, decoded and cropped; as bytes, because worker processes send them.
+    """Photographs or renderings of objects, decoded and cropped: uint8, as worker processes send them.
 
     Item i with a `seed` is a pair (3, size, size) of one photograph of object i: the weak image (random crop
     [joint-label]) and the strong one (crop of 0.3 to 1, flip, RandAugment of magnitude 9 [self-training];
@@ -337,7 +337,8 @@ def load_in_workers(photographs: Photographs, batches: list):
     # Without a generator of its own a DataLoader draws from the global one, and a resumed run would differ.
     ahead = 2 if photographs.seed is None else 16  # a batch in all; in evaluation an item is many pictures
     loader = DataLoader(photographs, batch_sampler=[[i] for batch in batches for i in batch],
-                        num_workers=min(8, os.cpu_count()), prefetch_factor=ahead, generator=torch.Generator())
+                        num_workers=min(8, os.cpu_count()), prefetch_factor=ahead,
+                        generator=torch.Generator())
     try:
         items = iter(loader)
         for batch in batches:
@@ -681,8 +682,8 @@ def find_objects(inside: Path) -> list[Path]:
         else:
             ignored[suffix or "without extension"] += 1
     if ignored:
-        print(f"warning: ignored {ignored.total()} files in {inside}: {listed_counts(ignored)}; convert what is "
-              "an object, for example to .ply", file=sys.stderr)
+        print(f"warning: ignored {ignored.total()} files in {inside}: {listed_counts(ignored)}; convert what "
+              "is an object, for example to .ply", file=sys.stderr)
     return files
 
 
@@ -1016,11 +1017,18 @@ def to_numbers(cells: list[str], comma_between: bool) -> np.ndarray:
     try:
         return np.array(list(map(float, cells)))
     except ValueError:
-        for at, cell in enumerate(cells):
-            if not NUMBER.fullmatch(cell.strip()) or cell.count(".") > 1:
-                what = f"{cell.strip()!r} as" if cell.strip() else "no"
-                raise ValueError(f"point {at // 3 + 1} has {what} {'xyz'[at % 3]}, expected a number") from None
-        raise
+        at, cell = next((at, cell.strip()) for at, cell in enumerate(cells) if not is_float(cell))
+        what = f"{cell!r} as" if cell else "no"
+        raise ValueError(f"point {at // 3 + 1} has {what} {'xyz'[at % 3]}, expected a number") from None
+
+
+def is_float(cell: str) -> bool:
+    """Whether Python reads a number here."""
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
 
 
 def refuse_other_columns(first: np.ndarray, width: int):
@@ -1042,31 +1050,32 @@ def refuse_other_columns(first: np.ndarray, width: int):
 
 # ------ Meshes
 def read_mesh(path: Path, count: int, random) -> np.ndarray:
-    """`count` points on a mesh's surface, by area, and the points that stand for themselves. -> (N, 3) float64
-    A file without faces is a cloud of its points.
+    """`count` points on a mesh's surface, by area, and the points that stand for themselves.
+    A file without faces is a cloud of its points. -> (N, 3) float64
     """
-    import trimesh  # here: only meshes need it
     suffix, loose = path.suffix.lower(), np.empty((0, 3))
     if suffix in GLTF:
         vertices, faces, loose = read_gltf(path)
     elif suffix == ".stl":
-        mesh = trimesh.load(path, file_type="stl", process=False)
-        mesh = mesh.to_mesh() if isinstance(mesh, trimesh.Scene) else mesh
-        vertices, faces = mesh.vertices, getattr(mesh, "faces", ())
-        if len(faces) == 0:
-            raise ValueError("it holds no triangles; it is empty, or was cut off")
+        vertices, faces = read_stl(path)
+    elif suffix == ".ply":
+        vertices, faces = read_ply(path.read_bytes())
     else:
-        if suffix == ".ply":
-            vertices, faces = read_ply(path.read_bytes())
-        else:
-            vertices, faces = (read_obj if suffix == ".obj" else read_off)(decode(path.read_bytes(), "replace"))
-        joined = len(np.unique(faces))
-        if 0 < joined < len(vertices) / 2:
-            raise ValueError(f"its {len(faces)} faces join only {joined} of its {len(vertices)} points; export "
-                             "the mesh alone, or the points without faces")
-    if len(faces) == 0:
-        return np.concatenate([vertices, loose])
+        text = decode(path.read_bytes(), "replace")
+        vertices, faces = read_obj(text) if suffix == ".obj" else read_off(text)
+    joined = len(np.unique(faces))
+    if 0 < joined < len(vertices) / 2 and suffix not in GLTF:  # meshes of one glTF share their vertices
+        raise ValueError(f"its {len(faces)} faces join only {joined} of its {len(vertices)} points; export "
+                         "the mesh alone, or the points without faces")
+    surface = sample_surface(vertices, faces, count, random) if len(faces) else vertices
+    return np.concatenate([surface, loose])
 
+
+def sample_surface(vertices: np.ndarray, faces: np.ndarray, count: int, random) -> np.ndarray:
+    """`count` points on triangles, by their area. vertices (V, 3), faces (F, 3) -> (count, 3)
+    Raises: ValueError where the triangles are none.
+    """
+    import trimesh  # here: only meshes need it
     if not 0 <= faces.min() <= faces.max() < len(vertices):
         wrong = faces.min() if faces.min() < 0 else faces.max()
         raise ValueError(f"a face names vertex {wrong} (from 0), but there are {len(vertices)}")
@@ -1076,7 +1085,7 @@ def read_mesh(path: Path, count: int, random) -> np.ndarray:
         raise ValueError("its faces have NaN or infinite coordinates")
     if mesh.area <= 1e-9 * np.ptp(corners, axis=0).max() ** 2:
         raise ValueError("its faces have no area; export points as a cloud, without faces")
-    return np.concatenate([trimesh.sample.sample_surface(mesh, count, seed=random)[0], loose])
+    return trimesh.sample.sample_surface(mesh, count, seed=random)[0]
 
 
 def read_gltf(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -1096,7 +1105,7 @@ def read_gltf(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             used = [primitive["attributes"]["POSITION"], primitive.get("indices")]
             position, *indices = [tree["accessors"][k] for k in used if k is not None]
             if position["componentType"] != 5126:  # the standard's number of float32
-                raise ValueError("its coordinates are quantised (KHR_mesh_quantization); export them as floats")
+                raise ValueError("its coordinates are quantised (KHR_mesh_quantization); export floats")
             if any("bufferView" not in accessor or "sparse" in accessor for accessor in (position, *indices)):
                 raise ValueError("its coordinates are compressed or sparse; export them plainly")
             if primitive.get("mode") == 6:
@@ -1110,6 +1119,16 @@ def read_gltf(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return mesh.vertices, mesh.faces, np.concatenate([np.empty((0, 3)), *clouds])
 
 
+def read_stl(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Vertices (V, 3) and triangles (F, 3) of an STL file, of all its solids."""
+    import trimesh
+    mesh = trimesh.load(path, file_type="stl", process=False)
+    mesh = mesh.to_mesh() if isinstance(mesh, trimesh.Scene) else mesh
+    if len(getattr(mesh, "faces", ())) == 0:
+        raise ValueError("it holds no triangles; it is empty, or was cut off")
+    return mesh.vertices, mesh.faces
+
+
 def read_ply(raw: bytes) -> tuple[np.ndarray, np.ndarray]:
     """Vertices (V, 3) and triangles (F, 3) of a PLY file."""
     import trimesh
@@ -1118,7 +1137,8 @@ def read_ply(raw: bytes) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError("it has no PLY header")
     header = re.sub(rb"[\x80-\xff]", b"?", raw[:end])  # comments come in all encodings
     raw = header + raw[end:]
-    counts = {name.decode(): int(n) for name, n in re.findall(rb"^element\s+(\w+)\s+(\d+)", header, re.MULTILINE)}
+    elements = re.findall(r"^element\s+(\w+)\s+(\d+)", header.decode(), re.MULTILINE)
+    counts = {name: int(count) for name, count in elements}
     if "vertex" not in counts:
         raise ValueError("it has no element called vertex; export it as a cloud or as triangles")
     if counts.get("tristrips"):
@@ -1167,20 +1187,21 @@ def read_obj(text: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_off(text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Vertices (V, 3) and triangles (F, 3) of an OFF file, also of ModelNet's, whose counts touch the word."""
+    """Vertices (V, 3) and triangles (F, 3) of an OFF file, also of one whose counts touch the word OFF, as in
+    ModelNet.
+    """
     text = re.sub(r"#.*", "", text)
     header = re.match(r"\s*(?:(?:ST)?C?N?OFF)?\s*(\d+)\s+(\d+)", text, re.IGNORECASE)
     if header is None:
         raise ValueError("it has no header, expected OFF and the numbers of points and faces")
     count, faces = int(header[1]), int(header[2])
     lines = [line for line in text[header.end():].splitlines()[1:] if line.strip()]
-    polygons = []
+    polygons, is_whole = [], len(lines) >= count + faces
     for line in lines[count:count + faces]:
         corners, *words = line.split()
         polygons.append([int(word) for word in words[:int(corners)]])
-        if len(words) < int(corners):
-            lines.clear()
-    if len(lines) < count + faces:
+        is_whole = is_whole and len(words) >= int(corners)
+    if not is_whole:
         raise ValueError(f"it declares {count} points and {faces} faces, but holds fewer; it was cut off")
     return coordinates(lines[:count]), fan(polygons)
 
@@ -1240,13 +1261,17 @@ def load_files(files: list[Path], points: int, up: str) -> Objects:
 
 def files_below(folder: Path) -> list[Path]:
     """All files below a folder, sorted, through links; without hidden ones and what systems leave there."""
-    leftovers = {"__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir"}
+    def is_meant(name: str) -> bool:
+        return not name.startswith(".") and name not in ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir")
+
+    def is_loop(place: str, name: str) -> bool:
+        above, linked = os.path.realpath(place), os.path.realpath(os.path.join(place, name))
+        return (above + os.sep).startswith(linked + os.sep)
+
     files = []
     for place, folders, names in os.walk(folder, followlinks=True):
-        above = os.path.realpath(place) + os.sep
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in leftovers
-                      and not above.startswith(os.path.realpath(os.path.join(place, name)) + os.sep)]  # a loop
-        files += [Path(place, name) for name in names if not name.startswith(".") and name not in leftovers]
+        folders[:] = [name for name in folders if is_meant(name) and not is_loop(place, name)]
+        files += [Path(place, name) for name in names if is_meant(name)]
     return sorted(files)
 
 
@@ -1268,12 +1293,8 @@ def find_photographs(folder: Path, names: list[str], others: list[str] = ()) -> 
     paths_of = {composed(name): [] for name in [*names, *others]}
     ignored = Counter()
     for path in files_below(folder):
-        parts = [composed(part) for part in path.relative_to(folder).parts]
-        owner = next((part for part in reversed(parts[:-1]) if part in paths_of), None)
-        ends = [match.start() for match in re.finditer(r"[._ -]|$", parts[-1])]
-        owner = owner or next((parts[-1][:end] for end in reversed(ends) if parts[-1][:end] in paths_of), None)
-        maps = {"depth", "depths", "mask", "masks", "depth_masks"} & {part.lower() for part in parts[:-1]}
-        if owner is None or maps - {owner.lower()}:
+        owner = owner_of(path.relative_to(folder), paths_of)
+        if owner is None:
             continue
         if path.suffix.lower() in PHOTOGRAPHS:
             paths_of[owner].append(path)
@@ -1283,12 +1304,21 @@ def find_photographs(folder: Path, names: list[str], others: list[str] = ()) -> 
     missing = [name for name in names if not paths_of[composed(name)]]
     unread = f"; {listed_counts(ignored)} there are not read, convert them to .jpg" if ignored else ""
     if len(missing) == len(names):
-        raise UserError(f"{folder} has no picture of any object; expected {folder / printable(names[0])}/*.jpg"
-                        f"{unread}")
+        raise UserError(f"{folder} has no picture of any object; expected {folder / names[0]}/*.jpg{unread}")
     if missing:
         print(f"warning: {folder} has no picture of {len(missing)} of {len(names)} objects, for example "
               f"{missing[0]}; they get a rendered depth view{unread}", file=sys.stderr)
     return [paths_of[composed(name)] for name in names]
+
+
+def owner_of(path: Path, names) -> str | None:
+    """Which of these objects a picture belongs to; None for pictures of others and for maps beside them."""
+    *folders, file = [composed(part) for part in path.parts]
+    ends = [match.start() for match in re.finditer(r"[._ -]|$", file)]
+    candidates = [*reversed(folders), *(file[:end] for end in reversed(ends))]
+    owner = next((name for name in candidates if name in names), None)
+    is_map = {"depth", "depths", "mask", "masks", "depth_masks"} & {folder.lower() for folder in folders if folder != owner}
+    return None if is_map else owner
 
 
 def composed(name: str) -> str:
@@ -1314,8 +1344,8 @@ def clean_class_names(names: list[str], where: str) -> list[str]:
     wrong = [name for name, as_given in zip(cleaned, names)
              if not name or name.startswith("#") or name[0] == name[-1] == '"' or "\t" in as_given.strip()]
     if wrong or all(re.match(r"\d+[.,:;)]?\s", name) for name in cleaned):
-        raise UserError(f"{where} has {(wrong or cleaned)[0]!r}; expected a class name alone, without quotes, "
-                        "numbers, columns and comments")
+        raise UserError(f"{where} has {(wrong or cleaned)[0]!r}; expected a class name alone, without "
+                        "quotes, numbers, columns and comments")
     keys = [class_key(name) for name in cleaned]
     twice = [name for name, key in zip(cleaned, keys) if keys.count(key) > 1]
     if twice or len(cleaned) < 2:
@@ -1325,7 +1355,7 @@ def clean_class_names(names: list[str], where: str) -> list[str]:
 
 
 def class_key(name: str) -> str:
-    """What is compared of a class name: the text tower reads lower case, and folders often `_` for a blank."""
+    """What is compared of a class name: the text tower reads lower case, folders may have `_` for a blank."""
     return " ".join(composed(name).replace("_", " ").lower().split())
 
 
