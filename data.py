@@ -4,18 +4,21 @@ Coordinates are right-handed, z up, float32; every cloud is centred and scaled i
 Angles are in radians. N objects, B batch, P points, V views.
 """
 import codecs
+import copy
 import csv
 import difflib
 import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import sys
 import tarfile
+import threading
 import unicodedata
 import zipfile
 import zlib
@@ -61,8 +64,8 @@ class Objects:
     images: list | None = None
 
     def __post_init__(self):
-        is_files = isinstance(self.points, list) and isinstance(self.points[0], (str, Path))
-        if not is_files:
+        are_files = isinstance(self.points, list) and all(isinstance(one, Path) for one in self.points)
+        if not are_files:
             points = self.points if isinstance(self.points, Tensor) else np.asarray(self.points)
             self.points = torch.as_tensor(points, dtype=torch.float32)
         if self.labels is not None:
@@ -94,9 +97,10 @@ def to_unit_sphere(points: Tensor, names: list | None = None, up: str = "z") -> 
     unit = torch.empty(points.shape, device=points.device)
     for start in range(0, len(points), 64):  # in parts: a large set is in memory twice, and no third time
         part = to_z_up(points[start:start + 64], up)
+        low, high = part.aminmax(dim=1)  # NaN where a coordinate is
         problems = {
-            "NaN or infinite coordinates": ~part.isfinite().all(dim=2).all(dim=1),
-            "all its points in one place": (part == part[:, :1]).all(dim=2).all(dim=1),
+            "NaN or infinite coordinates": ~(low.isfinite() & high.isfinite()).all(dim=1),
+            "all its points in one place": (low == high).all(dim=1),
         }
         for problem, has_problem in problems.items():
             if has_problem.any():
@@ -262,7 +266,7 @@ PHOTOGRAPHS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 class Photographs(Dataset):
-    """Photographs or renderings of objects, decoded and cropped; as bytes, because worker processes send them.
+    """Photographs or renderings of objects, decoded and cropped: uint8, as worker processes send them.
 
     Item i with a `seed` is a pair (3, size, size) of one photograph of object i: the weak image (random crop
     [joint-label]) and the strong one (crop of 0.3 to 1, flip, RandAugment of magnitude 9 [self-training];
@@ -329,16 +333,24 @@ def load_in_workers(photographs: Photographs, batches: list):
     """Items of Photographs in batches of these indices, decoded by worker processes; in [0, 1], float32.
     Raises: UserError naming a picture that cannot be read, or where shared memory is too small.
     """
+    # Each item travels alone: batches of pictures would not fit the 64 MB of shared memory that Docker gives.
     # Without a generator of its own a DataLoader draws from the global one, and a resumed run would differ.
-    loader = DataLoader(photographs, batch_sampler=batches, num_workers=min(8, os.cpu_count()),
+    ahead = 2 if photographs.seed is None else 16  # a batch in all; in evaluation an item is many pictures
+    loader = DataLoader(photographs, batch_sampler=[[i] for batch in batches for i in batch],
+                        num_workers=min(8, os.cpu_count()), prefetch_factor=ahead,
                         generator=torch.Generator())
     try:
-        for batch in loader:
-            yield to_unit_range(batch) if torch.is_tensor(batch) else [to_unit_range(part) for part in batch]
+        items = iter(loader)
+        for batch in batches:
+            parts = [copy.deepcopy(next(items)) for _ in batch]  # a copy leaves shared memory free again
+            if torch.is_tensor(parts[0]):
+                yield to_unit_range(torch.cat(parts))
+            else:
+                yield [to_unit_range(torch.cat(images)) for images in zip(*parts)]
     except UserError as error:  # a worker's error comes with its whole traceback as the text
         raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from None
     except RuntimeError as error:
-        if "shared memory" not in str(error) and "shm" not in str(error):
+        if "shared memory" not in str(error):
             raise
         raise UserError("the processes that decode photographs found shared memory (/dev/shm) full; "
                         "start the container with more, as `docker run --shm-size 2g`") from error
@@ -373,7 +385,7 @@ def fixed_images(objects: Objects, views: int | None, size: int, batch_size: int
 # are clouds (N, P, 3), at least as large as asked for if there are such, or the list of the N files to read
 # them from. `download` allows it to fetch what is missing.
 LAYOUT = 'README, "Data sets", says what goes there'
-RESAMPLED_LAYOUT = f"{LAYOUT}; --points 2048 reads modelnet40_ply_hdf5_2048 instead"
+FEWER_POINTS = "--points 2048 reads modelnet40_ply_hdf5_2048 instead"
 
 # Classes in the order of the labels. Of CO3D: folder -> class. Of ShapeNet-55: WordNet number -> class.
 MODELNET10 = (
@@ -420,8 +432,8 @@ def load_modelnet(root: Path, split: str, points: int, download: bool, classes=N
         archive, folder, read = "modelnet40-8192", root / "modelnet40_normal_resampled", read_resampled
     else:
         archive, folder, read = "modelnet40", root / "modelnet40_ply_hdf5_2048", read_modelnet_h5
-    if download and not folder.exists():
-        unpack(fetch_published(archive, root), folder)
+    if not folder.exists():
+        unpack(fetch_published(archive, root, download), folder)
     objects = read(folder, split)
     print(f"reading {folder}: {len(objects)} {split} objects of {objects.points.shape[1]} points", flush=True)
     unnamed = objects.names == [str(i) for i in range(len(objects))]
@@ -458,9 +470,9 @@ def read_resampled(folder: Path, split: str) -> Objects:
     points, as ULIP's protocol takes, and the same every time.
     Text files are slow: they are read once, into a cache file beside the folder.
     """
-    class_names = read_lines(folder / "modelnet40_shape_names.txt", RESAMPLED_LAYOUT)
+    class_names = read_lines(folder / "modelnet40_shape_names.txt", FEWER_POINTS)
     listed = folder / f"modelnet40_{split}.txt"
-    names = read_lines(listed, RESAMPLED_LAYOUT)
+    names = read_lines(listed, FEWER_POINTS)
     label_of = {class_name: label for label, class_name in enumerate(class_names)}
     with reading(listed, "expected names CLASS_NUMBER of classes in modelnet40_shape_names.txt"):
         labels = [label_of[name.rpartition("_")[0]] for name in names]
@@ -483,11 +495,10 @@ def cache_resampled(cache: Path, folder: Path, names: list[str], labels: list[in
     """Read a text file for each name, in parallel, into one h5 file. It appears whole, or not at all."""
     files = [folder / name.rpartition("_")[0] / f"{name}.txt" for name in names]
     part = cache.with_name(f".{cache.name}.part")
-    ignore_interrupt = signal.SIGINT, signal.SIG_IGN  # Ctrl-C is for the process that waits for the others
+    workers = ProcessPoolExecutor(min(8, os.cpu_count()), initializer=end_with_parent)
     try:
-        with h5py.File(part, "w") as file, ProcessPoolExecutor(
-                min(8, os.cpu_count()), initializer=signal.signal, initargs=ignore_interrupt) as pool:
-            clouds = pool.map(read_resampled_text, files, chunksize=16)
+        with h5py.File(part, "w") as file:
+            clouds = workers.map(read_resampled_text, files, chunksize=16)
             bar = tqdm(clouds, f"reading {folder.name} once", len(files), unit="object", disable=None)
             data = None
             for i, cloud in enumerate(bar):
@@ -498,14 +509,29 @@ def cache_resampled(cache: Path, folder: Path, names: list[str], labels: list[in
                                     "expected equally many; fetch it again")
                 data[i] = cloud
             file.update(label=labels, name=[name.encode() for name in names])
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())  # before the rename, for the case that the power fails
         os.replace(part, cache)
     finally:
+        workers.shutdown(cancel_futures=True)  # a bad file or Ctrl-C need not wait for the other files
         part.unlink(missing_ok=True)
 
 
+def end_with_parent():
+    """In a worker process: leave Ctrl-C to the parent, and end when it ends, even if it is killed. A worker
+    that stayed would keep the lock that it inherits, and the next run would wait for ever.
+    """
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def read_resampled_text(path: Path) -> np.ndarray:
-    """Points (P, 3) of a file of lines x,y,z,nx,ny,nz, from y up to z up, so that they face as h5 files do."""
-    with reading(path, "expected lines x,y,z,nx,ny,nz; fetch it again", RESAMPLED_LAYOUT):
+    """Points (P, 3) of a file of lines x,y,z,nx,ny,nz; from y up to z up, so that they face as h5 files."""
+    with reading(path, "expected lines x,y,z,nx,ny,nz; fetch it again", FEWER_POINTS):
         x, y, z = np.loadtxt(path, np.float32, delimiter=",", usecols=(0, 1, 2), ndmin=2).T
     return np.stack([-x, z, y], axis=1)
 
@@ -528,8 +554,9 @@ def load_scanobjectnn(root: Path, split: str, _points, download: bool, part="mai
                       suffix="") -> Objects:
     """ScanObjectNN, one of its variants: real indoor scans in its authors' h5 files."""
     folder = root / "scanobjectnn" / "h5_files"
-    if download and not folder.exists():
-        unpack(fetch_published("scanobjectnn", root), folder, DOWNLOADS["scanobjectnn"]["members"])
+    if not folder.exists():
+        archive = fetch_published("scanobjectnn", root, download)
+        unpack(archive, folder, DOWNLOADS["scanobjectnn"]["members"])
     file_of = {"train": f"training_objectdataset{suffix}.h5", "test": f"test_objectdataset{suffix}.h5"}
     clouds, labels, _ = read_h5(folder / part / file_of[split], len(SCANOBJECTNN))
     return Objects(clouds, labels, SCANOBJECTNN)
@@ -655,8 +682,8 @@ def find_objects(inside: Path) -> list[Path]:
         else:
             ignored[suffix or "without extension"] += 1
     if ignored:
-        print(f"warning: ignored {ignored.total()} files in {inside}: {listed_counts(ignored)}; convert what is "
-              "an object, for example to .ply", file=sys.stderr)
+        print(f"warning: ignored {ignored.total()} files in {inside}: {listed_counts(ignored)}; convert what "
+              "is an object, for example to .ply", file=sys.stderr)
     return files
 
 
@@ -838,12 +865,14 @@ def is_one_cloud(grid: np.ndarray) -> bool:
     that was only reshaped has rows like random samples of it, so that the mean of a row of W points has 1/W
     of the variance of all, in x and in x^2. Of separate clouds each has a mean and a spread of its own.
     """
+    if not np.isfinite(grid).all():
+        return True  # refused later, for what it is
     extent = np.ptp(grid.reshape(-1, 3), axis=0).max()
     steps = [np.median(np.abs(np.diff(grid, axis=axis)).max(axis=-1)) for axis in (0, 1)]
     if max(steps) < 0.05 * extent:
         return True
     moments = np.concatenate([grid, (grid - grid.mean(axis=(0, 1))) ** 2], axis=-1)
-    with np.errstate(invalid="ignore", divide="ignore"):  # not finite: refused later, or here
+    with np.errstate(invalid="ignore", divide="ignore"):  # a flat cloud: 0 / 0, which is refused
         ratio = moments.mean(axis=1).var(axis=0) * grid.shape[1] / moments.var(axis=(0, 1))
     return bool(((0.4 < ratio) & (ratio < 2)).all())
 
@@ -874,20 +903,20 @@ def read_text(path: Path) -> np.ndarray:
         raise ValueError("it has no line of three numbers")
     headers = lines[:lines.index(table[start])]
     body = table[start:]
-    while not any(NUMBER.fullmatch(cell) for cell in split_row(body[-1], between)):
-        body.pop()  # words at the end
+    while is_remark(split_row(body[-1], between), width):
+        body.pop()  # "end of file"
     if re.match(rf"{len(body) - 1}\b(?![.,]\d)", body[0]):
         body.pop(0)  # how many points follow
 
-    columns = named_columns(headers, between, width)
-    rows = split_rows(body, between)
-    cells = []
-    for number, row in enumerate(rows, start=1):
-        if len(row) != width:
-            raise ValueError(f"row {number} has {len(row)} columns, others have {width}")
-        cells += [row[column] for column in columns or (0, 1, 2)]
-    cloud = to_numbers(cells, comma_between=between == ",").reshape(-1, 3)
-    if columns is None:
+    named = named_columns(headers, between, width)
+    columns = named or [0, 1, 2]
+    try:  # five times faster, where nothing is left to understand
+        if between == "," and not any("." in line for line in body):
+            raise ValueError("may be decimal commas")
+        cloud = np.loadtxt(body, delimiter=None if between == " " else between, ndmin=2)[:, columns]
+    except ValueError:
+        cloud = read_cells(body, between, width, columns)
+    if named is None:
         refuse_other_columns(cloud, width)
     return cloud
 
@@ -939,6 +968,11 @@ def is_row(cells: list[str], width: int) -> bool:
     return len(cells) == width and numbers > 0 and numbers + cells.count("") >= 3
 
 
+def is_remark(cells: list[str], width: int) -> bool:
+    """Whether these are words after the points, and not a row that was cut off."""
+    return not is_row(cells, width) and any(cell and not NUMBER.fullmatch(cell) for cell in cells)
+
+
 def named_columns(headers: list[str], between: str, width: int) -> list[int] | None:
     """Which columns the header calls x, y, z; None where there is no header, so that the first three count.
     Raises: ValueError where a header names other things, or one of these twice.
@@ -958,6 +992,16 @@ def named_columns(headers: list[str], between: str, width: int) -> list[int] | N
     return None
 
 
+def read_cells(lines: list[str], between: str, width: int, columns: list[int]) -> np.ndarray:
+    """Three columns of a table with quotes, words or commas in its cells, or with an error to be named."""
+    cells = []
+    for number, row in enumerate(split_rows(lines, between), start=1):
+        if len(row) != width:
+            raise ValueError(f"row {number} has {len(row)} columns, others have {width}")
+        cells += [row[column] for column in columns]
+    return to_numbers(cells, comma_between=between == ",").reshape(-1, 3)
+
+
 def to_numbers(cells: list[str], comma_between: bool) -> np.ndarray:
     """Numbers of cells x, y, z, x, ...; commas in them are understood where all can mean only one thing."""
     if comma_between and not any("." in cell for cell in cells):
@@ -973,11 +1017,18 @@ def to_numbers(cells: list[str], comma_between: bool) -> np.ndarray:
     try:
         return np.array(list(map(float, cells)))
     except ValueError:
-        for at, cell in enumerate(cells):
-            if not NUMBER.fullmatch(cell.strip()) or cell.count(".") > 1:
-                what = f"{cell.strip()!r} as" if cell.strip() else "no"
-                raise ValueError(f"point {at // 3 + 1} has {what} {'xyz'[at % 3]}, expected a number") from None
-        raise
+        at, cell = next((at, cell.strip()) for at, cell in enumerate(cells) if not is_float(cell))
+        what = f"{cell!r} as" if cell else "no"
+        raise ValueError(f"point {at // 3 + 1} has {what} {'xyz'[at % 3]}, expected a number") from None
+
+
+def is_float(cell: str) -> bool:
+    """Whether Python reads a number here."""
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
 
 
 def refuse_other_columns(first: np.ndarray, width: int):
@@ -999,29 +1050,32 @@ def refuse_other_columns(first: np.ndarray, width: int):
 
 # ------ Meshes
 def read_mesh(path: Path, count: int, random) -> np.ndarray:
-    """`count` points on a mesh's surface, by area, and the points that stand for themselves. -> (N, 3) float64
-    A file without faces is a cloud of its points.
+    """`count` points on a mesh's surface, by area, and the points that stand for themselves.
+    A file without faces is a cloud of its points. -> (N, 3) float64
     """
-    import trimesh  # here: only meshes need it
     suffix, loose = path.suffix.lower(), np.empty((0, 3))
     if suffix in GLTF:
         vertices, faces, loose = read_gltf(path)
     elif suffix == ".stl":
-        mesh = trimesh.load(path, file_type="stl", process=False)
-        mesh = mesh.to_mesh() if isinstance(mesh, trimesh.Scene) else mesh
-        vertices, faces = mesh.vertices, getattr(mesh, "faces", ())
+        vertices, faces = read_stl(path)
+    elif suffix == ".ply":
+        vertices, faces = read_ply(path.read_bytes())
     else:
-        if suffix == ".ply":
-            vertices, faces = read_ply(path.read_bytes())
-        else:
-            vertices, faces = (read_obj if suffix == ".obj" else read_off)(decode(path.read_bytes(), "replace"))
-        joined = len(np.unique(faces))
-        if 0 < joined < len(vertices) / 2:
-            raise ValueError(f"its {len(faces)} faces join only {joined} of its {len(vertices)} points; export "
-                             "the mesh alone, or the points without faces")
-    if len(faces) == 0:
-        return np.concatenate([vertices, loose])
+        text = decode(path.read_bytes(), "replace")
+        vertices, faces = read_obj(text) if suffix == ".obj" else read_off(text)
+    joined = len(np.unique(faces))
+    if 0 < joined < len(vertices) / 2 and suffix not in GLTF:  # meshes of one glTF share their vertices
+        raise ValueError(f"its {len(faces)} faces join only {joined} of its {len(vertices)} points; export "
+                         "the mesh alone, or the points without faces")
+    surface = sample_surface(vertices, faces, count, random) if len(faces) else vertices
+    return np.concatenate([surface, loose])
 
+
+def sample_surface(vertices: np.ndarray, faces: np.ndarray, count: int, random) -> np.ndarray:
+    """`count` points on triangles, by their area. vertices (V, 3), faces (F, 3) -> (count, 3)
+    Raises: ValueError where the triangles are none.
+    """
+    import trimesh  # here: only meshes need it
     if not 0 <= faces.min() <= faces.max() < len(vertices):
         wrong = faces.min() if faces.min() < 0 else faces.max()
         raise ValueError(f"a face names vertex {wrong} (from 0), but there are {len(vertices)}")
@@ -1031,7 +1085,7 @@ def read_mesh(path: Path, count: int, random) -> np.ndarray:
         raise ValueError("its faces have NaN or infinite coordinates")
     if mesh.area <= 1e-9 * np.ptp(corners, axis=0).max() ** 2:
         raise ValueError("its faces have no area; export points as a cloud, without faces")
-    return np.concatenate([trimesh.sample.sample_surface(mesh, count, seed=random)[0], loose])
+    return trimesh.sample.sample_surface(mesh, count, seed=random)[0]
 
 
 def read_gltf(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -1051,7 +1105,7 @@ def read_gltf(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             used = [primitive["attributes"]["POSITION"], primitive.get("indices")]
             position, *indices = [tree["accessors"][k] for k in used if k is not None]
             if position["componentType"] != 5126:  # the standard's number of float32
-                raise ValueError("its coordinates are quantised (KHR_mesh_quantization); export them as floats")
+                raise ValueError("its coordinates are quantised (KHR_mesh_quantization); export floats")
             if any("bufferView" not in accessor or "sparse" in accessor for accessor in (position, *indices)):
                 raise ValueError("its coordinates are compressed or sparse; export them plainly")
             if primitive.get("mode") == 6:
@@ -1065,6 +1119,16 @@ def read_gltf(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return mesh.vertices, mesh.faces, np.concatenate([np.empty((0, 3)), *clouds])
 
 
+def read_stl(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Vertices (V, 3) and triangles (F, 3) of an STL file, of all its solids."""
+    import trimesh
+    mesh = trimesh.load(path, file_type="stl", process=False)
+    mesh = mesh.to_mesh() if isinstance(mesh, trimesh.Scene) else mesh
+    if len(getattr(mesh, "faces", ())) == 0:
+        raise ValueError("it holds no triangles; it is empty, or was cut off")
+    return mesh.vertices, mesh.faces
+
+
 def read_ply(raw: bytes) -> tuple[np.ndarray, np.ndarray]:
     """Vertices (V, 3) and triangles (F, 3) of a PLY file."""
     import trimesh
@@ -1073,7 +1137,10 @@ def read_ply(raw: bytes) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError("it has no PLY header")
     header = re.sub(rb"[\x80-\xff]", b"?", raw[:end])  # comments come in all encodings
     raw = header + raw[end:]
-    counts = {name.decode(): int(n) for name, n in re.findall(rb"^element\s+(\w+)\s+(\d+)", header, re.MULTILINE)}
+    elements = re.findall(r"^element\s+(\w+)\s+(\d+)", header.decode(), re.MULTILINE)
+    counts = {name: int(count) for name, count in elements}
+    if "vertex" not in counts:
+        raise ValueError("it has no element called vertex; export it as a cloud or as triangles")
     if counts.get("tristrips"):
         raise ValueError("it holds triangle strips; export it as triangles")
     if counts.get("edge") and not counts.get("face"):
@@ -1104,40 +1171,50 @@ def read_obj(text: str) -> tuple[np.ndarray, np.ndarray]:
     """
     vertices, polygons, has_lines = [], [], False
     for line in text.replace("\\\r\n", " ").replace("\\\n", " ").splitlines():
-        keyword, *words = line.split("#")[0].split() or [""]
+        words = line.split()
+        keyword = words[0] if words else ""
         if keyword == "v":
-            if len(words) < 3:
-                raise ValueError(f"vertex {len(vertices) + 1} has {len(words)} coordinates")
-            vertices.append([float(word) for word in words[:3]])
+            vertices.append(line.split(None, 1)[1])
         elif keyword == "f":
-            corners = [int(word.split("/")[0]) for word in words]
+            words = line.split("#")[0].split()[1:]
+            corners = [int(word.split("/", 1)[0]) for word in words]
             polygons.append([i - 1 if i >= 0 else len(vertices) + i for i in corners])
         elif keyword in ("l", "curv", "surf"):
             has_lines = True
     if has_lines and not polygons:
         raise ValueError("it holds lines or curves and no faces; export it as triangles")
-    return np.array(vertices).reshape(-1, 3), fan(polygons)
+    return coordinates(vertices), fan(polygons)
 
 
 def read_off(text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Vertices (V, 3) and triangles (F, 3) of an OFF file, also of ModelNet's, whose counts touch the word."""
+    """Vertices (V, 3) and triangles (F, 3) of an OFF file, also of one whose counts touch the word OFF, as in
+    ModelNet.
+    """
     text = re.sub(r"#.*", "", text)
     header = re.match(r"\s*(?:(?:ST)?C?N?OFF)?\s*(\d+)\s+(\d+)", text, re.IGNORECASE)
     if header is None:
         raise ValueError("it has no header, expected OFF and the numbers of points and faces")
     count, faces = int(header[1]), int(header[2])
-    rows = [line.split() for line in text[header.end():].splitlines()[1:]]
-    rows = [row for row in rows if row]
-    polygons = [[int(word) for word in row[1:1 + int(row[0])]] for row in rows[count:count + faces]]
-    is_whole = all(len(polygon) == int(row[0]) for polygon, row in zip(polygons, rows[count:]))
-    if len(rows) < count + faces or not is_whole:
+    lines = [line for line in text[header.end():].splitlines()[1:] if line.strip()]
+    polygons, is_whole = [], len(lines) >= count + faces
+    for line in lines[count:count + faces]:
+        corners, *words = line.split()
+        polygons.append([int(word) for word in words[:int(corners)]])
+        is_whole = is_whole and len(words) >= int(corners)
+    if not is_whole:
         raise ValueError(f"it declares {count} points and {faces} faces, but holds fewer; it was cut off")
-    vertices = [[float(word) for word in row[:3]] for row in rows[:count]]
-    return np.array(vertices).reshape(-1, 3), fan(polygons)
+    return coordinates(lines[:count]), fan(polygons)
+
+
+def coordinates(lines: list[str]) -> np.ndarray:
+    """The first three numbers of each line. -> (N, 3) float64"""
+    return np.loadtxt(lines, usecols=(0, 1, 2), ndmin=2) if lines else np.empty((0, 3))
 
 
 def fan(polygons: list) -> np.ndarray:
     """Triangles (F, 3) of polygons: the first corner with each two that follow one another."""
+    if all(len(polygon) == 3 for polygon in polygons):
+        return np.array(polygons, np.int64).reshape(-1, 3)
     triangles = [(polygon[0], polygon[k], polygon[k + 1])
                  for polygon in polygons for k in range(1, len(polygon) - 1)]
     return np.array(triangles, np.int64).reshape(-1, 3)
@@ -1184,13 +1261,17 @@ def load_files(files: list[Path], points: int, up: str) -> Objects:
 
 def files_below(folder: Path) -> list[Path]:
     """All files below a folder, sorted, through links; without hidden ones and what systems leave there."""
-    leftovers = {"__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir"}
+    def is_meant(name: str) -> bool:
+        return not name.startswith(".") and name not in ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir")
+
+    def is_loop(place: str, name: str) -> bool:
+        above, linked = os.path.realpath(place), os.path.realpath(os.path.join(place, name))
+        return (above + os.sep).startswith(linked + os.sep)
+
     files = []
     for place, folders, names in os.walk(folder, followlinks=True):
-        above = os.path.realpath(place) + os.sep
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in leftovers
-                      and not above.startswith(os.path.realpath(os.path.join(place, name)) + os.sep)]  # a loop
-        files += [Path(place, name) for name in names if not name.startswith(".") and name not in leftovers]
+        folders[:] = [name for name in folders if is_meant(name) and not is_loop(place, name)]
+        files += [Path(place, name) for name in names if is_meant(name)]
     return sorted(files)
 
 
@@ -1212,12 +1293,8 @@ def find_photographs(folder: Path, names: list[str], others: list[str] = ()) -> 
     paths_of = {composed(name): [] for name in [*names, *others]}
     ignored = Counter()
     for path in files_below(folder):
-        parts = [composed(part) for part in path.relative_to(folder).parts]
-        owner = next((part for part in reversed(parts[:-1]) if part in paths_of), None)
-        ends = [match.start() for match in re.finditer(r"[._ -]|$", parts[-1])]
-        owner = owner or next((parts[-1][:end] for end in reversed(ends) if parts[-1][:end] in paths_of), None)
-        maps = {"depth", "depths", "mask", "masks", "depth_masks"} & {part.lower() for part in parts[:-1]}
-        if owner is None or maps - {owner.lower()}:
+        owner = owner_of(path.relative_to(folder), paths_of)
+        if owner is None:
             continue
         if path.suffix.lower() in PHOTOGRAPHS:
             paths_of[owner].append(path)
@@ -1227,12 +1304,21 @@ def find_photographs(folder: Path, names: list[str], others: list[str] = ()) -> 
     missing = [name for name in names if not paths_of[composed(name)]]
     unread = f"; {listed_counts(ignored)} there are not read, convert them to .jpg" if ignored else ""
     if len(missing) == len(names):
-        raise UserError(f"{folder} has no picture of any object; expected {folder / printable(names[0])}/*.jpg"
-                        f"{unread}")
+        raise UserError(f"{folder} has no picture of any object; expected {folder / names[0]}/*.jpg{unread}")
     if missing:
         print(f"warning: {folder} has no picture of {len(missing)} of {len(names)} objects, for example "
               f"{missing[0]}; they get a rendered depth view{unread}", file=sys.stderr)
     return [paths_of[composed(name)] for name in names]
+
+
+def owner_of(path: Path, names) -> str | None:
+    """Which of these objects a picture belongs to; None for pictures of others and for maps beside them."""
+    *folders, file = [composed(part) for part in path.parts]
+    ends = [match.start() for match in re.finditer(r"[._ -]|$", file)]
+    candidates = [*reversed(folders), *(file[:end] for end in reversed(ends))]
+    owner = next((name for name in candidates if name in names), None)
+    is_map = {"depth", "depths", "mask", "masks", "depth_masks"} & {folder.lower() for folder in folders if folder != owner}
+    return None if is_map else owner
 
 
 def composed(name: str) -> str:
@@ -1258,8 +1344,8 @@ def clean_class_names(names: list[str], where: str) -> list[str]:
     wrong = [name for name, as_given in zip(cleaned, names)
              if not name or name.startswith("#") or name[0] == name[-1] == '"' or "\t" in as_given.strip()]
     if wrong or all(re.match(r"\d+[.,:;)]?\s", name) for name in cleaned):
-        raise UserError(f"{where} has {(wrong or cleaned)[0]!r}; expected a class name alone, without quotes, "
-                        "numbers, columns and comments")
+        raise UserError(f"{where} has {(wrong or cleaned)[0]!r}; expected a class name alone, without "
+                        "quotes, numbers, columns and comments")
     keys = [class_key(name) for name in cleaned]
     twice = [name for name, key in zip(cleaned, keys) if keys.count(key) > 1]
     if twice or len(cleaned) < 2:
@@ -1269,7 +1355,7 @@ def clean_class_names(names: list[str], where: str) -> list[str]:
 
 
 def class_key(name: str) -> str:
-    """What is compared of a class name: the text tower reads lower case, and folders often `_` for a blank."""
+    """What is compared of a class name: the text tower reads lower case, folders may have `_` for a blank."""
     return " ".join(composed(name).replace("_", " ").lower().split())
 
 
@@ -1293,13 +1379,15 @@ def reading(path: Path, repair: str, missing: str = LAYOUT):
     try:
         yield
     except Exception as error:  # parsers of many formats, each with errors of its own
-        raise UserError(f"cannot read {path}: {str(error) or repr(error)}; {repair}") from error
+        problem = str(error) or repr(error)
+        advice = "" if "; " in problem else f"; {repair}"  # our own errors say what to do
+        raise UserError(f"cannot read {path}: {problem}{advice}") from error
 
 
 # ------ Fetching: the hub's copy first, then plain addresses ------------------------------------------------
 ULIP2 = "ULIP-2-PointBERT-8k-xyz-pc-slip_vit_b-objaverse-pretrained.pt"
 # file: its place below the folder `option` (--data-root if none is named). terms: said before it is fetched.
-# sources: addresses, or (data set of the Hugging Face hub, file in it, revision).
+# sources: addresses, or (data set of the Hugging Face hub, file in it, revision). otherwise: the way without.
 # sha256, and members (sha256 of files inside an archive): where several public projects agree on them.
 DOWNLOADS = {
     "ulip2": dict(
@@ -1320,7 +1408,8 @@ DOWNLOADS = {
         terms="1.6 GB, 7 GB unpacked, for academic research only",
         sources=[("Pointcept/modelnet40_normal_resampled-compressed", "modelnet40_normal_resampled.tar.gz",
                   None),
-                 "https://shapenet.cs.stanford.edu/media/modelnet40_normal_resampled.zip"]),
+                 "https://shapenet.cs.stanford.edu/media/modelnet40_normal_resampled.zip"],
+        otherwise=FEWER_POINTS),
     "modelnet40": dict(
         file="modelnet40_ply_hdf5_2048.zip",
         terms="435 MB, for academic research only",
@@ -1356,7 +1445,8 @@ def fetch_published(name: str, folder: Path, allowed: bool = True) -> Path:
         return path
     pages = [source if isinstance(source, str) else hub_page(*source) for source in row["sources"]]
     by_hand = (f"save {pages[0]} as {path}, or name the folder that has it with "
-               f"{row.get('option', '--data-root')}; --dataset shapes --model tiny needs no file")
+               f"{row.get('option', '--data-root')}; "
+               + row.get("otherwise", "--dataset shapes --model tiny needs no file"))
     if not allowed:
         raise UserError(f"{path} is missing; leave out --no-download, or {by_hand}")
 

@@ -881,7 +881,7 @@ def test_a_large_or_far_away_set_is_scaled_in_twice_its_memory_and_keeps_its_dig
     if sys.platform == "linux":
         more = float(subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True,
                                     check=True).stdout)
-        assert 0.9 < more < 1.15  # the result, and nothing else of the set's size
+        assert 0.9 < more < 1.5  # the result, and nothing else of the set's size
 
 
 def one_view(points, size, azimuth=0.0):
@@ -1024,14 +1024,34 @@ def test_8192_points_of_modelnet_are_fetched_once_and_read_once(tmp_path, monkey
     write_pictures(root / "modelnet40_normal_resampled/views/bed/test", "bed_0516.obj.shaded_v001.png")
     again = load("modelnet40", split="test", download=False)
     assert torch.equal(again.points, test.points) and [len(paths) for paths in again.images] == [1, 0]
+    assert_refused("modelnet40_ply_hdf5_2048.zip is missing; leave out --no-download, or save https", load,
+                   "modelnet40-depth", split="test", download=False)
     write_modelnet(root)  # up to 2,048 points, and always for depth views
     assert load("modelnet40", split="test", points=64).points.shape == (12, 64, 3)
     assert_refused("modelnet40-depth has 64 points", load, "modelnet40-depth", split="test")
     assert "modelnet40_ply_hdf5_2048: 12 test objects of 64 points" in capsys.readouterr().out
 
 
+def test_reading_that_is_killed_leaves_no_worker_and_no_lock_behind(tmp_path):
+    folder = write_resampled(tmp_path)
+    names = [f"bed_{i}" for i in range(3000)]
+    for name in names:
+        os.link(folder / "bed/bed_0516.txt", folder / f"bed/{name}.txt")
+    (folder / "modelnet40_train.txt").write_text("\n".join(names))
+    script = f"import data; data.load_dataset('modelnet40', {str(tmp_path)!r}, 'train', 2100)"
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=HERE, stderr=subprocess.DEVNULL)
+    part = tmp_path / ".modelnet40_normal_resampled-train.h5.part"
+    while not (part.exists() and part.stat().st_size > 1e5):  # its workers are at work
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    with data.lock(tmp_path / "modelnet40_normal_resampled-train.h5", timeout=20):
+        assert not (tmp_path / "modelnet40_normal_resampled-train.h5").exists()
+
+
 @pytest.mark.parametrize("file, content, says", [
-    ("bed/bed_0516.txt", None, "no .*bed_0516.txt; .*--points 2048 reads modelnet40_ply_hdf5_2048"),
+    ("bed/bed_0516.txt", None, "no .*bed_0516.txt; --points 2048 reads modelnet40_ply_hdf5_2048"),
     ("bed/bed_0516.txt", "1,2,3\n1,2\n", "cannot read .*bed_0516.txt.*; expected lines x,y,z"),
     ("airplane/airplane_7.txt", "1,2,3\n", "airplane_7.txt has 1 points, .*bed_0516.txt has 2100"),
     ("modelnet40_test.txt", "sofa-1\n", "cannot read .*modelnet40_test.txt.*; expected names CLASS_NUMBER")])
@@ -1230,7 +1250,8 @@ def test_missing_data_sets_are_fetched_checked_unpacked_and_read(tmp_path, monke
     ("shapenet55", "", b"", "no .*ShapeNet-55/test.txt.*form: https://huggingface"),
     ("redwood", "", b"", "no .*categories.json; github.com/isl-org/redwood-3dscan fetches"),
     ("co3d", "", b"", "no .*pointcloud.ply; github.com/facebookresearch/co3d fetches"),
-    ("scanobjectnn-hardest", "", b"", "no .*test_objectdataset_augmentedrot_scale75.h5"),
+    ("scanobjectnn-hardest", "", b"", "h5_files.zip is missing; leave out --no-download, or save http"),
+    ("scanobjectnn-hardest", "../scanobjectnn/h5_files/a", b"x", "no .*test_objectdataset_augm.*_scale75.h5"),
     ("modelnet40", "shape_names.txt", None, "no .*shape_names.txt; README, \"Data sets\""),
     ("modelnet40", "test_files.txt", b"\n", "test_files.txt is empty"),
     ("modelnet40", "ply_data_test0.h5", dict(labels=[0, 200]), "label 200 in .*but there are 11 classes"),
