@@ -140,7 +140,7 @@ class MiniPointNet(nn.Module):
         local = of_rows(last_conv, rows)  # (B G S, local)
         whole = local.unflatten(0, (-1, size)).amax(dim=1)  # (B G, local)
 
-        # The product with [global, local] as two: the global part is multiplied once for all points of a group.
+        # The product with [global, local] as two: the global part is the same for all points of a group.
         conv, norm, relu, last_conv = self.second_conv
         whole_weight, local_weight = conv.weight.squeeze(-1).chunk(2, dim=1)
         rows = F.linear(local, local_weight, conv.bias).unflatten(0, (-1, size))
@@ -954,9 +954,9 @@ def read_file(path: str | Path) -> dict:
 
 
 # ------ The GPU's farthest points ---------------------------------------------------------------------------
-# farthest_point_sample's loop launches several small kernels a round, and a GPU mostly waits for the launches.
-# For 512 of 2,048 points and a batch of 128 one H100 took 58 to 93 ms, twice in a step; one kernel with the loop
-# inside took 0.29 ms. The loop stays the reference: the kernel has to choose the same indices.
+# farthest_point_sample's loop launches several small kernels a round, and a GPU mostly waits for them: for 512
+# of 2,048 points and a batch of 128 one H100 took 58 to 93 ms, twice in a step. One kernel with the loop inside
+# took 0.29 ms. The loop stays the reference: the kernel has to choose the same indices.
 
 
 @cache

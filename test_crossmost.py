@@ -276,7 +276,7 @@ def test_the_gpus_kernel_chooses_the_points_the_loop_chooses(tmp_path):
 def test_the_loop_takes_the_first_of_equally_far_points_and_the_place_of_a_kernel_that_is_not_there(
         monkeypatch, capsys):
     corners = torch.tensor([[[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [-1, 0, 0]]]).repeat(1, 40, 1)
-    # Four corners, forty times each, are equally far from the others; at last every point is one of the chosen.
+    # Four corners, forty times each, are equally far; at last every point lies on one of the chosen.
     assert farthest_point_sample(corners, 6).tolist() == [[0, 1, 2, 3, 4, 0]]
     monkeypatch.setitem(sys.modules, "triton", None)  # as on Windows
     assert models.farthest_point_kernel.__wrapped__(torch.device("cpu")) is None
