@@ -335,7 +335,7 @@ class CrossMoST(nn.Module):
         Returns, of each modality given:
             image_features, point_features: (B, E), unit norm.
             image_logits, point_logits: (B, C), where there is a classifier.
-        And where patches or groups are hidden:
+        and of each where something is hidden:
             image_tokens (B, L, E), point_tokens (B, G, E), point_cls (B, E): unit norm.
             image_pixels: (B, 3, H, W), the repainted image in normalised pixels.
             point_prediction, point_target: (B, G, D); with target "points" (B, G, S, 3).
@@ -366,14 +366,13 @@ class CrossMoST(nn.Module):
                 grid = patches.transpose(1, 2).unflatten(2, self.visual.grid_size)  # (B, D, rows, columns)
                 out.image_pixels = self.visual.decoder(grid)
             if point_hidden is not None:
-                cls = features[:, :len(self.point_encoder.proj)]
-                out.point_cls = F.normalize((cls @ self.point_encoder.proj).float(), dim=-1)
-                out.point_tokens = F.normalize((tokens @ self.point_encoder.proj).float(), dim=-1)
-                out.point_prediction = self.point_encoder.lm_head(tokens)
-                out.point_target = group_tokens.detach()
-                if self.point_encoder.target == "points":
-                    out.point_target = groups.neighbourhoods
-                    out.point_prediction = out.point_prediction.view_as(groups.neighbourhoods)
+                encoder = self.point_encoder
+                cls = features[:, :len(encoder.proj)]
+                out.point_cls = F.normalize((cls @ encoder.proj).float(), dim=-1)
+                out.point_tokens = F.normalize((tokens @ encoder.proj).float(), dim=-1)
+                rebuild_points = encoder.target == "points"
+                out.point_target = groups.neighbourhoods if rebuild_points else group_tokens.detach()
+                out.point_prediction = encoder.lm_head(tokens).view_as(out.point_target)
         return out
 
     def in_precision(self):
@@ -954,9 +953,9 @@ def read_file(path: str | Path) -> dict:
 
 
 # ------ The GPU's farthest points ---------------------------------------------------------------------------
-# farthest_point_sample's loop launches several small kernels a round, and a GPU mostly waits for them: for 512
-# of 2,048 points and a batch of 128 one H100 took 58 to 93 ms, twice in a step. One kernel with the loop inside
-# took 0.29 ms. The loop stays the reference: the kernel has to choose the same indices.
+# farthest_point_sample's loop launches several small kernels a round, and a GPU mostly waits for them. One
+# H100 took 58 to 93 ms for a batch of 128 (512 of 2,048 points), twice in a step; one kernel with the loop
+# inside took 0.29 ms. The loop stays the reference: the kernel has to choose the same indices.
 
 
 @cache
