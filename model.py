@@ -542,15 +542,17 @@ def refuse_equal_tokens(class_names: list[str], tokens: Tensor):
     """Raises: UserError for two names with equal tokens (C, templates, length): they would share a column."""
     names_by_tokens = {}
     for name, rows in zip(class_names, tokens):
-        other = names_by_tokens.setdefault(rows.numpy().tobytes(), name)
-        if other is not name:
-            raise UserError(f"{other!r} and {name!r} are the same words to the text tower: it ignores case "
-                            f"and reads {tokens.shape[-1]} tokens at most; rename one, or leave it out")
+        key = rows.numpy().tobytes()
+        if key in names_by_tokens:
+            raise UserError(f"{names_by_tokens[key]!r} and {name!r} are the same words to the text tower: it "
+                            f"ignores case and reads {tokens.shape[-1]} tokens at most; rename one, or leave "
+                            "it out")
+        names_by_tokens[key] = name
 
 
 # ------ Starts: a model without classifier, and the text tower that names classes for it --------------------
 
-# Of what figures of a start's authors are: they are theirs, not measured with this code.
+# What the authors of two starts measured. The figures are theirs, and none of this code's.
 POINT_TOP_1 = {
     "dataset": "modelnet40",
     "measured": "zero-shot top-1 in percent, on 8,192 points of modelnet40_normal_resampled",
@@ -903,10 +905,11 @@ def save_file(content: dict, path: Path):
         try:
             with open(temporary, "wb") as file:
                 torch.save(content, file)
-        except RuntimeError as error:
-            # torch's writer counts bytes: it raises its own error after the OSError of a write that failed.
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
+        except (OSError, RuntimeError) as error:
+            # After a write that failed torch's writer misses bytes, and raises an error of its own.
+            refusal = error if isinstance(error, OSError) else error.__context__
+            if isinstance(refusal, OSError):
+                raise OSError(refusal.errno, refusal.strerror, str(path)) from error
             raise
 
 
