@@ -142,7 +142,7 @@ class MiniPointNet(nn.Module):
         local = of_rows(last_conv, rows)  # (B G S, local)
         whole = local.unflatten(0, (-1, size)).amax(dim=1)  # (B G, local)
 
-        # The product with [global, local] as two: the global part is multiplied once for all points of a group.
+        # The product with [global, local] as two: the global part is the same for all points of a group.
         conv, norm, relu, last_conv = self.second_conv
         whole_weight, local_weight = conv.weight.squeeze(-1).chunk(2, dim=1)
         rows = F.linear(local, local_weight, conv.bias).unflatten(0, (-1, size))
@@ -380,14 +380,13 @@ class CrossMoST(nn.Module):
                 grid = patches.transpose(1, 2).unflatten(2, self.visual.grid_size)  # (B, D, rows, columns)
                 out.image_pixels = self.visual.decoder(grid)
             if point_hidden is not None:
-                cls = features[:, :len(self.point_encoder.proj)]
-                out.point_cls = F.normalize((cls @ self.point_encoder.proj).float(), dim=-1)
-                out.point_tokens = F.normalize((tokens @ self.point_encoder.proj).float(), dim=-1)
-                out.point_prediction = self.point_encoder.lm_head(tokens)
-                out.point_target = group_tokens.detach()
-                if self.point_encoder.target == "points":
-                    out.point_target = groups.neighbourhoods
-                    out.point_prediction = out.point_prediction.view_as(groups.neighbourhoods)
+                encoder = self.point_encoder
+                cls = features[:, :len(encoder.proj)]
+                out.point_cls = F.normalize((cls @ encoder.proj).float(), dim=-1)
+                out.point_tokens = F.normalize((tokens @ encoder.proj).float(), dim=-1)
+                rebuild_points = encoder.target == "points"
+                out.point_target = groups.neighbourhoods if rebuild_points else group_tokens.detach()
+                out.point_prediction = encoder.lm_head(tokens).view_as(out.point_target)
         return Outputs(**vars(out))
 
     def in_precision(self):
@@ -560,15 +559,17 @@ def refuse_equal_tokens(class_names: list[str], tokens: Tensor):
     """Raises: UserError for two names with equal tokens (C, templates, length): they would share a column."""
     names_by_tokens = {}
     for name, rows in zip(class_names, tokens):
-        other = names_by_tokens.setdefault(rows.numpy().tobytes(), name)
-        if other is not name:
-            raise UserError(f"{other!r} and {name!r} are the same words to the text tower: it ignores case "
-                            f"and reads {tokens.shape[-1]} tokens at most; rename one, or leave it out")
+        key = rows.numpy().tobytes()
+        if key in names_by_tokens:
+            raise UserError(f"{names_by_tokens[key]!r} and {name!r} are the same words to the text tower: it "
+                            f"ignores case and reads {tokens.shape[-1]} tokens at most; rename one, or leave "
+                            "it out")
+        names_by_tokens[key] = name
 
 
 # ------ Starts: a model without classifier, and the text tower that names classes for it --------------------
 
-# Of what figures of a start's authors are: they are theirs, not measured with this code.
+# What the authors of two starts measured. The figures are theirs, and none of this code's.
 POINT_TOP_1 = {
     "dataset": "modelnet40",
     "measured": "zero-shot top-1 in percent, on 8,192 points of modelnet40_normal_resampled",
@@ -924,10 +925,11 @@ def save_file(content: dict, path: Path):
         try:
             with open(temporary, "wb") as file:
                 torch.save(content, file)
-        except RuntimeError as error:
-            # torch's writer counts bytes: it raises its own error after the OSError of a write that failed.
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
+        except (OSError, RuntimeError) as error:
+            # After a write that failed torch's writer misses bytes, and raises an error of its own.
+            refusal = error if isinstance(error, OSError) else error.__context__
+            if isinstance(refusal, OSError):
+                raise OSError(refusal.errno, refusal.strerror, str(path)) from error
             raise
 
 
@@ -995,8 +997,8 @@ CODE = code_hash("losses", "model", "data", "train")
 
 
 # ------ The GPU's farthest points ---------------------------------------------------------------------------
-# farthest_point_sample's loop launches several small kernels a round, and a GPU mostly waits for the launches.
-# For 512 of 2,048 points and a batch of 128 one H100 took 58 to 93 ms, twice in a step; one kernel with the loop
+# farthest_point_sample's loop launches several small kernels a round, and a GPU mostly waits for them. One
+# H100 took 58 to 93 ms for a batch of 128 (512 of 2,048 points), twice in a step; one kernel with the loop
 # inside took 0.29 ms. The loop stays the reference: the kernel has to choose the same indices.
 
 
