@@ -354,7 +354,8 @@ def draw_grid(picture: Path, cells: list, columns: int, title: str | None = None
         else:
             axes.imshow(item.permute(1, 2, 0).clamp(0, 1).numpy())
         axes.axis("off")
-        axes.set_title(text, fontsize=8, loc="left", parse_math=False)
+        drawable = text.encode("utf-8", "replace").decode()  # names of files need not be UTF-8
+        axes.set_title(drawable, fontsize=8, loc="left", parse_math=False)
     figure.savefig(picture, format="png", dpi=100)
 
 

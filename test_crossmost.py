@@ -1851,6 +1851,8 @@ def test_a_sheet_of_a_data_set_is_drawn(tmp_path, monkeypatch):
         evaluation.main([*argv, "--preview", "sheet"])
         assert Image.open("sheet").size[0] > 800
         os.remove("sheet")
+    objects = replace(data.sample_shapes(1, 0, points=128), labels=None, names=["no UTF-8: \udcff"])
+    evaluation.preview(Path("sheet"), objects, size=32)
 
 
 def test_the_start_in_the_repository_names_single_files_and_a_broken_one_stops_no_other(tmp_path, capsys):
