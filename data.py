@@ -3,8 +3,11 @@
 Coordinates are right-handed, z up, float32; every cloud is centred and scaled into the unit sphere.
 Angles are in radians. N objects, B batch, P points, V views.
 """
+import codecs
+import csv
 import difflib
 import hashlib
+import io
 import json
 import math
 import os
@@ -13,8 +16,10 @@ import shutil
 import signal
 import sys
 import tarfile
+import unicodedata
 import zipfile
 import zlib
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -253,24 +258,29 @@ def rotate_about_xyz(points: Tensor, angles: Tensor) -> Tensor:
 
 
 # ------ Photographs -----------------------------------------------------------------------------------------
+PHOTOGRAPHS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
 class Photographs(Dataset):
-    """Photographs or renderings. Item i, with a `seed`: of one photograph of object i the weak (random crop
-    [joint-label]) and the strong image (crop of 0.3 to 1, flip, RandAugment of magnitude 9 [self-training];
-    Deviation D22), each (3, size, size). Without: centre crops (V, 3, size, size) of all photographs, or of
-    `views` evenly spaced ones. An object that has no photograph gets depth views."""
+    """Photographs or renderings of objects, decoded and cropped; as bytes, because worker processes send them.
+
+    Item i with a `seed` is a pair (3, size, size) of one photograph of object i: the weak image (random crop
+    [joint-label]) and the strong one (crop of 0.3 to 1, flip, RandAugment of magnitude 9 [self-training];
+    Deviation D22). Without a seed it is the centre crops (V, 3, size, size) of all its photographs, or of
+    `views` evenly spaced ones. An object that has no photograph gets depth views.
+    """
+
     def __init__(self, objects: Objects, size: int, seed: int | None = None, views: int | None = None):
         from torchvision.transforms import v2  # here: 160 MB and a second that depth views do not need
-        bicubic, to_float = v2.InterpolationMode.BICUBIC, v2.ToDtype(torch.float32, scale=True)
         self.objects, self.size, self.seed, self.views = objects, size, seed, views
-        self.to_tensor = v2.PILToTensor()
-        self.weak = v2.Compose([v2.Resize(size, bicubic), v2.RandomCrop(size), to_float])
-        self.still = v2.Compose([v2.Resize(size, bicubic), v2.CenterCrop(size), to_float])
-        self.strong = v2.Compose([v2.RandomResizedCrop(size, (0.3, 1.0), interpolation=bicubic),
-                                  v2.RandomHorizontalFlip(), v2.RandAugment(2, 9), to_float])
-
-    def decode(self, path: Path) -> Tensor:
-        with reading(path, "replace or remove it"):
-            return self.to_tensor(Image.open(path).convert("RGB"))
+        bicubic = v2.InterpolationMode.BICUBIC
+        self.weak = v2.Compose([v2.Resize(size, bicubic), v2.RandomCrop(size)])
+        self.still = v2.Compose([v2.Resize(size, bicubic), v2.CenterCrop(size)])
+        self.strong = v2.Compose([
+            v2.RandomResizedCrop(size, (0.3, 1.0), interpolation=bicubic),
+            v2.RandomHorizontalFlip(),
+            v2.RandAugment(2, 9),
+        ])
 
     def __getitem__(self, i):
         paths, points = self.objects.images[i], self.objects.points[i:i + 1]
@@ -278,30 +288,65 @@ class Photographs(Dataset):
             if not paths:
                 return fixed_views(points, self.views or 6, self.size)[0]
             chosen = evenly_spaced(paths, self.views or len(paths))
-            return torch.stack([self.still(self.decode(path)) for path in chosen])
-        torch.manual_seed(self.seed * 1_000_003 + i)  # the same views after a resume; a worker's own numbers
+            return torch.stack([self.still(read_photograph(path)) for path in chosen])
+
+        # The same views after a resume, and other ones for each object. torch takes seeds below 2^64.
+        torch.manual_seed((self.seed * 1_000_003 + i) % 2 ** 64)
         if paths:
-            image = self.decode(paths[torch.randint(len(paths), ())])
+            image = read_photograph(paths[torch.randint(len(paths), ())])
         else:
             image = (255 * random_view(points, self.size)[0]).byte()
         return self.weak(image), self.strong(image)
 
 
+def read_photograph(path: Path) -> Tensor:
+    """A picture as a person sees it on the screen: upright, opaque, 8 bits a colour. -> (3, H, W) uint8
+
+    A camera's note of how it was held (EXIF) is obeyed. Depths beyond 8 bits are scaled by their own range.
+    What is transparent becomes mid-grey, on which neither a white nor a black object vanishes.
+    Raises: UserError naming the file.
+    """
+    with reading(path, "replace or remove it"):
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode[0] in "IF":  # grey of 16 or 32 bits, or float: convert() would clip it to white
+            grey = np.asarray(image, np.float64)
+            low, high = np.nanmin(grey), np.nanmax(grey)
+            grey = np.nan_to_num((grey - low) / max(high - low, 1e-12))
+            image = Image.fromarray((255 * grey).round().astype(np.uint8))
+        if "A" in image.getbands() or "transparency" in image.info:
+            ground = Image.new("RGBA", image.size, (128, 128, 128, 255))
+            image = Image.alpha_composite(ground, image.convert("RGBA"))
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
 def evenly_spaced(items: list, count: int) -> list:
-    """`count` evenly spaced items, first and last among them; all if there are no more."""
+    """`count` evenly spaced items, the first and the last among them; all if there are no more."""
     chosen = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
     return [items[k] for k in chosen]
 
 
 def load_in_workers(photographs: Photographs, batches: list):
-    """Items of Photographs in batches of these indices, decoded by worker processes."""
+    """Items of Photographs in batches of these indices, decoded by worker processes; in [0, 1], float32.
+    Raises: UserError naming a picture that cannot be read, or where shared memory is too small.
+    """
     # Without a generator of its own a DataLoader draws from the global one, and a resumed run would differ.
     loader = DataLoader(photographs, batch_sampler=batches, num_workers=min(8, os.cpu_count()),
                         generator=torch.Generator())
     try:
-        yield from loader
+        for batch in loader:
+            yield to_unit_range(batch) if torch.is_tensor(batch) else [to_unit_range(part) for part in batch]
     except UserError as error:  # a worker's error comes with its whole traceback as the text
         raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from None
+    except RuntimeError as error:
+        if "shared memory" not in str(error) and "shm" not in str(error):
+            raise
+        raise UserError("the processes that decode photographs found shared memory (/dev/shm) full; "
+                        "start the container with more, as `docker run --shm-size 2g`") from error
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """Bytes as floats in [0, 1], as torchvision's ToDtype scales them; floats stay."""
+    return images if images.is_floating_point() else images.float().mul_(1 / 255)
 
 
 def training_photographs(objects: Objects, batches: tuple, size: int, seed: int):
@@ -568,26 +613,51 @@ def load_shapenet55(root: Path, split: str, _points, _download) -> Objects:
 
 def load_folder(folder: Path, split: str) -> Objects:
     """A folder of the user's own: classes.txt, {train,test}/[CLASS/]OBJECT.EXT, views/OBJECT/*.jpg if any.
-    Without class folders there are no labels."""
+    Without class folders there are no labels.
+    """
     listed, inside = folder / "classes.txt", folder / split
-    class_names = read_lines(listed)
-    if len(set(class_names)) < max(2, len(class_names)):
-        raise UserError(f"{listed} has {class_names}; expected two or more different names")
-    files = sorted(file for file in inside.rglob("*") if file.suffix.lower() in CLOUDS + MESHES)
+    class_names = clean_class_names(read_lines(listed), str(listed))
+    files = find_objects(inside)
     if not files:
         raise FileNotFoundError(f"no objects in {inside}; expected files {' '.join(CLOUDS + MESHES)}")
+
     owners = [file.parent.name for file in files if file.parent != inside]
-    strange = sorted(set(owners) - set(class_names))
-    if strange or 0 < len(owners) < len(files):
-        raise UserError(f"{inside} has objects in {strange or 'folders and outside'}; "
+    label_of = {class_key(name): label for label, name in enumerate(class_names)}
+    unknown = sorted({printable(owner) for owner in owners if class_key(owner) not in label_of})
+    if unknown or 0 < len(owners) < len(files):
+        raise UserError(f"{inside} has objects in {unknown or 'folders and outside'}; "
                         f"expected folders named as in {listed}, or none at all")
-    labels = torch.tensor([class_names.index(owner) for owner in owners]) if owners else None
-    names = [file.stem for file in files]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"two objects of {inside} are called {twice}; rename one")
-    class_names = [name.replace("_", " ") for name in class_names]
-    return Objects(files, labels, class_names, names=names, images=find_photographs(folder / "views", names))
+    labels = torch.tensor([label_of[class_key(owner)] for owner in owners]) if owners else None
+
+    names = [printable(file.stem) for file in files]
+    repeated = [name for name, count in Counter(map(composed, names)).items() if count > 1]
+    if repeated:
+        raise UserError(f"two objects of {inside} are called {repeated[0]}; rename one")
+    images = None
+    if (folder / "views").is_dir():
+        other = folder / {"train": "test", "test": "train"}[split]
+        others = [file.stem for file in files_below(other) if file.suffix.lower() in CLOUDS + MESHES]
+        images = find_photographs(folder / "views", names, others)
+    return Objects(files, labels, class_names, names=names, images=images)
+
+
+def find_objects(inside: Path) -> list[Path]:
+    """The files below a folder that are clouds or meshes; one line on stderr counts the others. A .txt beside
+    a mesh of its name is a caption.
+    """
+    files, ignored = [], Counter()
+    every_file = files_below(inside)
+    meshes = {file.with_suffix("") for file in every_file if file.suffix.lower() in MESHES}
+    for file in every_file:
+        suffix = file.suffix.lower()
+        if suffix in CLOUDS + MESHES and not (suffix == ".txt" and file.with_suffix("") in meshes):
+            files.append(file)
+        else:
+            ignored[suffix or "without extension"] += 1
+    if ignored:
+        print(f"warning: ignored {ignored.total()} files in {inside}: {listed_counts(ignored)}; convert what is "
+              "an object, for example to .ply", file=sys.stderr)
+    return files
 
 
 def in_split(name: str, split: str) -> bool:
@@ -669,20 +739,25 @@ def load_clouds(name: str, root: Path, split: str, points: int, scanned: bool, d
     else:
         objects = load_folder(Path(name), split)
     max_points = 3 * points if scanned else points  # a scan loses a quarter of its cloud
+    up = up or row["up"]
     if isinstance(objects.points, list):
-        objects.points = read_objects(objects.points, points, max_points)
+        objects.points = read_objects(objects.points, points, max_points, up)
+        up = "z"  # each file was turned by itself: glTF's standard says what points upwards in it
     available = objects.points.shape[1]
     if available < points:
         raise UserError(f"{name} has {available} points, --points is {points}; lower it")
-    objects.points = to_unit_sphere(objects.points[:, :max_points], objects.names, up or row["up"])
+    objects.points = to_unit_sphere(objects.points[:, :max_points], objects.names, up)
     if scanned:
         objects.points = scan(objects.points, points, seed=("train", "test").index(split))
     return objects
 
 
 # ------ Files of single objects -----------------------------------------------------------------------------
+# A file is read as its author meant it, or refused with what was found: a wrong guess would be named with
+# confidence. The readers return float64, because coordinates on a map do not fit float32 until centred.
 UP = {"z": ([0, 1, 2], [1, 1, 1]), "y": ([2, 0, 1], [1, 1, 1]), "-y": ([0, 2, 1], [1, 1, -1])}
-MESHES = (".off", ".obj", ".ply", ".stl", ".glb")
+GLTF = (".glb", ".gltf")
+MESHES = (".off", ".obj", ".ply", ".stl", *GLTF)
 CLOUDS = (".npy", ".txt", ".xyz", ".csv")
 
 
@@ -692,51 +767,400 @@ def to_z_up(points: Tensor, up: str) -> Tensor:
     return points if up == "z" else points[..., axes] * points.new_tensor(signs)
 
 
-def read_object(path: Path, points: int, most: int | None = None) -> np.ndarray:
-    """Points of a cloud, or of a mesh's surface by area, the same every time. -> (P, 3) float32
-    A mesh gives `most` points (default: `points`), a cloud as many if it has more, by a random choice seeded
-    by the file's name. Raises: UserError naming the file and what is wrong with it."""
-    random, most = np.random.default_rng(zlib.crc32(path.stem.encode())), most or points
+def read_object(path: Path, points: int, max_points: int | None = None, up: str = "z") -> np.ndarray:
+    """Points of a cloud, or of a mesh's surface by area, upright, centred on their mean. -> (P, 3) float32
+
+    The same file always gives the same points: choices are random, seeded by the file's name. A mesh gives
+    `max_points` (default: `points`), a cloud that many at most. `up` is the axis that points upwards in the
+    file, but in glTF y does, by its standard.
+    Raises: UserError naming the file and what is wrong with it.
+    """
+    suffix, max_points = path.suffix.lower(), max_points or points
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name the files in it, or give it as --dataset")
+    if suffix not in CLOUDS + MESHES:
+        raise UserError(f"{path} is not of a format that is read ({' '.join(CLOUDS + MESHES)}); convert it, "
+                        "for example to .ply")
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path} is a link to a file that is not there; mend or remove it")
+
+    random = np.random.default_rng(zlib.crc32(os.fsencode(path.stem)))
     with reading(path, "repair or remove it"):
-        if path.suffix.lower() in MESHES:
-            cloud = read_mesh(path, most, random)
-        elif path.suffix.lower() == ".npy":
-            cloud = np.load(path, allow_pickle=False)
+        if suffix in MESHES:
+            cloud = read_mesh(path, max_points, random)
         else:
-            cloud = read_text(path)
-        cloud = np.asarray(cloud, np.float32)[:, :3]
-        if cloud.shape[1] != 3:
-            raise ValueError(f"{cloud.shape[1]} columns, expected x y z")
+            cloud = read_npy(path) if suffix == ".npy" else read_text(path)
+        if len(cloud) == 0:
+            raise ValueError("it holds no points")
+        if not (np.abs(cloud) < 1e30).all():  # float32 ends at 3e38, the squares of a norm at 1e19
+            count = (~(np.abs(cloud) < 1e30)).any(axis=1).sum()
+            raise ValueError(f"{count} of its {len(cloud)} points have NaN or infinite coordinates")
+        if (cloud == cloud[0]).all():
+            raise ValueError("it has all its points in one place")
     if len(cloud) < points:
         raise UserError(f"{path} has {len(cloud)} points, --points is {points}; lower it")
-    return cloud if len(cloud) <= most else cloud[random.choice(len(cloud), most, replace=False)]
+
+    cloud = cloud - cloud.mean(axis=0)
+    cloud = to_z_up(torch.from_numpy(cloud), "y" if suffix in GLTF else up).numpy().astype(np.float32)
+    return cloud if len(cloud) <= max_points else cloud[random.choice(len(cloud), max_points, replace=False)]
 
 
-def read_mesh(path: Path, count: int, random) -> np.ndarray:
-    """Points on the surface of a mesh, by area; of a file without faces its points."""
-    import trimesh  # here: only meshes need it
-    mesh = trimesh.load(path, process=False, skip_materials=True)
-    if isinstance(mesh, trimesh.Scene):
-        mesh = mesh.to_mesh()
-    points = mesh.vertices
-    if len(getattr(mesh, "faces", ())):
-        points = trimesh.sample.sample_surface(mesh, count, seed=random)[0]
-    return points[:, UP["y"][0]] if path.suffix == ".glb" else points  # glTF is y up by its standard
+def read_npy(path: Path) -> np.ndarray:
+    """A NumPy array of one cloud: (N, 3 or more), (1, N, 3), organised (H, W, 3), or with fields x, y, z."""
+    array = np.load(path, allow_pickle=False)
+    if not isinstance(array, np.ndarray):
+        raise ValueError("it is an .npz archive; save one array with numpy.save")
+    if array.dtype.names:
+        fields = {name.lower(): name for name in array.dtype.names}
+        if not {"x", "y", "z"} <= fields.keys():
+            raise ValueError(f"it has fields {', '.join(array.dtype.names)}, expected x, y, z")
+        array = np.stack([array[fields[axis]] for axis in "xyz"], axis=-1)
+        array = array.reshape(-1, 3)
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"it holds {array.dtype}, expected numbers")
+
+    shape, cloud = array.shape, array.astype(np.float64)
+    if len(shape) == 3 and (1 in shape[:2] or shape[2] >= 3 and is_one_cloud(cloud[..., :3])):
+        cloud = cloud.reshape(-1, shape[2])
+    if cloud.ndim != 2 or cloud.shape[1] < 3:
+        raise ValueError(f"its shape is {shape}, expected one cloud (N, 3); save each of several to a file")
+    if 3 <= len(cloud) < cloud.shape[1]:
+        raise ValueError(f"its shape is {shape}, expected (N, 3): it looks transposed")
+    if cloud.shape[1] > 3:
+        refuse_other_columns(cloud[:, :3], cloud.shape[1])
+    return cloud[:, :3]
+
+
+def is_one_cloud(grid: np.ndarray) -> bool:
+    """Whether an array (H, W, 3) is one organised cloud, and not H clouds of W points.
+
+    In the picture of a depth camera neighbours are near: steps along and across the rows are small. A cloud
+    that was only reshaped has rows like random samples of it, so that the mean of a row of W points has 1/W
+    of the variance of all, in x and in x^2. Of separate clouds each has a mean and a spread of its own.
+    """
+    extent = np.ptp(grid.reshape(-1, 3), axis=0).max()
+    steps = [np.median(np.abs(np.diff(grid, axis=axis)).max(axis=-1)) for axis in (0, 1)]
+    if max(steps) < 0.05 * extent:
+        return True
+    moments = np.concatenate([grid, (grid - grid.mean(axis=(0, 1))) ** 2], axis=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):  # not finite: refused later, or here
+        ratio = moments.mean(axis=1).var(axis=0) * grid.shape[1] / moments.var(axis=(0, 1))
+    return bool(((0.4 < ratio) & (ratio < 2)).all())
+
+
+# ------ Clouds as text
+# A number with commas between thousands, and one with a decimal comma.
+ENGLISH = re.compile(r"[-+]?(\d+|[1-9]\d{0,2}(,\d{3})+)?(\.\d*)?(e[-+]?\d+)?", re.IGNORECASE)
+GERMAN = re.compile(r"[-+]?(\d+|[1-9]\d{0,2}(\.\d{3})+)?(,\d*)?(e[-+]?\d+)?", re.IGNORECASE)
+NUMBER = re.compile(r"[-+]?[\d.,]*\d[\d.,]*(e[-+]?\d+)?|nan|[-+]?inf", re.IGNORECASE)
 
 
 def read_text(path: Path) -> np.ndarray:
-    """Numbers in columns separated by spaces or commas, after any header."""
-    text = path.read_text().replace(",", " ")
-    first = re.search(r"^[ \t]*[-+.\d]\S*[ \t]+[-+.\d]\S*[ \t]+[-+.\d]", text, re.MULTILINE)
-    if first is None:
-        raise ValueError("no line with three numbers")
-    return np.loadtxt(text[first.start():].splitlines(), usecols=(0, 1, 2), ndmin=2)
+    """x, y, z of a table: the columns that its header names so, else the first three. -> (N, 3) float64
+
+    Comments (# // %), a title, a count of the points and closing words may stand around the rows. Numbers
+    have a decimal point, or a decimal comma where nothing else can be meant.
+    """
+    lines = [line.strip() for line in decode(path.read_bytes(), "replace").splitlines()]
+    lines = [line for line in lines if line]
+    table = [line for line in lines if not line.startswith(("#", "//", "%"))]
+    if not table:
+        raise ValueError("it holds no numbers")
+    between = delimiter_of(table[len(table) // 2])
+    width = len(split_row(table[len(table) // 2], between))
+
+    start = next((k for k, line in enumerate(table) if is_row(split_row(line, between), width)), None)
+    if start is None:
+        raise ValueError("it has no line of three numbers")
+    headers = lines[:lines.index(table[start])]
+    body = table[start:]
+    while not any(NUMBER.fullmatch(cell) for cell in split_row(body[-1], between)):
+        body.pop()  # words at the end
+    if re.match(rf"{len(body) - 1}\b(?![.,]\d)", body[0]):
+        body.pop(0)  # how many points follow
+
+    columns = named_columns(headers, between, width)
+    rows = split_rows(body, between)
+    cells = []
+    for number, row in enumerate(rows, start=1):
+        if len(row) != width:
+            raise ValueError(f"row {number} has {len(row)} columns, others have {width}")
+        cells += [row[column] for column in columns or (0, 1, 2)]
+    cloud = to_numbers(cells, comma_between=between == ",").reshape(-1, 3)
+    if columns is None:
+        refuse_other_columns(cloud, width)
+    return cloud
 
 
-def read_objects(files: list[Path], points: int, most: int) -> Tensor:
-    """Clouds of one size, at least `points` and at most `most`, one of each file. -> (N, P, 3)"""
-    bar = tqdm(files, "reading", unit="object", disable=None)  # None: only where a person looks on
-    clouds = [read_object(path, points, most) for path in bar]
+def decode(raw: bytes, errors: str = "strict") -> str:
+    """The text of UTF-8 or UTF-16, with or without a byte-order mark. errors: "replace" reads text of other
+    encodings, too, for files in which only ASCII matters.
+    """
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return raw.decode("utf-16")
+    if b"\0" in raw:  # no text but UTF-16 holds zero bytes; that of ASCII has one in every pair
+        for encoding in ("utf-16-le", "utf-16-be"):
+            text = raw.decode(encoding, "replace")
+            if text.isascii() and "\0" not in text:
+                return text
+        raise ValueError("it holds zero bytes, so it is no text")
+    return raw.decode("utf-8-sig", errors)
+
+
+def delimiter_of(line: str) -> str:
+    """What stands between the columns of this row: a semicolon, tab, comma, or blank."""
+    if ";" in line:
+        return ";"
+    if line.count("\t") >= 2:
+        return "\t"
+    words = line.split()
+    is_decimal = len(words) >= 3 and all(
+        NUMBER.fullmatch(word) and word[0] != "," and word[-1] != "," for word in words[:3])
+    return " " if is_decimal or "," not in line else ","
+
+
+def split_rows(lines: list[str], between: str):
+    """The cells of each line, without quotes and blanks around them."""
+    if between == " ":
+        lines = [line.replace("\t", " ") for line in lines]
+    if any("#" in line for line in lines):
+        lines = [line.split("#")[0].strip() for line in lines]
+    return csv.reader(lines, delimiter=between, skipinitialspace=True)
+
+
+def split_row(line: str, between: str) -> list[str]:
+    """The cells of one line."""
+    return [cell.strip() for cell in next(split_rows([line], between), [])]
+
+
+def is_row(cells: list[str], width: int) -> bool:
+    """Whether these are cells of points, and not of a header: at least three numbers, or gaps for numbers."""
+    numbers = sum(bool(NUMBER.fullmatch(cell)) for cell in cells)
+    return len(cells) == width and numbers > 0 and numbers + cells.count("") >= 3
+
+
+def named_columns(headers: list[str], between: str, width: int) -> list[int] | None:
+    """Which columns the header calls x, y, z; None where there is no header, so that the first three count.
+    Raises: ValueError where a header names other things, or one of these twice.
+    """
+    names = []
+    for line in reversed(headers):
+        line = line.lstrip("#/% ")
+        for names in (split_row(line, between), re.split(r"[,;\s]+", line)):
+            names = [re.sub(r"\s*[\[(].*", "", name).strip("\"' ").lower() for name in names]  # x [m]: x
+            if len(names) == width and {"x", "y", "z"} <= set(names):
+                if any(names.count(axis) > 1 for axis in "xyz"):
+                    raise ValueError(f"its header names x, y or z twice: {', '.join(names)}")
+                return [names.index(axis) for axis in "xyz"]
+    names = split_row(headers[-1].lstrip("#/% "), between) if headers else []
+    if len(names) == width > 3:
+        raise ValueError(f"its header names {', '.join(names)}; call the columns of coordinates x, y, z")
+    return None
+
+
+def to_numbers(cells: list[str], comma_between: bool) -> np.ndarray:
+    """Numbers of cells x, y, z, x, ...; commas in them are understood where all can mean only one thing."""
+    if comma_between and not any("." in cell for cell in cells):
+        if any(re.fullmatch(r"[-+]?0\d+|-0", cell) for cell in cells):
+            raise ValueError("commas stand within numbers and between them; separate columns by semicolons")
+    if any("," in cell for cell in cells):
+        is_english = all(ENGLISH.fullmatch(cell) for cell in cells)
+        is_german = all(GERMAN.fullmatch(cell) for cell in cells)
+        if is_english == is_german:
+            raise ValueError("commas in its numbers may be decimal or of thousands; write decimal points")
+        thousands, point = (",", ".") if is_english else (".", ",")
+        cells = [cell.replace(thousands, "").replace(point, ".") for cell in cells]
+    try:
+        return np.array(list(map(float, cells)))
+    except ValueError:
+        for at, cell in enumerate(cells):
+            if not NUMBER.fullmatch(cell.strip()) or cell.count(".") > 1:
+                what = f"{cell.strip()!r} as" if cell.strip() else "no"
+                raise ValueError(f"point {at // 3 + 1} has {what} {'xyz'[at % 3]}, expected a number") from None
+        raise
+
+
+def refuse_other_columns(first: np.ndarray, width: int):
+    """Raises: ValueError where the first three of `width` columns (N, 3) cannot be coordinates."""
+    advice = "; name the columns of coordinates x, y, z in a first line"
+    whole = (first == first.round()).all(axis=0)
+    column, count = first[:, 0], len(first)
+    steps = np.diff(column)
+    if count > 3 and np.isfinite(column).all():
+        is_even = steps[0] != 0 and np.allclose(steps, steps[0], rtol=1e-3, atol=0)
+        is_number = whole[0] and len(np.unique(column)) == count
+        if is_even or is_number and ((steps > 0).all() or np.ptp(column) < 2 * count):
+            raise ValueError(f"its first column counts the rows{advice}")
+    if whole.all() and first.min() >= 0 and first.max() <= 255:
+        raise ValueError(f"its first three columns look like colours, whole numbers from 0 to 255{advice}")
+    if width >= 6 and np.allclose(np.linalg.norm(first, axis=1), 1, atol=1e-3):
+        raise ValueError(f"its first three columns look like normals, of length 1{advice}")
+
+
+# ------ Meshes
+def read_mesh(path: Path, count: int, random) -> np.ndarray:
+    """`count` points on a mesh's surface, by area, and the points that stand for themselves. -> (N, 3) float64
+    A file without faces is a cloud of its points.
+    """
+    import trimesh  # here: only meshes need it
+    suffix, loose = path.suffix.lower(), np.empty((0, 3))
+    if suffix in GLTF:
+        vertices, faces, loose = read_gltf(path)
+    elif suffix == ".stl":
+        mesh = trimesh.load(path, file_type="stl", process=False)
+        mesh = mesh.to_mesh() if isinstance(mesh, trimesh.Scene) else mesh
+        vertices, faces = mesh.vertices, getattr(mesh, "faces", ())
+    else:
+        if suffix == ".ply":
+            vertices, faces = read_ply(path.read_bytes())
+        else:
+            vertices, faces = (read_obj if suffix == ".obj" else read_off)(decode(path.read_bytes(), "replace"))
+        joined = len(np.unique(faces))
+        if 0 < joined < len(vertices) / 2:
+            raise ValueError(f"its {len(faces)} faces join only {joined} of its {len(vertices)} points; export "
+                             "the mesh alone, or the points without faces")
+    if len(faces) == 0:
+        return np.concatenate([vertices, loose])
+
+    if not 0 <= faces.min() <= faces.max() < len(vertices):
+        wrong = faces.min() if faces.min() < 0 else faces.max()
+        raise ValueError(f"a face names vertex {wrong} (from 0), but there are {len(vertices)}")
+    mesh = trimesh.Trimesh(vertices, faces, process=False)
+    corners = mesh.triangles.reshape(-1, 3)
+    if not np.isfinite(corners).all():
+        raise ValueError("its faces have NaN or infinite coordinates")
+    if mesh.area <= 1e-9 * np.ptp(corners, axis=0).max() ** 2:
+        raise ValueError("its faces have no area; export points as a cloud, without faces")
+    return np.concatenate([trimesh.sample.sample_surface(mesh, count, seed=random)[0], loose])
+
+
+def read_gltf(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Vertices and triangles of all meshes of a glTF scene, where it puts them, and the points of its clouds.
+    Raises: ValueError by the name of what trimesh would read as zeros, or skip.
+    """
+    import trimesh
+    raw = path.read_bytes()
+    tree = json.loads(raw[20:20 + int.from_bytes(raw[12:16], "little")] if raw[:4] == b"glTF" else raw)
+    harmless = ("KHR_materials", "KHR_texture", "KHR_lights", "KHR_xmp", "EXT_texture", "MSFT_texture")
+    for name in tree.get("extensionsRequired", []):
+        if not name.startswith(harmless):
+            raise ValueError(f"it needs the glTF extension {name}, which is not read; export it without "
+                             "compression, quantisation and instances")
+    for mesh in tree.get("meshes", []):
+        for primitive in mesh["primitives"]:
+            used = [primitive["attributes"]["POSITION"], primitive.get("indices")]
+            position, *indices = [tree["accessors"][k] for k in used if k is not None]
+            if position["componentType"] != 5126:  # the standard's number of float32
+                raise ValueError("its coordinates are quantised (KHR_mesh_quantization); export them as floats")
+            if any("bufferView" not in accessor or "sparse" in accessor for accessor in (position, *indices)):
+                raise ValueError("its coordinates are compressed or sparse; export them plainly")
+            if primitive.get("mode") == 6:
+                raise ValueError("it holds triangle fans; export triangles")
+
+    scene = trimesh.load(path, file_type=path.suffix[1:].lower(), process=False, skip_materials=True)
+    parts = scene.dump() if isinstance(scene, trimesh.Scene) else [scene]
+    meshes = [part for part in parts if isinstance(part, trimesh.Trimesh)]
+    clouds = [part.vertices for part in parts if isinstance(part, trimesh.PointCloud)]
+    mesh = trimesh.util.concatenate(meshes) if meshes else trimesh.Trimesh()
+    return mesh.vertices, mesh.faces, np.concatenate([np.empty((0, 3)), *clouds])
+
+
+def read_ply(raw: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Vertices (V, 3) and triangles (F, 3) of a PLY file."""
+    import trimesh
+    end = raw.find(b"end_header")
+    if not raw.startswith(b"ply") or end < 0:
+        raise ValueError("it has no PLY header")
+    header = re.sub(rb"[\x80-\xff]", b"?", raw[:end])  # comments come in all encodings
+    raw = header + raw[end:]
+    counts = {name.decode(): int(n) for name, n in re.findall(rb"^element\s+(\w+)\s+(\d+)", header, re.MULTILINE)}
+    if counts.get("tristrips"):
+        raise ValueError("it holds triangle strips; export it as triangles")
+    if counts.get("edge") and not counts.get("face"):
+        raise ValueError("it holds edges and no faces; export it as triangles")
+    try:
+        mesh = trimesh.load(io.BytesIO(raw), file_type="ply", process=False, skip_materials=True)
+        vertices, faces = mesh.vertices, getattr(mesh, "faces", np.empty((0, 3), np.int64))
+    except Exception:  # triangles and quads mixed, or a file that plyfile's message names better
+        vertices, faces = read_mixed_ply(raw)
+    if len(vertices) != counts.get("vertex", 0) or len(faces) < counts.get("face", 0):
+        raise ValueError(f"it declares {counts}, but holds {len(vertices)} points and {len(faces)} faces")
+    return vertices, faces
+
+
+def read_mixed_ply(raw: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """As read_ply, slower, but for faces of different numbers of corners, as Blender exports them."""
+    import plyfile
+    file = plyfile.PlyData.read(io.BytesIO(raw))
+    vertices = np.stack([file["vertex"][axis] for axis in "xyz"], axis=-1).astype(np.float64)
+    names = [one.name for element in file.elements if element.name == "face" for one in element.properties]
+    name = next((name for name in ("vertex_indices", "vertex_index") if name in names), None)
+    return vertices, fan(file["face"][name] if name else [])
+
+
+def read_obj(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Vertices (V, 3) and triangles (F, 3) of Wavefront's OBJ, whatever its groups and materials. An index
+    counts from 1, a negative one backwards from the last vertex *so far*.
+    """
+    vertices, polygons, has_lines = [], [], False
+    for line in text.replace("\\\r\n", " ").replace("\\\n", " ").splitlines():
+        keyword, *words = line.split("#")[0].split() or [""]
+        if keyword == "v":
+            if len(words) < 3:
+                raise ValueError(f"vertex {len(vertices) + 1} has {len(words)} coordinates")
+            vertices.append([float(word) for word in words[:3]])
+        elif keyword == "f":
+            corners = [int(word.split("/")[0]) for word in words]
+            polygons.append([i - 1 if i >= 0 else len(vertices) + i for i in corners])
+        elif keyword in ("l", "curv", "surf"):
+            has_lines = True
+    if has_lines and not polygons:
+        raise ValueError("it holds lines or curves and no faces; export it as triangles")
+    return np.array(vertices).reshape(-1, 3), fan(polygons)
+
+
+def read_off(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Vertices (V, 3) and triangles (F, 3) of an OFF file, also of ModelNet's, whose counts touch the word."""
+    text = re.sub(r"#.*", "", text)
+    header = re.match(r"\s*(?:(?:ST)?C?N?OFF)?\s*(\d+)\s+(\d+)", text, re.IGNORECASE)
+    if header is None:
+        raise ValueError("it has no header, expected OFF and the numbers of points and faces")
+    count, faces = int(header[1]), int(header[2])
+    rows = [line.split() for line in text[header.end():].splitlines()[1:]]
+    rows = [row for row in rows if row]
+    polygons = [[int(word) for word in row[1:1 + int(row[0])]] for row in rows[count:count + faces]]
+    is_whole = all(len(polygon) == int(row[0]) for polygon, row in zip(polygons, rows[count:]))
+    if len(rows) < count + faces or not is_whole:
+        raise ValueError(f"it declares {count} points and {faces} faces, but holds fewer; it was cut off")
+    vertices = [[float(word) for word in row[:3]] for row in rows[:count]]
+    return np.array(vertices).reshape(-1, 3), fan(polygons)
+
+
+def fan(polygons: list) -> np.ndarray:
+    """Triangles (F, 3) of polygons: the first corner with each two that follow one another."""
+    triangles = [(polygon[0], polygon[k], polygon[k + 1])
+                 for polygon in polygons for k in range(1, len(polygon) - 1)]
+    return np.array(triangles, np.int64).reshape(-1, 3)
+
+
+# ------ Many files
+def read_objects(files: list[Path], points: int, max_points: int, up: str) -> Tensor:
+    """Clouds of one size, at least `points` and at most `max_points`, one of each file. -> (N, P, 3)
+    Raises: UserError that names all files that cannot be read, ten at most.
+    """
+    clouds, problems = [], []
+    for path in tqdm(files, "reading", unit="object", disable=None):  # None: only where a person looks on
+        try:
+            clouds.append(read_object(path, points, max_points, up))
+        except (UserError, OSError) as error:
+            problems.append(str(error))
+    if len(problems) == 1:
+        raise UserError(problems[0])
+    if problems:
+        listed = "".join(f"\n  {problem}" for problem in problems[:10])
+        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise UserError(f"{len(problems)} of {len(files)} files cannot be used:{listed}{more}")
+
     count, random = min(map(len, clouds)), np.random.default_rng(0)
     clouds = [cloud if len(cloud) == count else cloud[random.choice(len(cloud), count, replace=False)]
               for cloud in clouds]
@@ -746,11 +1170,11 @@ def read_objects(files: list[Path], points: int, most: int) -> Tensor:
 def load_files(files: list[Path], points: int, up: str) -> Objects:
     """Single objects without labels. Of each file that cannot be read a line on stderr says why."""
     clouds, names = [], []
-    for file in files:
+    for path in files:
         try:
-            cloud = torch.from_numpy(read_object(file, points))[None]
-            clouds.append(to_unit_sphere(to_z_up(cloud, up), [file]))
-            names.append(str(file))
+            cloud = torch.from_numpy(read_object(path, points, up=up))[None]
+            clouds.append(to_unit_sphere(cloud, [path]))
+            names.append(printable(str(path)))
         except (UserError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
     if not clouds:
@@ -758,39 +1182,112 @@ def load_files(files: list[Path], points: int, up: str) -> Objects:
     return Objects(torch.cat(clouds), None, [], "files", names=names)
 
 
-def find_photographs(folder: Path, names: list[str]) -> list | None:
-    """A sorted list of each object's photographs, None without the folder. They lie in FOLDER/OBJECT, or
-    anywhere below FOLDER and are called OBJECT.*.png, as renderings of ModelNet are."""
+def files_below(folder: Path) -> list[Path]:
+    """All files below a folder, sorted, through links; without hidden ones and what systems leave there."""
+    leftovers = {"__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir"}
+    files = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        above = os.path.realpath(place) + os.sep
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in leftovers
+                      and not above.startswith(os.path.realpath(os.path.join(place, name)) + os.sep)]  # a loop
+        files += [Path(place, name) for name in names if not name.startswith(".") and name not in leftovers]
+    return sorted(files)
+
+
+def printable(name: str) -> str:
+    """The name of a file in characters that can be written; bytes that are no UTF-8 become U+FFFD."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
+def find_photographs(folder: Path, names: list[str], others: list[str] = ()) -> list | None:
+    """A sorted list of each object's photographs, None without the folder.
+
+    A picture belongs to the object that one of the folders around it is called, or else to that with the
+    longest name that its own name begins with: Chair.001.png to Chair.001, not to Chair. `others` are names
+    of objects of the other split, whose pictures may lie there, too. Folders of depth maps and masks beside
+    the photographs are skipped.
+    """
     if not folder.is_dir():
         return None
-    found = {name: [] for name in names}
-    for path in sorted(folder.rglob("*")):
-        top = path.relative_to(folder).parts[0]
-        owner = top if top in found else path.name.split(".")[0]
-        if path.suffix.lower() in (".png", ".jpg", ".jpeg") and owner in found:
-            found[owner].append(path)
-    missing = [name for name in names if not found[name]]
+    paths_of = {composed(name): [] for name in [*names, *others]}
+    ignored = Counter()
+    for path in files_below(folder):
+        parts = [composed(part) for part in path.relative_to(folder).parts]
+        owner = next((part for part in reversed(parts[:-1]) if part in paths_of), None)
+        ends = [match.start() for match in re.finditer(r"[._ -]|$", parts[-1])]
+        owner = owner or next((parts[-1][:end] for end in reversed(ends) if parts[-1][:end] in paths_of), None)
+        maps = {"depth", "depths", "mask", "masks", "depth_masks"} & {part.lower() for part in parts[:-1]}
+        if owner is None or maps - {owner.lower()}:
+            continue
+        if path.suffix.lower() in PHOTOGRAPHS:
+            paths_of[owner].append(path)
+        else:
+            ignored[path.suffix.lower() or "without extension"] += 1
+
+    missing = [name for name in names if not paths_of[composed(name)]]
+    unread = f"; {listed_counts(ignored)} there are not read, convert them to .jpg" if ignored else ""
     if len(missing) == len(names):
-        raise UserError(f"{folder} has no picture of any object; expected {folder / names[0]}/*.jpg")
+        raise UserError(f"{folder} has no picture of any object; expected {folder / printable(names[0])}/*.jpg"
+                        f"{unread}")
     if missing:
         print(f"warning: {folder} has no picture of {len(missing)} of {len(names)} objects, for example "
-              f"{missing[0]}; they get a rendered depth view", file=sys.stderr)
-    return [found[name] for name in names]
+              f"{missing[0]}; they get a rendered depth view{unread}", file=sys.stderr)
+    return [paths_of[composed(name)] for name in names]
 
 
-def read_lines(path: Path, missing: str = "README, Data, says what goes there") -> list[str]:
+def composed(name: str) -> str:
+    """A name with its accents composed (Unicode NFC), as not all systems write it."""
+    return unicodedata.normalize("NFC", printable(name))
+
+
+def listed_counts(counts: Counter) -> str:
+    """As "10 .pcd, 2 .las"."""
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common())
+
+
+# ------ Class names
+def clean_class_names(names: list[str], where: str) -> list[str]:
+    """Class names for the text tower: composed (NFC), with single blanks for `_` and for runs of blanks,
+    without marks that nobody sees.
+    Raises: UserError where there are fewer than two, or two that the tower sees as one, or other than names.
+    """
+    cleaned = []
+    for name in names:
+        seen = "".join(mark for mark in composed(name) if unicodedata.category(mark) != "Cf")  # as a BOM
+        cleaned.append(" ".join(seen.replace("_", " ").split()))
+    wrong = [name for name, as_given in zip(cleaned, names)
+             if not name or name.startswith("#") or name[0] == name[-1] == '"' or "\t" in as_given.strip()]
+    if wrong or all(re.match(r"\d+[.,:;)]?\s", name) for name in cleaned):
+        raise UserError(f"{where} has {(wrong or cleaned)[0]!r}; expected a class name alone, without quotes, "
+                        "numbers, columns and comments")
+    keys = [class_key(name) for name in cleaned]
+    twice = [name for name, key in zip(cleaned, keys) if keys.count(key) > 1]
+    if twice or len(cleaned) < 2:
+        problem = f"{twice[:4]}, which are one to the text tower" if twice else cleaned
+        raise UserError(f"{where} has {problem}; expected two or more different names")
+    return cleaned
+
+
+def class_key(name: str) -> str:
+    """What is compared of a class name: the text tower reads lower case, and folders often `_` for a blank."""
+    return " ".join(composed(name).replace("_", " ").lower().split())
+
+
+# ------ Text files
+def read_lines(path: Path, missing: str = LAYOUT) -> list[str]:
     """Lines of a text file that has to be there and say something, without empty ones."""
-    with reading(path, "expected lines of text", missing):
-        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    with reading(path, "expected lines of text, saved as UTF-8", missing):
+        lines = [line.strip() for line in decode(path.read_bytes()).splitlines() if line.strip()]
     if not lines:
-        raise UserError(f"{path} is empty; README, Data, says what is in it")
+        raise UserError(f"{path} is empty; {LAYOUT}")
     return lines
 
 
 @contextmanager
-def reading(path: Path, repair: str, missing: str = "README, Data, says what goes there"):
+def reading(path: Path, repair: str, missing: str = LAYOUT):
     """To read a file under (`with`): whatever its parser raises becomes a UserError that names it.
-    Raises: FileNotFoundError if it is not there."""
+    Raises: FileNotFoundError if it is not there.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no {path}; {missing}")
     try:

@@ -5,9 +5,7 @@
     python eval.py --dataset modelnet40 --preview sheet.png             # what the models see of a data set
 """
 import argparse
-import ast
 import csv
-import hashlib
 import json
 import math
 import os
@@ -25,7 +23,7 @@ from tqdm import tqdm
 
 from data import (DATASETS, UP, Objects, UserError, dataset_row, draw_views, fixed_images, load_dataset,
                   load_files, read_lines, to_unit_sphere, training_photographs)
-from model import (STARTS, TEMPLATES, CrossMoST, build_model, load_checkpoint, precision_for, read_start,
+from model import (CODE, STARTS, TEMPLATES, CrossMoST, build_model, load_checkpoint, precision_for, read_start,
                    start_file, whole_file)
 
 # Each modality's own opinion, and the mean of the two probabilities.
@@ -60,7 +58,7 @@ def embed(model: CrossMoST, objects: Objects, views: int | None = None, batch_si
             points = objects.points[start:start + len(images)].to(device)
             start += len(images)
             outputs = model(model.normalise(images), points)
-            batches.append({name: value.cpu() for name, value in vars(outputs).items()})
+            batches.append({name: value.cpu() for name, value in outputs._asdict().items() if value is not None})
             bar.update(len(images))
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
@@ -544,27 +542,6 @@ def report(args, results: dict, which: str, objects: Objects, probs: dict[str, T
 
 # ------ Command lines, train.py's as well -------------------------------------------------------------------
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def code_hash(*modules: str) -> str:
-    """Eight letters that change with what these modules beside this file do.
-
-    Comments, docstrings and layout do not change it. (A new Python version might.)
-    """
-    digest = hashlib.sha256()
-    for module in modules:
-        tree = ast.parse(Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-            if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
-                node.body[0].value.value = ""
-        digest.update(ast.unparse(tree).encode())
-    return digest.hexdigest()[:8]
-
-
-# A run that other code began must not continue, and its figures are not ours. Hashed at import, because the
-# files may be edited while a run lasts.
-CODE = code_hash("losses", "model", "data", "train")
 
 
 @contextmanager

@@ -58,8 +58,8 @@ def self_training_loss(logits: Tensor, labels: Tensor, keep: Tensor) -> Tensor:
 def fairness_loss(logits: Tensor, shares: list[float] | None = None) -> Tensor:
     """Cross-entropy of the batch's mean prediction against the names' expected shares, in nats [fairness].
 
-    -sum_k q_k log( mean_batch softmax(l) )_k.  It keeps the student from giving every object the same name, and
-    is least where the mean prediction equals q.
+    -sum_k q_k log( mean_batch softmax(l) )_k.  It keeps the student from giving every object the same name,
+    and is least where the mean prediction equals q.
 
     Args:
         logits: (B, C) of the student.
@@ -78,11 +78,11 @@ def cross_modal_alignment_loss(image_features: Tensor, point_features: Tensor,
                                temperature: float = 1.0) -> Tensor:
     """Pull the two views of an object together, push those of different objects apart [cross-align].
 
-    A = f_P f_I^T / temperature (B x B);  CE(A, identity) + CE(A^T, identity), each a mean over B objects, in nats.
+    A = f_P f_I^T / temperature (B x B);  CE(A, identity) + CE(A^T, identity), each a mean over B, in nats.
 
-    The method has no temperature (1), and takes all objects, whether kept or not. If features of an object are
-    equal and those of different objects orthogonal, it costs 2 log(1 + (B - 1) exp(-1 / temperature)). Half of it
-    is ULIP's InfoNCE. Features are (B, E), of unit norm.
+    The method has no temperature (1), and takes all objects, whether kept or not. If features of
+    an object are equal and those of different objects orthogonal, it costs 2 log(1 + (B - 1)
+    exp(-1 / temperature)). Half of it is ULIP's InfoNCE. Features are (B, E), of unit norm.
     """
     similarity = point_features.float() @ image_features.float().T / temperature  # (B, B)
     itself = torch.arange(len(similarity), device=similarity.device)
@@ -92,7 +92,8 @@ def cross_modal_alignment_loss(image_features: Tensor, point_features: Tensor,
 def global_local_alignment_loss(cls_features: Tensor, token_features: Tensor, hidden: Tensor) -> Tensor:
     """Mean squared distance of hidden tokens to their object's global feature [gl-align].
 
-    sum over hidden tokens of ||t - g||^2 / their number: 0 to 4 for unit vectors, 0 if none is hidden.
+    sum over hidden tokens of ||t - g||^2 / their number: 0 to 4 for unit vectors, 0 if none is
+    hidden.
 
     Args:
         cls_features: g, (B, E), unit norm.
@@ -130,9 +131,9 @@ def masked_image_loss(prediction: Tensor, images: Tensor, hidden: Tensor) -> Ten
 def masked_point_loss(prediction: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
     """Reconstruct the hidden point groups [mpm] (Deviations D1: what is rebuilt, D2: the divisor).
 
-    Tokens, (B, G, D): mean absolute error over hidden groups and D. Points, (B, G, S, 3): Chamfer distance, the
-    mean of the nearest squared distances over hidden groups and both directions, in squared units of the unit
-    sphere. The target carries no gradient.
+    Tokens, (B, G, D): mean absolute error over hidden groups and D. Points, (B, G, S, 3): Chamfer
+    distance, the mean of the nearest squared distances over hidden groups and both directions, in
+    squared units of the unit sphere. The target carries no gradient.
 
     Args:
         prediction, target: both tokens, or both points.
@@ -142,7 +143,8 @@ def masked_point_loss(prediction: Tensor, target: Tensor, hidden: Tensor) -> Ten
     if target.dim() == 3:
         error = (prediction.float() - target).abs().mean(dim=-1)  # (B, G)
     else:
-        distance = (prediction.float().unsqueeze(-2) - target.unsqueeze(-3)).square().sum(dim=-1)  # (B, G, S, S)
+        difference = prediction.float().unsqueeze(-2) - target.unsqueeze(-3)  # (B, G, S, S, 3)
+        distance = difference.square().sum(dim=-1)
         to_target = distance.amin(dim=-1).mean(dim=-1)
         to_prediction = distance.amin(dim=-2).mean(dim=-1)
         error = (to_target + to_prediction) / 2
@@ -153,7 +155,8 @@ def masked_terms(out, images: Tensor, image_hidden: Tensor | None,
                  point_hidden: Tensor | None) -> dict[str, Tensor]:
     """mim, mpm and gl-align by name, of each modality that has something hidden.
 
-    out: what CrossMoST returns; images: (B, 3, H, W) normalised; masks: (B, L) and (B, G) bool, or None.
+    out: what CrossMoST returns; images: (B, 3, H, W) normalised; masks: (B, L) and (B, G) bool,
+    or None.
     """
     terms = {}
     if image_hidden is not None:
@@ -168,8 +171,8 @@ def masked_terms(out, images: Tensor, image_hidden: Tensor | None,
 def name_alignment_loss(features: Tensor, texts: Tensor, labels: Tensor, logit_scale: Tensor) -> Tensor:
     """ULIP's InfoNCE against text, where a name counts once however many objects bear it (Deviation D21).
 
-    With logits s f t^T: an object against all names, CE(logits, y), and a name against all objects, where every
-    object that bears it is a positive; the mean of the two, in nats.
+    With logits s f t^T: an object against all names, CE(logits, y), and a name against all
+    objects, where every object that bears it is a positive; the mean of the two, in nats.
 
     Args:
         features: f, (B, E), unit norm.
@@ -270,9 +273,9 @@ def transduced_labels(probs: Tensor, image_features: Tensor, point_features: Ten
                       rounds: int = 10, part: int = 1024) -> Tensor:
     """Name all objects at once, from what the teacher says of each [together] (StatA, arXiv 2501.03729).
 
-    Each name has a Gaussian in each modality. It begins at the name's text and moves towards the objects that
-    bear the name, as far as there are any. An absent name has no objects and stays at its text, so no shares of
-    the names are assumed.
+    Each name has a Gaussian in each modality. It begins at the name's text and moves towards the
+    objects that bear the name, as far as there are any. An absent name has no objects and stays
+    at its text, so no shares of the names are assumed.
 
     start:   z = p,  mu_mk = t_k,  s_mk = S_m = sum_ik p_ik (f_mi - t_k)^2 / N
     names:   z_ik ~ p_ik exp( (1/T) [ sum_m sum_d ( -(f_mid - mu_mkd)^2 / (2 s_mkd) - log(s_mkd) / 2 )
@@ -281,8 +284,9 @@ def transduced_labels(probs: Tensor, image_features: Tensor, point_features: Ten
              mu_mk = norm( b_k norm(mean_z f_m) + (1 - b_k) t_k )
              s_mk = b_k mean_z (f_m - mu_mk)^2 + (1 - b_k) (S_m + (t_k - mu_mk)^2)
 
-    w_ij is the similarity of object i and its k nearest j, the mean of both modalities, and 0 for all others.
-    Names and moves take turns, `rounds` times. Squares of vectors are taken by dimension d.
+    w_ij is the similarity of object i and its k nearest j, the mean of both modalities, and 0 for
+    all others. Names and moves take turns, `rounds` times. Squares of vectors are taken by
+    dimension d.
 
     Args:
         probs: p, (N, C), the teacher's joint probabilities.
@@ -340,7 +344,8 @@ def similar_objects(features: Tensor, neighbours: int, part: int) -> Tensor:
 def expected_square(features: Tensor, weights: Tensor, centres: Tensor) -> Tensor:
     """sum_i weights_ik (f_mi - centre_k)^2 by dimension, (2, C, E), without an N x C x E tensor.
 
-    features (2, N, E), weights (N, C), centres (2, C, E) or (C, E). From the moments: E f^2 - 2 c E f + c^2.
+    features (2, N, E), weights (N, C), centres (2, C, E) or (C, E). From the moments: E f^2 - 2 c
+    E f + c^2.
     """
     square = (weights.T @ features.square()
               - 2 * centres * (weights.T @ features)
@@ -349,7 +354,10 @@ def expected_square(features: Tensor, weights: Tensor, centres: Tensor) -> Tenso
 
 
 def log_density(features: Tensor, means: Tensor, variances: Tensor) -> Tensor:
-    """Log density of features (2, N, E) under each name's Gaussian (2, C, E), less a constant. -> (2, N, C)"""
+    """Log density, less a constant, of features (2, N, E) under each name's Gaussian (2, C, E).
+
+    -> (2, N, C)
+    """
     means = means.expand(2, -1, -1)
     precision = (1 / variances).expand(2, *means.shape[-2:])
     distance = (features.square() @ precision.mT

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import textwrap
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -318,6 +319,52 @@ def test_groups_equal_brute_force_and_follow_a_translation_and_masks_are_blocks(
         assert any(row[mask].max() < row[~mask].min() for row in distance)
 
 
+def test_the_gpus_kernel_chooses_the_points_the_loop_chooses(tmp_path):
+    """Triton's interpreter runs it on a CPU. It has to be asked for before Triton is imported."""
+    pytest.importorskip("triton")
+    (tmp_path / "compare.py").write_text(textwrap.dedent("""
+        import torch
+        from model import farthest_point_kernel, farthest_point_sample, launch_farthest_points
+        kernel = farthest_point_kernel(torch.device("cpu"))
+        for size in ((3, 64, 20), (2, 100, 100), (1, 2049, 33), (1, 1, 1), (2, 7, 5), (2, 33, 1)):
+            batch, total, count = size
+            torch.manual_seed(total)
+            cloud = torch.randn(batch, total, 3)
+            turned = torch.randn(batch, 3, total).transpose(1, 2)  # not contiguous
+            for points in (cloud, turned, (2 * cloud).round(), cloud.round().clamp(-1, 1), 0 * cloud):  # ties
+                chosen = launch_farthest_points(kernel, points, count)
+                assert torch.equal(chosen, farthest_point_sample(points, count)), size
+        print("equal")
+    """))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE)}
+    command = [sys.executable, tmp_path / "compare.py"]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ran.stdout == "equal\n" and "warning" not in ran.stderr, ran.stderr[-2000:]
+
+
+def test_the_loop_takes_the_first_of_equally_far_points_and_the_place_of_a_kernel_that_is_not_there(
+        monkeypatch, capsys):
+    corners = torch.tensor([[[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [-1, 0, 0]]]).repeat(1, 40, 1)
+    # Four corners, forty times each, are equally far from the others; at last every point is one of the chosen.
+    assert farthest_point_sample(corners, 6).tolist() == [[0, 1, 2, 3, 4, 0]]
+    monkeypatch.setitem(sys.modules, "triton", None)  # as on Windows
+    assert models.farthest_point_kernel.__wrapped__(torch.device("cpu")) is None
+    assert "slower (ModuleNotFoundError" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("total, count", [(2048, 512), (2048, 64), (8192, 512), (10000, 64), (100, 100)])
+def test_on_a_gpu_one_launch_chooses_the_points_the_loop_chooses(monkeypatch, total, count):
+    clouds = data.to_unit_sphere(data.sample_shapes(32, 0, points=total).points).cuda()
+    assert models.farthest_point_kernel(clouds.device)
+    for points in (clouds, (20 * clouds).round()):  # and with ties
+        chosen = farthest_point_sample(points, count)
+        assert torch.equal(chosen.cpu(), farthest_point_sample(points.cpu(), count))
+        with monkeypatch.context() as patch:
+            patch.setattr(models, "farthest_point_kernel", lambda device: None)
+            assert torch.equal(chosen, farthest_point_sample(points, count))
+
+
 # ------ encoders, teacher, starts ---------------------------------------------------------------------------
 @pytest.mark.parametrize("quick_gelu, theirs, ours", [
     (False, {}, {}), (True, {}, {}),
@@ -354,7 +401,7 @@ def test_what_is_hidden_does_not_reach_the_features_and_points_have_no_order():
     both = model(torch.stack([images, other], dim=1), None).image_logits  # two views
     assert torch.allclose(both, (one.image_logits + two.image_logits) / 2, atol=1e-4)
     model.classifier = None
-    assert not hasattr(model(None, points), "point_logits")
+    assert model(None, points).point_logits is None
 
 
 def test_the_model_knows_its_precision_which_is_of_the_networks_only(monkeypatch):
@@ -411,6 +458,25 @@ def test_another_point_encoder_needs_no_more_than_the_contract_says(monkeypatch)
     members = sum((group["params"] for group in models.parameter_groups(model, 0.1, 0.9, frozen)), [])
     assert len(members) == len(list(model.parameters())) - 2  # but weight and bias of `into`
     assert models.PointEncoder is Mean and options().freeze == ["point_encoder.encoder"]
+
+
+@pytest.mark.parametrize("channels", [3, 6])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_mini_pointnet_on_rows_is_that_of_convolutions_in_training_too(channels, training):
+    rows = randomise(models.MiniPointNet([32, 64, 96], 48, channels)).train(training)
+    convolutions, groups = copy.deepcopy(rows), torch.randn(3, 8, 16, channels)
+    tokens = rows(groups)
+    local = convolutions.first_conv(groups.flatten(0, 1).transpose(1, 2))
+    whole = local.amax(dim=2, keepdim=True).expand_as(local)
+    expected = convolutions.second_conv(torch.cat([whole, local], dim=1)).amax(dim=2).unflatten(0, (3, 8))
+    assert tokens.shape == (3, 8, 48)
+    assert (tokens - expected).abs().max() <= (1e-5 if training else 4e-7)
+    for after, other in zip(rows.buffers(), convolutions.buffers()):  # BatchNorm's statistics
+        assert torch.allclose(after, other, atol=1e-6)
+    weight = torch.randn_like(tokens)
+    (tokens * weight).sum().backward(), (expected * weight).sum().backward()
+    for (name, after), other in zip(rows.named_parameters(), convolutions.parameters()):
+        assert torch.allclose(after.grad, other.grad, atol=1e-3, rtol=1e-3), name
 
 
 @pytest.mark.parametrize("target", ["tokens", "points"])
@@ -1552,12 +1618,51 @@ def test_a_start_made_here_is_kept_by_what_made_it(tmp_path, monkeypatch):
     assert start(*clip, "--lr", "1") == aligned
 
 
+def test_pre_training_that_stops_goes_on_to_the_bit_logs_its_speed_and_refuses_what_is_not_finite(tmp_path, monkeypatch):
+    values = dict(objects=40, passes=3, batch=8, lr=1e-3, weight_decay=0.05)
+    monkeypatch.setattr(train, "PRETRAIN", {"tiny": values})
+    monkeypatch.setattr(train, "SAVE_EVERY", 0)
+    real = train.pretrain_loss
+
+    def make(folder, stop=None, spoil=None):
+        steps = []
+
+        def loss(*given):
+            steps.append(1)
+            if len(steps) == stop:
+                raise KeyboardInterrupt
+            return real(*given) * (math.inf if len(steps) == spoil else 1)
+        monkeypatch.setattr(train, "pretrain_loss", loss)
+        argv = ["--stage", "pretrain", "--cache", str(folder), "--points", "64", "--groups", "8", "--group-size", "8"]
+        path = train.find_start(options(*argv), None)
+        return len(steps), models.read_file(path)["model"], path
+    steps, whole, path = make(tmp_path / "whole")
+    rows = [json.loads(line) for line in path.with_suffix(".log.jsonl").read_text().splitlines()]
+    assert steps == 15 and [row["step"] for row in rows] == [5, 10, 15] and rows[0]["objects_per_second"] > 0
+    assert not path.with_suffix(".last.pt").exists()
+
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "parts", stop=8)  # in the second of three passes
+    steps, parts, _ = make(tmp_path / "parts")
+    assert steps == 10 and same(whole, parts)
+    assert_refused("loss of pre-training is not finite at step 5", make, tmp_path / "spoilt", spoil=2)
+
+
+def test_a_start_that_other_code_made_is_used_and_said_to_be_so(capsys, monkeypatch):
+    for code, says in ((models.read_start(models.start_file("tiny", None))["options"].get("code"), False),
+                       ("other", True)):
+        monkeypatch.setattr(models, "CODE", code)
+        models.load_start(models.start_file("tiny", None))
+        assert ("other code made this start" in capsys.readouterr().out) == says
+
+
 def test_a_point_encoder_is_aligned_to_a_frozen_clip_with_the_targets_clouds(tmp_path, monkeypatch):
     name, point, loss = "ViT-S-32-alt", dict(groups=8, group_size=8), Mock(wraps=train.pretrain_loss)
     own, targets = data.sample_shapes(8, 0, points=64), data.sample_shapes(20, 3, points=64)
     monkeypatch.setattr(train, "pretrain_loss", loss)
     monkeypatch.setattr(train, "sample_shapes", lambda *_, **__: own)
-    monkeypatch.setattr(train, "PRETRAIN", {"clip": (8, 12, 4, 1e-3, 0.1)})
+    values = dict(objects=8, passes=12, batch=4, lr=1e-3, weight_decay=0.1)
+    monkeypatch.setattr(train, "PRETRAIN", {"clip": values})
     sizes = ["--pretrain-epochs", "1", "--points", "64", "--groups", "8", "--group-size", "8"]
     path = train.find_start(options("--model", name, "--cache", str(tmp_path), *sizes), targets)
     # Eight procedural objects with their names, and with them the target's twenty clouds, without.
@@ -1577,6 +1682,7 @@ def test_on_a_gpu_nothing_mixes_devices_or_waits_for_a_value(tmp_path, monkeypat
     randint = torch.randint  # a single one is a template's number: a fake tensor has none, on the CPU either
     monkeypatch.setattr(torch, "randint", lambda top, size, **more: randint(top, size, **more) if size else 0)
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)
+    monkeypatch.setattr(models, "farthest_point_kernel", lambda device: None)  # it needs real memory
     with FakeTensorMode(allow_non_fake_inputs=True):
         try:
             torch.rand(2, device="cuda:0").argsort()
@@ -1797,7 +1903,7 @@ def test_the_code_s_hash_changes_with_what_code_does_and_not_with_what_it_says(t
 
     def hash_of(text):
         (tmp_path / "losses.py").write_text(text)
-        return evaluation.code_hash("losses")
+        return models.code_hash("losses")
     code = '"""One."""\nimport math\nclass A:\n    """Two."""\n    def f(self):\n        """Three."""\n' \
         '        return {}  # four\n'
     before = hash_of(code.format("1 + 1"))

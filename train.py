@@ -29,24 +29,24 @@ from tqdm import tqdm
 
 from data import (DATASETS, MODELNET10, Objects, UserError, dataset_row, draw_views, load_dataset, lock,
                   random_yaw, sample_shapes, training_photographs)
-from eval import (CODE, COUNT, SHARE, WEIGHT, add_data_options, add_device_options, assess, embed, number,
+from eval import (COUNT, SHARE, WEIGHT, add_data_options, add_device_options, assess, embed, number,
                   one_line_errors, option_parser, plot_curves, pseudo_label_quality, table, to_probs, top_one,
                   write_predictions, write_whole)
 from losses import (RULES, Evidence, cross_modal_alignment_loss, fairness_loss, masked_terms,
                     name_alignment_loss, self_training_loss, transduced_labels)
-from model import (STARTS, TEMPLATES, CrossMoST, build_model, hide_groups, hide_patches, parameter_groups,
-                   precision_for, random_tiny, read_file, read_start, save_file, save_start, start_file,
-                   teacher_momentum, train_mode, update_teacher)
+from model import (CODE, STARTS, TEMPLATES, CrossMoST, PointEncoder, build_model, hide_groups,
+                   hide_patches, parameter_groups, precision_for, random_tiny, read_file, read_start,
+                   save_file, save_start, start_file, teacher_momentum, train_mode, update_teacher)
 
 # ------ Recipes: which values hold for a data set and a start -----------------------------------------------
-# The small start is trained for hundreds of steps instead of 10^5, so its learning rate is larger. Its
-# confidences are low, so the threshold is lower. It has 4 x 4 patches: few are hidden, and painting them back
-# weighs little. Measured on `shapes`.
+# The small start is trained for hundreds of steps instead of 10^5, so its learning rate is
+# larger. Its confidences are low, so the threshold is lower. It has 4 x 4 patches: few are
+# hidden, and painting them back weighs little. Measured on `shapes`.
 SMALL = dict(epochs=3, batch_size=32, lr=2e-3, layer_decay=1.0, momentum=0.999, points=1024, views=12,
              threshold=[0.6], mask_ratio=0.1, w_fair=2.0, w_mim=0.1, w_mpm=0.1, w_gl=0.02,
              cross_temperature=0.07, precision="fp32", eval_every=2)
-# What a scanner sees is far from what the small start has seen. The teacher follows sooner and for longer, and
-# `fairness` weighs more against the many wrong names of the first epochs.
+# What a scanner sees is far from what the small start has seen. The teacher follows sooner and
+# for longer, and `fairness` weighs more against the many wrong names of the first epochs.
 SMALL_ON_SCANS = dict(SMALL, epochs=10, momentum=0.99, w_fair=4.0)
 # A user's folder mostly holds a few hundred objects: more passes make enough steps.
 SMALL_ON_FOLDER = dict(SMALL, epochs=20)
@@ -55,8 +55,8 @@ SMALL_ON_FOLDER = dict(SMALL, epochs=20)
 RENEW_EVERY = 5
 
 # Options that do not change what is computed: a run may continue with others.
-NO_MATTER = ("out", "cache", "data_root", "download", "resume", "device", "log_every", "eval_every", "compile",
-             "grad_checkpointing", "stage")
+NO_MATTER = ("out", "cache", "data_root", "download", "resume", "device", "log_every", "eval_every",
+             "compile", "grad_checkpointing", "stage")
 # Options that say what is trained on what: the tables of results have columns for them.
 SETTING = ("dataset", "domain", "model", "pretrained", "start_checkpoint", "pretrain_epochs", "precision",
            "seed")
@@ -69,8 +69,8 @@ LEFT_BY_A_RUN = ("last.pt", "log.jsonl", "results.json", "curves.png", "predicti
 def recipe_of(given: dict) -> dict:
     """The values that hold in place of the original's: {option: (value, where it comes from)}.
 
-    given: the options of the command line. Later layers win over earlier ones; what the command line gives wins
-    over all of them (parse_args).
+    given: the options of the command line. Later layers win over earlier ones; what the command
+    line gives wins over all of them (parse_args).
     """
     dataset = given.get("dataset", "shapes")
     in_file = read_start(given["start_checkpoint"])["options"] if "start_checkpoint" in given else {}
@@ -82,7 +82,8 @@ def recipe_of(given: dict) -> dict:
     layers = [("data set", row)]
     if given.get("labels") == "separate" or given.get("modalities", "both") != "both":
         layers.append(("data set, without joint labels", {"threshold": row["separate"]}))
-    layers.append(("start", STARTS.get(model, STARTS["crossmost"])))  # any open_clip model cuts as `crossmost`
+    # A model of open_clip's has no values of its own: its clouds are cut as those of `crossmost`.
+    layers.append(("start", STARTS.get(model, STARTS["crossmost"])))
     if model == "tiny":
         small = SMALL_ON_FOLDER if is_folder else SMALL_ON_SCANS if is_scanned else SMALL
         layers.append(("small start's recipe", small))
@@ -101,8 +102,9 @@ def recipe_of(given: dict) -> dict:
 def parse_args(argv=None) -> argparse.Namespace:
     """All options of a run, and three things about them.
 
-    sources: {option: where its value comes from}; changed: {option: value} of the method's options that are other
-    than the defaults for this data set and start; changes: the same, and the seed, as a sentence.
+    sources: {option: where its value comes from}; changed: {option: value} of the method's
+    options that are other than the defaults for this data set and start; changes: the same, and
+    the seed, as a sentence.
     """
     parser = make_parser()
     argv = sys.argv[1:] if argv is None else argv
@@ -148,7 +150,8 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("method").add_argument
     group("--modalities", choices=("both", "image", "point"), default="both", help="what is trained")
     rules = "; ".join(f"{name}: {rule.purpose}" for name, rule in RULES.items())
-    group("--labels", choices=tuple(RULES), default="joint", help=f"joint-label: who names the objects. {rules}")
+    group("--labels", choices=tuple(RULES), default="joint",
+          help=f"joint-label: who names the objects. {rules}")
     group("--threshold", type=SHARE, nargs="+", help="joint-label: confidence to exceed; two if separate")
     group("--point-weight", type=WEIGHT, help="joint-label: factor on the point confidence")
     group("--w-fair", type=WEIGHT, default=1.0, help="fairness: weight; 0 removes it, as for all weights")
@@ -165,20 +168,23 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("optimisation").add_argument
     group("--epochs", type=COUNT, default=200, help="passes over the training objects")
     group("--batch-size", type=COUNT, default=128, help="objects per step, of all GPUs together")
-    group("--lr", type=WEIGHT, default=2e-5, help="peak learning rate for a batch of 256; it is scaled to yours")
+    group("--lr", type=WEIGHT, default=2e-5,
+          help="peak learning rate of a batch of 256; a batch of 128 gets half of it")
     group("--weight-decay", type=WEIGHT, default=0.05, help="AdamW, not on 1-D parameters")
     group("--layer-decay", type=SHARE, default=0.65, help="factor on lr for each image block below the last")
     group("--warmup-epochs", type=WEIGHT, default=1.0, help="epochs of linear warm-up")
-    group("--freeze", nargs="*", default=["point_encoder.encoder"],
+    group("--freeze", nargs="*", default=[f"point_encoder.{name}" for name in PointEncoder.frozen_by_default],
           help="modules or parameters that are not trained, in place of the default: the mini-PointNet")
 
     group = parser.add_argument_group("run").add_argument
     group("--stage", choices=("pretrain", "train"), default="train", help="pretrain: only make the start")
-    group("--out", type=Path, help="results folder (default: runs/DATASET-MODEL and what differs from defaults)")
+    group("--out", type=Path,
+          help="results folder (default: runs/DATASET-MODEL and what differs from the defaults)")
     group("--seed", type=number(0, 2 ** 32, int), default=0, help="of a new start, views, order and masks")
     group("--resume", action=argparse.BooleanOptionalAction, default=True, help="continue OUT/last.pt")
     add_device_options(group)
-    group("--compile", action="store_true", help="compile the encoders' blocks (slow first step, then faster)")
+    group("--compile", action="store_true",
+          help="compile the encoders' blocks: the first step is slow, later ones are faster")
     group("--grad-checkpointing", action="store_true", help="less memory: compute image blocks twice")
     group("--eval-every", type=number(0, convert=int), default=5,
           help="epochs between evaluations of the teacher; 0: only at the end")
@@ -187,7 +193,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run_name(args, differing: dict) -> str:
-    """The results folder's name: data set, start, and what differs from the defaults in the options' order."""
+    """The results folder's name: data set, start, and what differs from the defaults.
+
+    The options stand in the parser's order, so that one command always has one folder.
+    """
     parts = [Path(args.dataset).name, args.model.replace("/", "-")]
     for option, value in differing.items():
         if option not in ("dataset", "model"):
@@ -234,7 +243,8 @@ def print_settings(args):
 def train_step(student, teacher, views, optimizer, step, total_steps, args, truth=None, together=None):
     """One update of the student, then of the teacher. Returns the detached terms and the labels used.
 
-    `views` holds images and point clouds only. True labels enter for the oracle alone (`--labels truth`).
+    `views` holds images and point clouds only. True labels enter for the oracle alone (`--labels
+    truth`).
 
     Args:
         student: CrossMoST, or under torchrun its DistributedDataParallel.
@@ -253,7 +263,8 @@ def train_step(student, teacher, views, optimizer, step, total_steps, args, trut
     # The teacher sees the weak views and names the objects [joint-label].
     labels = teacher_labels(teacher, views, step, args, truth, together)
 
-    # The student must agree from the strong, masked views, align its modalities and repaint what was hidden.
+    # The student must agree from the strong, masked views, align its modalities and repaint what
+    # was hidden.
     weights = {"self_image": 1, "self_point": 1, "fair_image": args.w_fair, "fair_point": args.w_fair,
                "mim": args.w_mim, "mpm": args.w_mpm, "gl_image": args.w_gl, "gl_point": args.w_gl,
                "cross": args.w_cross}
@@ -274,8 +285,8 @@ def teacher_labels(teacher: CrossMoST, views: dict, step: int, args, truth: Tens
                    together: Tensor | None = None) -> dict[str, tuple[Tensor, Tensor]]:
     """The rule of `--labels` applied to the teacher's view of the weak images and clouds [joint-label].
 
-    Returns {modality: (labels (B,), keep (B,))} of the whole batch. A modality that is not trained gives no
-    probabilities, and the teacher is not asked at all where the truth is known.
+    Returns {modality: (labels (B,), keep (B,))} of the whole batch. A modality that is not
+    trained gives no probabilities, and the teacher is not asked at all where the truth is known.
     """
     image_probs = point_probs = None
     if truth is None:
@@ -293,8 +304,8 @@ def teacher_labels(teacher: CrossMoST, views: dict, step: int, args, truth: Tens
 def student_terms(student, views: dict, labels: dict, args) -> dict[str, Tensor]:
     """Every term of the loss, by name, from the student's strong and masked views.
 
-    self-training, fairness and cross-align see the whole batch, also under torchrun; the masked terms are means
-    over this process's own share.
+    self-training, fairness and cross-align see the whole batch, also under torchrun; the masked
+    terms are means over this process's own share.
     """
     model = without_ddp(student)
     images = None if args.modalities == "point" else model.normalise(views["strong_image"])
@@ -326,8 +337,8 @@ def student_terms(student, views: dict, labels: dict, args) -> dict[str, Tensor]
 def learning_rate(step: int, total_steps: int, args) -> float:
     """Linear warm-up, then a cosine from the peak to its twentieth at the last step.
 
-    The peak is lr x batch / 256. The first step has 1 / warm-up steps of it: a rate of 0 would waste that step.
-    The original's numbers end at a twentieth of the peak, too: 1e-6 of 2e-5.
+    The peak is lr x batch / 256. The first step has 1 / warm-up steps of it: a rate of 0 would
+    waste that step. The original's numbers end at a twentieth of the peak, too: 1e-6 of 2e-5.
     """
     peak = args.lr * args.batch_size / 256
     warmup_steps = int(args.warmup_epochs * total_steps / args.epochs)
@@ -342,8 +353,8 @@ def learning_rate(step: int, total_steps: int, args) -> float:
 def self_train(state: "TrainingState", objects: Objects, test: Objects, args):
     """Train from the last saved epoch to the last one; log, evaluate and save on the way.
 
-    Everything random in an epoch follows from the seed and the epoch's number, so that a run that stops and goes
-    on from a saved epoch computes what one does that never stopped.
+    Everything random in an epoch follows from the seed and the epoch's number, so that a run that
+    stops and goes on from a saved epoch computes what one does that never stopped.
     """
     batch_size = min(args.batch_size, len(objects))
     steps_per_epoch = len(objects) // batch_size
@@ -353,42 +364,48 @@ def self_train(state: "TrainingState", objects: Objects, test: Objects, args):
     student = with_ddp(state.student)
     train_mode(state.student, args.freeze)
 
-    bar = tqdm(total=args.epochs * steps_per_epoch * batch_size, initial=state.epoch * steps_per_epoch * batch_size,
-               desc="self-training", unit="object", unit_scale=True, disable=not leader())
+    per_epoch = steps_per_epoch * batch_size
+    bar = tqdm(total=args.epochs * per_epoch, initial=state.epoch * per_epoch, desc="self-training",
+               unit="object", unit_scale=True, disable=not leader())
     interval, interval_began, last_save = [], time.perf_counter(), time.perf_counter()
     for epoch in range(state.epoch, args.epochs):
         if args.labels == "together" and epoch % RENEW_EVERY == 0:
             state.together = name_together(state.teacher, objects, args)
 
+        # All processes shuffle alike; then each draws its own views.
         torch.manual_seed(args.seed * 100_003 + epoch)
         batches = torch.randperm(len(objects)).split(batch_size)[:steps_per_epoch]
+        torch.manual_seed((args.seed * 100_003 + epoch) * 1_009 + rank())
         shares = [my_share(batch) for batch in batches]
-        torch.manual_seed((args.seed * 100_003 + epoch) * 1_009 + rank())  # each process draws its own views
         photographs = training_photographs(objects, shares, image_size, torch.initial_seed())
 
-        for step, (batch, share, pictures) in enumerate(zip(batches, shares, photographs), epoch * steps_per_epoch):
+        step = epoch * steps_per_epoch
+        for batch, share, pictures in zip(batches, shares, photographs):
             views = draw_views(points[share.to(args.device)], image_size, pictures)
             truth = None if objects.labels is None else objects.labels[batch].to(args.device)
             together = None if state.together is None else state.together[batch].to(args.device)
-            terms, labels = train_step(student, state.teacher, views, state.optimizer, step, total_steps, args,
-                                       truth if args.labels == "truth" else None, together)
+            oracle = truth if args.labels == "truth" else None
+            terms, labels = train_step(student, state.teacher, views, state.optimizer, step, total_steps,
+                                       args, oracle, together)
             interval.append((step, terms, labels, truth))
+            step += 1
             bar.update(batch_size)
 
             # Reading a value waits for a GPU, so values are read once per interval.
-            if (step + 1) % args.log_every == 0 or (step + 1) % steps_per_epoch == 0:
+            if step % args.log_every == 0 or step % steps_per_epoch == 0:
                 means = interval_means(interval, state.teacher.classifier.shape[1])
                 seconds = time.perf_counter() - interval_began
                 speed = len(interval) * batch_size / seconds
-                write_log(args, epoch=epoch + 1, step=step + 1, steps=len(interval), seconds=round(seconds, 3),
+                write_log(args, epoch=epoch + 1, step=step, steps=len(interval), seconds=round(seconds, 3),
                           objects_per_second=round(speed, 1), **means)
                 bar.set_postfix(loss=f"{means['loss']:.2f}", coverage=f"{means['coverage']:.2f}")
                 interval, interval_began = [], time.perf_counter()
 
         is_last = epoch + 1 == args.epochs
-        if test.labels is not None and args.eval_every and (epoch + 1) % args.eval_every == 0 and not is_last:
+        is_due = args.eval_every > 0 and (epoch + 1) % args.eval_every == 0 and not is_last
+        if is_due and test.labels is not None:  # after the last epoch train_and_score does it
             accuracy = top_one(evaluate_all(state.teacher, test, args))
-            write_log(args, epoch=epoch + 1, step=step + 1, teacher=accuracy)
+            write_log(args, epoch=epoch + 1, step=step, teacher=accuracy)
             interval_began = time.perf_counter()
         state.epoch = epoch + 1
         if is_last or time.perf_counter() - last_save > SAVE_EVERY:
@@ -400,7 +417,7 @@ def self_train(state: "TrainingState", objects: Objects, test: Objects, args):
 def interval_means(interval: list, classes: int) -> dict:
     """One line of the log: means over an interval of steps, each (step, terms, labels, truth).
 
-    coverage is the share of the objects that were kept, label_accuracy the share of these that were named rightly
+    coverage is the share of the objects that were kept, label_accuracy the share of these whose label is right
     (None without true labels), `named` each name's share of all objects, entropy that of the names in nats.
     Raises: UserError with the step and all terms where a loss is not finite.
     """
@@ -450,7 +467,10 @@ def evaluate_all(model: CrossMoST, objects: Objects, args, predictions: Path | N
 
 
 def name_together(teacher: CrossMoST, objects: Objects, args) -> Tensor:
-    """What the teacher says of all training objects at once [together]. -> (N, C) probabilities, on the CPU"""
+    """What transduced_labels makes of the teacher's view of all training objects [together].
+
+    Returns (N, C) probabilities, on the CPU.
+    """
     embedded = embed_all(teacher, objects, args)
     texts = F.normalize(teacher.classifier.detach().float(), dim=0).T.cpu()
     probs = to_probs(embedded)["joint"]
@@ -461,8 +481,9 @@ def name_together(teacher: CrossMoST, objects: Objects, args) -> Tensor:
 class TrainingState:
     """What OUT/last.pt holds: all that a run needs to go on to the bit.
 
-    student, teacher, optimizer; epoch: how many are done; zero_shot: what assess() said of the start; together:
-    the names given to all objects at once, or None; seconds: how long the processes took that it continues.
+    student, teacher, optimizer; epoch: how many are done; zero_shot: what assess() said of the
+    start; together: the names given to all objects at once, or None; seconds: how long the
+    processes took that it continues.
     """
 
     def __init__(self, student: CrossMoST, teacher: CrossMoST, optimizer, args, objects: Objects):
@@ -484,9 +505,10 @@ class TrainingState:
         if not leader():
             return
         states = {name: getattr(self, name).state_dict() for name in ("student", "teacher", "optimizer")}
-        counters = {name: getattr(self, name) for name in ("epoch", "zero_shot", "together", "options", "identity")}
-        save_file({**states, **counters, "architecture": self.student.architecture, "seconds": self.seconds(),
-                   "log_bytes": self.log_path.stat().st_size}, self.path)
+        values = {name: getattr(self, name)
+                  for name in ("epoch", "zero_shot", "together", "options", "identity")}
+        save_file({**states, **values, "architecture": self.student.architecture,
+                   "seconds": self.seconds(), "log_bytes": self.log_path.stat().st_size}, self.path)
 
     def load(self):
         """Go back to OUT/last.pt. Raises: UserError where it is broken, or of other options, data or code."""
@@ -497,8 +519,10 @@ class TrainingState:
                        for option, value in self.identity.items() if saved["identity"].get(option) != value]
             if changed:
                 raise UserError(f"{self.path} was made with another {'; '.join(changed)}; {advice}")
-            if not self.log_path.exists() or self.log_path.stat().st_size < saved["log_bytes"]:
-                raise UserError(f"{self.log_path} is shorter than it was when {self.path} was saved; {advice}")
+            log_bytes = self.log_path.stat().st_size if self.log_path.exists() else 0
+            if log_bytes < saved["log_bytes"]:
+                raise UserError(f"{self.log_path} is shorter than it was when {self.path} was saved; "
+                                f"{advice}")
             for name in ("student", "teacher", "optimizer"):
                 getattr(self, name).load_state_dict(saved[name])
             for name in ("epoch", "zero_shot", "together"):
@@ -526,8 +550,8 @@ def main(argv=None) -> dict:
     refuse_contradictions(args)
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32; bfloat16 is the fast way
 
-    objects, test = (load_dataset(args.dataset, args.data_root, split, args.points, args.domain, args.download,
-                                  args.up) for split in ("train", "test"))
+    objects, test = (load_dataset(args.dataset, args.data_root, split, args.points, args.domain,
+                                  args.download, args.up) for split in ("train", "test"))
     refuse_wrong_data(args, objects)
     start = find_start(args, objects)
     if args.stage == "pretrain":
@@ -574,13 +598,15 @@ def refuse_wrong_data(args, objects: Objects):
                         f"{', '.join(classes)}")
     batch = min(args.batch_size, len(objects))
     if batch % world_size():
-        raise UserError(f"{world_size()} processes cannot share a batch of {batch} objects; change --batch-size")
+        raise UserError(f"{world_size()} processes cannot share a batch of {batch} objects; "
+                        "change --batch-size")
     if batch < args.batch_size:
         print(f"--batch-size is {args.batch_size}, there are {batch} objects: each step takes all of them")
     unknown = [name for name in classes if name not in MODELNET10]
     if args.model == "tiny" and unknown:
-        print(f"warning: the small start knows ten kinds of furniture only; {len(unknown)} of {len(classes)} names "
-              f"are others ({', '.join(unknown[:3])}); expect little, or take --model ulip2", file=sys.stderr)
+        print(f"warning: the small start knows ten kinds of furniture only; {len(unknown)} of "
+              f"{len(classes)} names are others ({', '.join(unknown[:3])}); expect little, or take "
+              "--model ulip2", file=sys.stderr)
 
 
 def build_state(args, objects: Objects, start: Path) -> "TrainingState":
@@ -602,7 +628,8 @@ def build_state(args, objects: Objects, start: Path) -> "TrainingState":
 
 def train_and_score(state: TrainingState, objects: Objects, test: Objects, args, start: Path) -> dict:
     """Score the start, train, score again. Returns the results; they and the names are written to OUT."""
-    headline = f"{objects.name} with {args.model}, seed {args.seed}, {args.changes or 'all options by default'}"
+    changes = args.changes or "no option of the method changed"
+    headline = f"{objects.name} with {args.model}, seed {args.seed}, {changes}"
     print(headline)
     print_settings(args)
     if args.resume and state.path.exists():
@@ -610,8 +637,8 @@ def train_and_score(state: TrainingState, objects: Objects, test: Objects, args,
         print(f"continuing {state.path} after epoch {state.epoch}")
     else:
         begin(state, objects, test, args, start)
-    results = {"dataset": objects.name, "split": test.split, "objects": len(test), "classes": len(test.class_names),
-               "model": args.model, "start": start.stem, "seed": args.seed, "epochs": args.epochs,
+    results = {"dataset": objects.name, "split": test.split, "objects": len(test),
+               "classes": len(test.class_names), "model": args.model, "start": start.stem, "seed": args.seed, "epochs": args.epochs,
                "pretrain_epochs": args.pretrain_epochs,
                "precision": state.identity["precision"], "changed": args.changed, "code": CODE,
                "commit": provenance(args.device)["commit"], "zero_shot": top_one(state.zero_shot)}
@@ -656,7 +683,8 @@ def print_reported(args):
     """What a start's authors report on this data set, so that a wrong set-up is seen before it trains."""
     reported = STARTS.get(args.model, {}).get("reported")
     if reported and reported["dataset"] == args.dataset:
-        print(f"{reported['text']}; far below that, look at eval.py --preview, and at --up")
+        print(f"{args.model}'s authors report {reported['point']} for points ({reported['measured']}; "
+              f"{reported['source']}); far below that, look at eval.py --preview, and at --up")
 
 
 def print_opinions(start: dict, teacher: dict):
@@ -665,9 +693,10 @@ def print_opinions(start: dict, teacher: dict):
           f"{teacher['agreement']} % after")
     changes = {name: (share, teacher["shares"][name]) for name, share in start["shares"].items()}
     largest = sorted(changes, key=lambda name: -abs(changes[name][1] - changes[name][0]))[:20]
-    heading = "share of each name" if len(largest) == len(changes) else "the twenty largest changes of a name's share"
-    print(f"{heading}, before -> after, %:", ", ".join(
-        f"{name} {changes[name][0]:.0f} -> {changes[name][1]:.0f}" for name in changes if name in largest))
+    of_which = "each name" if len(largest) == len(changes) else "the twenty names that changed most"
+    listed = [f"{name} {before:.0f} -> {after:.0f}"
+              for name, (before, after) in changes.items() if name in largest]
+    print(f"share of {of_which}, before -> after, %: {', '.join(listed)}")
 
     def entropy(opinion: dict) -> float:
         return torch.special.entr(torch.tensor([*opinion["shares"].values()]) / 100).sum().item()
@@ -676,22 +705,24 @@ def print_opinions(start: dict, teacher: dict):
              "a few names have taken the place of others": entropy(teacher) < entropy(start) - 0.1}
     seen = [sign for sign, is_seen in signs.items() if is_seen]
     if seen:
-        print(f"warning: {', and '.join(seen)}: training may have done harm. Compare predictions-start.csv with "
-              "predictions.csv; list only names that occur, or say roughly how many objects of each there are "
-              "(--shares)", file=sys.stderr)
+        print(f"warning: {', and '.join(seen)}: training may have done harm. Compare "
+              "predictions-start.csv with predictions.csv; list only names that occur, or say roughly how "
+              "many objects of each there are (--shares)", file=sys.stderr)
 
 
 def provenance(device: str) -> dict:
     """Versions, commit and device, for the first line of the log."""
     name = torch.cuda.get_device_name(device) if "cuda" in device else f"{os.cpu_count()} CPU cores"
     # --no-optional-locks: git writes nothing there.
-    command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty"]
     try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        described = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True,
+                                   check=True)
+        commit = described.stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git, or no repository
         commit = "unknown"
-    return {"python": sys.version.split()[0], "torch": str(torch.__version__), "open_clip": open_clip.__version__,
-            "commit": commit, "device": name}
+    return {"python": sys.version.split()[0], "torch": str(torch.__version__),
+            "open_clip": open_clip.__version__, "commit": commit, "device": name}
 
 
 def peak_memory(device: str) -> float | None:
@@ -708,8 +739,9 @@ PRETRAIN = {"tiny": dict(objects=12000, passes=10, batch=32, lr=1e-3, weight_dec
 def find_start(args, objects: Objects) -> Path:
     """The start's file: the one named, in the repository, fetched, or pre-trained here.
 
-    What is pre-trained is kept in --cache under a hash of the options that made it and, where the clouds of the
-    training objects were used, of these. A file that other code made is used all the same, and a line says so.
+    What is pre-trained is kept in --cache under a hash of the options that made it and, where the
+    clouds of the training objects were used, of these. One that other code made is used all the
+    same; load_start says so.
     """
     makes_own = args.pretrain_epochs or args.stage == "pretrain" or args.dataset == "shapenet55"
     if args.start_checkpoint or args.model in STARTS and not (args.model == "tiny" and makes_own):
@@ -719,10 +751,6 @@ def find_start(args, objects: Objects) -> Path:
         with lock(path):
             if not path.exists():
                 pretrain(args, objects, path)
-    made_by = read_start(path)["options"].get("code", CODE)
-    if made_by != CODE:
-        print(f"note: {path} was made by other code ({made_by}, now {CODE}); to make it anew, "
-              f"{'remove it' if path.parent == args.cache else 'see README, Starts'}")
     return path
 
 
@@ -738,11 +766,12 @@ def pretraining_key(args, objects: Objects) -> str:
 
 
 def pretrain(args, objects: Objects, path: Path):
-    """Align the modalities of a start without labels of the objects, into a file in half precision [pretrain].
+    """Align the modalities of a start, without labels of the objects, into a file [pretrain].
 
-    `tiny`: image, point and text tower together, on procedural objects. An open_clip model: the point encoder to
-    the frozen towers (ULIP), on procedural objects with their names and the training objects' clouds without.
-    ShapeNet-55 lends its names, too, and replaces the procedural objects.
+    `tiny`: image, point and text tower together, on procedural objects. An open_clip model: the
+    point encoder to the frozen towers (ULIP), on procedural objects with their names and the
+    training objects' clouds without. ShapeNet-55 lends its names, too, and replaces the
+    procedural objects.
 
     Beside `path` lie a log, a line per 100 steps, and a file to continue from after a pass.
     """
@@ -750,10 +779,11 @@ def pretrain(args, objects: Objects, path: Path):
     values = PRETRAIN["tiny" if text else "clip"]
     passes, batch = args.pretrain_epochs or values["passes"], values["batch"]
     parameters = [p for part in (model, text) if part for p in part.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, values["lr"], betas=(0.9, 0.98), weight_decay=values["weight_decay"],
-                                  fused=True)
+    optimizer = torch.optim.AdamW(parameters, values["lr"], betas=(0.9, 0.98),
+                                  weight_decay=values["weight_decay"], fused=True)
     steps_per_pass = len(clouds) // batch
-    schedule = OneCycleLR(optimizer, values["lr"], passes * steps_per_pass, pct_start=0.05, cycle_momentum=False)
+    total_steps = passes * steps_per_pass
+    schedule = OneCycleLR(optimizer, values["lr"], total_steps, pct_start=0.05, cycle_momentum=False)
 
     last_path, log_path = path.with_suffix(".last.pt"), path.with_suffix(".log.jsonl")
     parts = {"model": model, "text": text, "optimizer": optimizer, "schedule": schedule}
@@ -766,7 +796,7 @@ def pretrain(args, objects: Objects, path: Path):
                 part.load_state_dict(saved[name])
             first = saved["passes"]
 
-    bar = tqdm(total=passes * steps_per_pass, initial=first * steps_per_pass, desc=f"pre-training {args.model}",
+    bar = tqdm(total=total_steps, initial=first * steps_per_pass, desc=f"pre-training {args.model}",
                unit="step", disable=not leader())
     last_save, losses, began = time.perf_counter(), [], time.perf_counter()
     for done in range(first, passes):
@@ -833,8 +863,8 @@ def log_pretraining(log_path: Path, step: int, losses: list[Tensor], speed: floa
 def pretrain_loss(model, text, points, labels, class_names) -> Tensor:
     """Half the InfoNCE image-text, point-text and point-image, and a little masked modelling. (B, P, 3)
 
-    labels (B,) on the CPU: index of the name, -1 where there is none. Without a `text` tower to train the
-    names are the classifier's columns, and the image tower is taken as it is."""
+    labels (B,) on the CPU: index of the name, -1 where there is none. Without a `text` tower to
+    train the names are the classifier's columns, and the image tower is taken as it is."""
     batch, device = len(points), points.device
     named = (labels >= 0).nonzero()[:, 0]  # on the CPU, so that nothing waits for a GPU
     views = draw_views(random_yaw(points), model.visual.image_size[0])
@@ -867,7 +897,7 @@ def join_processes():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # `cuda` is this one from now on
-    dist.init_process_group(timeout=timedelta(hours=1))  # the others wait while the first fetches or pre-trains
+    dist.init_process_group(timeout=timedelta(hours=1))  # a full-size evaluation takes minutes
     atexit.register(dist.destroy_process_group)
     if not leader():
         sys.stdout = open(os.devnull, "w")
@@ -892,7 +922,8 @@ def with_ddp(student: CrossMoST):
     """Under torchrun the student whose gradients are averaged over the processes during the backward pass."""
     if not dist.is_initialized():
         return student
-    # static_graph: the same parameters get a gradient at every step, and those of a term of weight 0 never do.
+    # static_graph: the same parameters get a gradient at every step, and those of a term of
+    # weight 0 never do.
     return DistributedDataParallel(student, static_graph=True)
 
 
@@ -909,8 +940,9 @@ def my_share(batch: Tensor) -> Tensor:
 class GatherBatch(torch.autograd.Function):
     """The whole batch (B, ...) of the processes' equal shares, in order, with gradient.
 
-    Each process computes the same loss from the whole batch. Backward sums what all of them want of a share, so
-    a share's gradient is that of one process times their number; DistributedDataParallel's mean takes it out again.
+    Each process computes the same loss from the whole batch. Backward sums what all of them want
+    of a share, so a share's gradient is that of one process times their number;
+    DistributedDataParallel's mean takes it out again.
     """
 
     @staticmethod

@@ -25,10 +25,10 @@ from torch import Tensor
 
 import train
 from data import Objects, UserError, load_dataset, reading
-from eval import (CODE, MODALITIES, assess, embed, evaluate, number, one_line_errors, option_parser, to_probs,
+from eval import (MODALITIES, assess, embed, evaluate, number, one_line_errors, option_parser, to_probs,
                   top_one, write_whole)
 from losses import transduced_labels
-from model import TEMPLATES, CrossMoST, build_model, precision_for
+from model import CODE, TEMPLATES, CrossMoST, build_model, precision_for
 
 # ------ What is run -----------------------------------------------------------------------------------------
 # Options of train.py for all runs. Each seed has a start of its own, of as many passes as assets/tiny.pt.

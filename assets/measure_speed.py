@@ -111,7 +111,8 @@ def parts_of_a_step(state, points, photographs, args) -> dict[str, float]:
     lap("student, forward")
 
     state.optimizer.zero_grad(set_to_none=True)
-    sum(output.float().mean() for output in vars(outputs).values() if output.requires_grad).backward()
+    trained = [output for output in outputs if output is not None and output.requires_grad]
+    sum(output.float().mean() for output in trained).backward()
     lap("student, backward")
 
     state.optimizer.step()
