@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from data import (DATASETS, UP, Objects, UserError, dataset_row, draw_views, fixed_images, load_dataset,
                   load_files, read_lines, to_unit_sphere, training_photographs)
-from model import (CODE, STARTS, TEMPLATES, CrossMoST, build_model, load_checkpoint, precision_for, read_start,
-                   start_file, whole_file)
+from model import (CODE, STARTS, TEMPLATES, CrossMoST, build_model, load_checkpoint, precision_for,
+                   read_start, start_file, whole_file)
 
 # Each modality's own opinion, and the mean of the two probabilities.
 MODALITIES = ("image", "point", "joint")
@@ -58,7 +58,8 @@ def embed(model: CrossMoST, objects: Objects, views: int | None = None, batch_si
             points = objects.points[start:start + len(images)].to(device)
             start += len(images)
             outputs = model(model.normalise(images), points)
-            batches.append({name: value.cpu() for name, value in outputs._asdict().items() if value is not None})
+            given = {name: value for name, value in outputs._asdict().items() if value is not None}
+            batches.append({name: value.cpu() for name, value in given.items()})
             bar.update(len(images))
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 

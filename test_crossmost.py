@@ -1899,7 +1899,7 @@ def test_a_checkpoint_is_evaluated_as_it_was_trained_but_for_what_is_given(tmp_p
 
 
 def test_the_code_s_hash_changes_with_what_code_does_and_not_with_what_it_says(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "__file__", str(tmp_path / "eval.py"))
+    monkeypatch.setattr(models, "__file__", str(tmp_path / "model.py"))
 
     def hash_of(text):
         (tmp_path / "losses.py").write_text(text)
