@@ -56,7 +56,8 @@ ROWS = {
     "--w-mpm 0": (SHAPES, REAL),
     "--w-gl 0": (SHAPES, REAL),
     "--point-target points": (SHAPES, REAL),
-    "--momentum 0.99": (SHAPES, REAL),
+    "--momentum 0.99": (REAL,),
+    "--momentum 0.999": (SHAPES,),  # whose default is 0.99
     "--mask-ratio 0": (SHAPES, REAL),
 }
 
