@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from data import (DATASETS, UP, Objects, UserError, dataset_row, draw_views, fixed_images, load_dataset,
                   load_files, read_lines, to_unit_sphere, training_photographs)
-from model import (CODE, STARTS, TEMPLATES, CrossMoST, build_model, load_checkpoint, precision_for, read_start,
-                   start_file, whole_file)
+from model import (CODE, STARTS, TEMPLATES, CrossMoST, build_model, load_checkpoint, precision_for,
+                   read_start, start_file, whole_file)
 
 # Each modality's own opinion, and the mean of the two probabilities.
 MODALITIES = ("image", "point", "joint")
@@ -50,7 +50,7 @@ def embed(model: CrossMoST, objects: Objects, views: int | None = None, batch_si
     device = model.logit_scale.device
     size = model.visual.image_size[0]
     batches = []
-    start = 0
+    start = 0  # images come in parts of any size: photographs one object at a time
     # disable=None: a bar only where a person looks on.
     bar = tqdm(total=len(objects), desc="evaluating", unit="object", leave=False, disable=None)
     with evaluation_mode(model), bar:
@@ -58,7 +58,8 @@ def embed(model: CrossMoST, objects: Objects, views: int | None = None, batch_si
             points = objects.points[start:start + len(images)].to(device)
             start += len(images)
             outputs = model(model.normalise(images), points)
-            batches.append({name: value.cpu() for name, value in outputs._asdict().items() if value is not None})
+            given = {name: value for name, value in outputs._asdict().items() if value is not None}
+            batches.append({name: value.cpu() for name, value in given.items()})
             bar.update(len(images))
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
@@ -119,6 +120,7 @@ def classify(model: CrossMoST, clouds, points: int = 1024, views: int | None = N
             cloud = cloud[random.choice(len(cloud), points, replace=False)]
         of_size.setdefault(len(cloud), []).append((i, to_unit_sphere(cloud[None], [i]).float()))
 
+    # Clouds of one size go through the model together.
     probs = torch.empty(len(clouds), len(model.class_names))
     for numbered in of_size.values():
         index, same_size = zip(*numbered)
@@ -206,6 +208,7 @@ def table(results: dict, every_class_of: str | None = None) -> str:
         rows[f"{every_class_of.replace('_', '-')}, mean over classes"] = mean
         rows |= per_class
 
+    # 44 columns and three of 8: the table fits into a terminal of 80.
     lines = [f"top-1 %, {title}".ljust(44) + "".join(modality.rjust(8) for modality in MODALITIES)]
     for label, accuracy in rows.items():
         lines.append(label.ljust(44) + "".join(f"{accuracy[modality]:8.1f}" for modality in MODALITIES))
@@ -249,6 +252,7 @@ def write_predictions(path: Path, objects: Objects, probs: dict[str, Tensor]):
 def write_embeddings(path: Path, embedded: dict, model: CrossMoST, objects: Objects):
     """An .npz file: what `embed` returns, the classifier, class names, objects' names, labels (-1: none)."""
     labels = torch.full((len(objects),), -1) if objects.labels is None else objects.labels
+    # An open file, because NumPy adds ".npz" to a name, and this one is temporary.
     with open(path, "wb") as file:
         np.savez_compressed(file, **embedded, classifier=model.classifier.detach().cpu(), labels=labels,
                             class_names=np.array(objects.class_names), names=np.array(objects.names))
@@ -297,6 +301,7 @@ def plot_confusion(picture: Path, probs: Tensor, objects: Objects):
     pixels), cells shrink, and every n-th name is written.
     """
     names, count = objects.class_names, len(objects.class_names)
+    # Each pair of true and predicted class is one number, so that all pairs are counted at once.
     cells = torch.bincount(objects.labels * count + probs.argmax(dim=-1), minlength=count * count)
     matrix = 100 * F.normalize(cells.view(count, count).double(), p=1)
 
@@ -348,13 +353,14 @@ def draw_grid(picture: Path, cells: list, columns: int, title: str | None = None
         else:
             axes.imshow(item.permute(1, 2, 0).clamp(0, 1).numpy())
         axes.axis("off")
-        axes.set_title(text, fontsize=8, loc="left", parse_math=False)
+        drawable = text.encode("utf-8", "replace").decode()  # names of files need not be UTF-8
+        axes.set_title(drawable, fontsize=8, loc="left", parse_math=False)
     figure.savefig(picture, format="png", dpi=100)
 
 
 def preview(picture: Path, objects: Objects, size: int = 224, count: int = 8):
     """A sheet of objects: cloud, one evaluation view, weak and strong views."""
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # the same sheet each time
     spaced = torch.linspace(0, len(objects) - 1, min(count, len(objects))).long()
     shown = objects.pick(spaced)
     stills = [images[:, 0] for images in fixed_images(shown, None, size, count, "cpu")]
@@ -427,20 +433,14 @@ def main(argv=None) -> dict | None:
         raise UserError("--confusion needs labels, of classes that are all among the names")
 
     results = {"dataset": objects.name, "split": objects.split, "objects": len(objects)}
-    precision = precision_for(chosen["precision"], args.device)
     if args.checkpoint:
-        student = load_checkpoint(path, which="student").to(args.device)
-        student.precision = precision
+        student = load_model("student", args, chosen, path, objects.class_names)
         results["student"] = evaluate(student, objects, chosen["views"])
-        model, which = load_checkpoint(path, which="teacher"), "teacher"
-    else:
-        templates = TEMPLATES[args.templates or dataset_row(chosen["dataset"])["templates"]]
-        name = args.model or saved["options"]["model"]
-        model, which = build_model(name, objects.class_names, templates, args.pretrained, path), "zero_shot"
-    model.precision = precision
 
     # Names, embeddings and pictures are the teacher's, or the start's.
-    embedded = embed(model.to(args.device), objects, chosen["views"])
+    which = "teacher" if args.checkpoint else "zero_shot"
+    model = load_model(which, args, chosen, path, objects.class_names)
+    embedded = embed(model, objects, chosen["views"])
     probs = to_probs(embedded)
     results[which] = assess(probs, objects)
     report(args, results, which, objects, probs)
@@ -462,11 +462,11 @@ def refuse_contradictions(args):
 
 
 def as_trained(args, trained: dict) -> dict:
-    """Which objects, how they are read, and the precision.
+    """Which model on which objects, how these are read, and the precision.
 
-    What is not given is as in `trained`, the options of a checkpoint or a start (empty without): points and
-    views on any data set, domain and upright axis on its own one; data root and precision of a checkpoint.
-    The rest is the data set's.
+    What is not given is as in `trained`, the options of a checkpoint or a start (empty without): model,
+    points and views on any data set, domain and upright axis on its own one. Data root and precision are a
+    checkpoint's only, because a start was perhaps made on another machine. The rest is the data set's.
     """
     dataset = args.dataset or trained.get("dataset", "shapes")
     row = dataset_row(dataset)
@@ -474,6 +474,7 @@ def as_trained(args, trained: dict) -> dict:
     of_checkpoint = trained if args.checkpoint else {}
     return {
         "dataset": dataset,
+        "model": args.model or trained.get("model"),
         "data_root": args.data_root or Path(of_checkpoint.get("data_root", "data")),
         "domain": args.domain or on_this_data_set.get("domain"),
         "up": args.up or on_this_data_set.get("up"),
@@ -505,12 +506,25 @@ def rename(objects: Objects, names: list[str]):
     names = [name.strip() for name in names]
     if len(set(names)) < len(names) or "" in names:
         raise UserError(f"--classes has a name twice, or an empty one: {names}")
+    # A label is an index: it goes where its name goes.
     if objects.labels is not None and set(objects.class_names) <= set(names):
         index = torch.tensor([names.index(name) for name in objects.class_names])
         objects.labels = index[objects.labels]
     else:
         objects.labels = None
     objects.class_names = names
+
+
+def load_model(which: str, args, chosen: dict, path: Path | None, class_names: list[str]) -> CrossMoST:
+    """The "student" or "teacher" of a checkpoint, or the "zero_shot" start for the class names."""
+    if which == "zero_shot":
+        templates = TEMPLATES[args.templates or dataset_row(chosen["dataset"])["templates"]]
+        model = build_model(chosen["model"], class_names, templates, args.pretrained, path,
+                            device=args.device)
+    else:
+        model = load_checkpoint(path, which=which)
+    model.precision = precision_for(chosen["precision"], args.device)
+    return model.to(args.device)
 
 
 def report(args, results: dict, which: str, objects: Objects, probs: dict[str, Tensor]):

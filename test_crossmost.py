@@ -1967,7 +1967,7 @@ def test_a_checkpoint_is_evaluated_as_it_was_trained_but_for_what_is_given(tmp_p
 
 
 def test_the_code_s_hash_changes_with_what_code_does_and_not_with_what_it_says(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "__file__", str(tmp_path / "eval.py"))
+    monkeypatch.setattr(models, "__file__", str(tmp_path / "model.py"))
 
     def hash_of(text):
         (tmp_path / "losses.py").write_text(text)
@@ -2025,6 +2025,8 @@ def test_a_sheet_of_a_data_set_is_drawn(tmp_path, monkeypatch):
         evaluation.main([*argv, "--preview", "sheet"])
         assert Image.open("sheet").size[0] > 800
         os.remove("sheet")
+    objects = replace(data.sample_shapes(1, 0, points=128), labels=None, names=["no UTF-8: \udcff"])
+    evaluation.preview(Path("sheet"), objects, size=32)
 
 
 def test_the_start_in_the_repository_names_single_files_and_a_broken_one_stops_no_other(tmp_path, capsys):
@@ -2125,7 +2127,8 @@ def test_all_runs_of_the_tables_are_one_command_that_can_be_stopped_and_continue
     # One that fails is named, and stops no other.
     assert_refused("1 runs failed.*toys/labels-nonsense/seed-0", make_tables.main, ["--into", "shown"])
     said = capsys.readouterr().out
-    assert "2 runs, 2 remain" in said and "cache, no training" in said
+    assert "2 runs, 2 remain" in said
+    assert "cache, no training" in said and "named together, no training" in said
     assert (folder / "tables.md").read_text() == Path("shown/tables.md").read_text()
     assert "invalid choice" in (folder / "toys/labels-nonsense/seed-0/output.txt").read_text()
 
@@ -2154,6 +2157,16 @@ def test_a_step_is_measured_by_part_and_less_training_is_less_work(tmp_path, mon
     assert not (tmp_path / "out").exists()
 
 
+def test_every_row_of_the_tables_differs_from_the_default_by_just_its_options():
+    for row, data_sets in make_tables.ROWS.items():
+        for data_set in data_sets:
+            args = train.parse_args(f"{data_set} {row} {make_tables.ALL_RUNS}".split())
+            label = make_tables.options_label({"changed": args.changed})
+            assert label == (f"`{row}`" if row else "Cross-MoST"), data_set
+    runs = make_tables.planned_runs()
+    assert len({run.name for run in runs}) == len(runs)
+
+
 def test_the_time_left_is_that_of_the_runs_done_on_the_same_data_set(tmp_path):
     runs = [make_tables.Run(f"{name}/seed-{seed}", "") for name in ("a", "b", "c") for seed in range(2)]
     assert make_tables.remaining(runs, runs, tmp_path, 2) == "6 remain"
@@ -2161,8 +2174,8 @@ def test_the_time_left_is_that_of_the_runs_done_on_the_same_data_set(tmp_path):
         path = make_tables.results_path(tmp_path, run)
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps({"seconds": seconds}))
-    left = [runs[1], runs[3], runs[4], runs[5]]  # 100, 300, and 200, the mean, twice
-    assert make_tables.remaining(left, runs, tmp_path, 2) == "4 remain, about 0:06:40 h:m:s"
+    left = [runs[1], runs[4], runs[5]]  # 100, and 200, the mean, twice
+    assert make_tables.remaining(left, runs, tmp_path, 2) == "3 remain, about 0:04:10 h:m:s"
 
 
 def test_stopping_the_tables_stops_their_runs(tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ import train
 from data import Objects, UserError, load_dataset, reading
 from eval import (MODALITIES, assess, embed, evaluate, number, one_line_errors, option_parser, to_probs,
                   top_one, write_whole)
+from losses import transduced_labels
 from model import CODE, TEMPLATES, CrossMoST, build_model, precision_for
 
 # ------ What is run -----------------------------------------------------------------------------------------
@@ -55,7 +56,8 @@ ROWS = {
     "--w-mpm 0": (SHAPES, REAL),
     "--w-gl 0": (SHAPES, REAL),
     "--point-target points": (SHAPES, REAL),
-    "--momentum 0.99": (SHAPES, REAL),
+    "--momentum 0.99": (REAL,),
+    "--momentum 0.999": (SHAPES,),  # whose default is 0.99
     "--mask-ratio 0": (SHAPES, REAL),
 }
 
@@ -245,10 +247,20 @@ def predict_by_cache(model: CrossMoST, unlabelled: Objects, objects: Objects, vi
     return to_probs(outputs)
 
 
-RIVALS = {
-    "cache": predict_by_cache,
-    # Here: "named together", losses.transduced_labels on the test objects, without training.
-}
+def predict_together(model: CrossMoST, _unlabelled: Objects, objects: Objects,
+                     views: int | None = None) -> dict[str, Tensor]:
+    """The objects named together, which `--labels together` trains on; here without training.
+
+    Returns probabilities as `to_probs` does. Image's and point's are the start's own.
+    """
+    outputs = embed(model, objects, views)
+    probs = to_probs(outputs)
+    names = F.normalize(model.classifier.detach().float(), dim=0).T.cpu()
+    features = outputs["image_features"], outputs["point_features"]
+    return probs | {"joint": transduced_labels(probs["joint"], *features, names)}
+
+
+RIVALS = {"cache": predict_by_cache, "named together": predict_together}
 
 
 # ------ Tables ----------------------------------------------------------------------------------------------
