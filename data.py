@@ -1317,8 +1317,8 @@ def owner_of(path: Path, names) -> str | None:
     ends = [match.start() for match in re.finditer(r"[._ -]|$", file)]
     candidates = [*reversed(folders), *(file[:end] for end in reversed(ends))]
     owner = next((name for name in candidates if name in names), None)
-    is_map = {"depth", "depths", "mask", "masks", "depth_masks"} & {folder.lower() for folder in folders if folder != owner}
-    return None if is_map else owner
+    kinds = {folder.lower() for folder in folders if folder != owner}
+    return None if kinds & {"depth", "depths", "mask", "masks", "depth_masks"} else owner
 
 
 def composed(name: str) -> str:

@@ -922,10 +922,15 @@ def assert_named_if_broken(path, read):
 @pytest.mark.parametrize("extension", data.CLOUDS + data.MESHES)
 def test_objects_of_every_format_are_read_the_same_every_time_or_named(tmp_path, extension):
     path, half = tmp_path / f"object{extension}", np.array([2, 1, 0.5])
-    if extension == ".glb":  # a scene: a unit box and how it is stretched; its y is up
+    if extension in data.GLTF:  # a scene: a unit box and how it is stretched; its y is up
         scene, half = trimesh.Scene(), half[[2, 0, 1]]
         scene.add_geometry(trimesh.creation.box((1, 1, 1)), transform=np.diag([4, 2, 1, 1]))
-        scene.export(path)
+        for name, content in trimesh.exchange.gltf.export_gltf(scene, embed_buffers=True).items():
+            (tmp_path / name).write_bytes(content)
+        if extension == ".glb":
+            scene.export(path)
+        else:
+            os.replace(tmp_path / "model.gltf", path)
     elif extension in data.MESHES:
         trimesh.creation.box((4, 2, 1)).export(path)
     elif extension == ".npy":
@@ -935,13 +940,17 @@ def test_objects_of_every_format_are_read_the_same_every_time_or_named(tmp_path,
         np.savetxt(path, LEANING[:, [0, 1, 2, 0]], delimiter=between, header="x y z r", comments="")
     if extension == ".off":  # ModelNet's one-line header
         path.write_text(path.read_text().replace("OFF\n", "OFF", 1))
-    points = data.read_object(path, 200)
-    assert points.shape == (200, 3) and np.array_equal(points, data.read_object(path, 200))
+    points = data.read_object(path, 2000 if extension in data.MESHES else 200)
+    assert np.array_equal(points, data.read_object(path, len(points))) and points.dtype == np.float32
+    assert np.abs(points.mean(axis=0)).max() < (0.2 if len(points) == 200 else 1e-5)
     if extension in data.MESHES:  # on the surface of the box: six faces by their area
-        assert np.allclose((np.abs(points) / half).max(axis=1), 1, atol=1e-5)
-        assert 80 < (np.abs(np.abs(points) / half - 1) < 1e-5)[:, half.argmin()].sum() < 148  # 8 of 14
+        low, high = points.min(axis=0), points.max(axis=0)
+        away = np.abs(np.abs(points - (low + high) / 2) / half - 1)
+        assert np.allclose(high - low, 2 * half, atol=0.02) and away.min(axis=1).max() < 0.02
+        assert 1000 < (away[:, half.argmin()] < 0.005).sum() < 1300  # 8 of 14
     else:
-        away = np.linalg.norm(points[:, None] - LEANING[None], axis=-1)
+        centred = LEANING - LEANING.mean(axis=0)
+        away = np.linalg.norm(points[:, None] - centred[None], axis=-1)
         assert away.min(axis=1).max() < 1e-4 and len(set(away.argmin(axis=1))) == 200  # chosen, none twice
     assert_named_if_broken(path, lambda path: data.read_object(path, 64))
 
@@ -1040,9 +1049,9 @@ def test_missing_data_sets_are_fetched_checked_unpacked_and_read(tmp_path, monke
     ("own", "test/a.npy", LEANING, "objects in .*folders and outside"),
     ("own", "test/bed/test0.npy", LEANING, "two objects .*called test0;"),
     ("own", "test/bed/test1.npy", LEANING[:20], "test1.npy has 20 points, --points is 64; lower"),
-    ("own", "test/bed/test1.npy", LEANING * np.inf, "object test1 has NaN or infinite"),
-    ("own", "test/bed/test1.npy", LEANING * 0 + 1, "object test1 has all its points in one"),
-    ("own", "test/bed/test1.npy", LEANING[:, :2], "cannot read .*test1.npy.*2 columns"),
+    ("own", "test/bed/test1.npy", LEANING * np.inf, "test1.npy: 500 of its 500 points have NaN or infinite"),
+    ("own", "test/bed/test1.npy", LEANING * 0 + 1, "test1.npy: it has all its points in one"),
+    ("own", "test/bed/test1.npy", LEANING[:, :2], r"cannot read .*test1.npy: its shape is \(500, 2\), expected one cloud"),
     ("own", "views/stranger/a.png", b"x", "no picture of any object.*views/test0"),
     ("empty", "classes.txt", b"mug\ncup\n", "no objects in .*empty/train; expected files")])
 def test_bad_data_is_refused_by_its_name_and_with_advice(tmp_path, name, file, content, says):
@@ -1525,7 +1534,7 @@ def test_the_start_in_the_repository_names_single_files_and_a_broken_one_stops_n
     assert re.fullmatch(rf"{chair}: chair [01]\.\d{{4}} \(image: .*, point: chair .*\)", line)
     asked += [str(broken), str(chair), "--predictions", str(tmp_path / "p.csv")]
     assert_refused("only 1 of 2 files could be read", evaluation.main, asked)
-    assert f"error: {broken} has 0 points" in capsys.readouterr().err
+    assert f"error: cannot read {broken}: it holds no points" in capsys.readouterr().err
     assert (tmp_path / "p.csv").read_text().splitlines()[1].startswith(f"{chair},chair,")
     assert_refused("--classes", evaluation.main, ["--model", "tiny", str(chair)])
 
