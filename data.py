@@ -1063,12 +1063,17 @@ def read_mesh(path: Path, count: int, random) -> np.ndarray:
     else:
         text = decode(path.read_bytes(), "replace")
         vertices, faces = read_obj(text) if suffix == ".obj" else read_off(text)
+    if len(faces) == 0:
+        return np.concatenate([vertices, loose])
+
+    if not 0 <= faces.min() <= faces.max() < len(vertices):
+        wrong = faces.min() if faces.min() < 0 else faces.max()
+        raise ValueError(f"a face names vertex {wrong} (from 0), but there are {len(vertices)}")
     joined = len(np.unique(faces))
-    if 0 < joined < len(vertices) / 2 and suffix not in GLTF:  # meshes of one glTF share their vertices
+    if joined < len(vertices) / 2 and suffix not in GLTF:  # meshes of one glTF share their vertices
         raise ValueError(f"its {len(faces)} faces join only {joined} of its {len(vertices)} points; export "
                          "the mesh alone, or the points without faces")
-    surface = sample_surface(vertices, faces, count, random) if len(faces) else vertices
-    return np.concatenate([surface, loose])
+    return np.concatenate([sample_surface(vertices, faces, count, random), loose])
 
 
 def sample_surface(vertices: np.ndarray, faces: np.ndarray, count: int, random) -> np.ndarray:
@@ -1076,9 +1081,6 @@ def sample_surface(vertices: np.ndarray, faces: np.ndarray, count: int, random) 
     Raises: ValueError where the triangles are none.
     """
     import trimesh  # here: only meshes need it
-    if not 0 <= faces.min() <= faces.max() < len(vertices):
-        wrong = faces.min() if faces.min() < 0 else faces.max()
-        raise ValueError(f"a face names vertex {wrong} (from 0), but there are {len(vertices)}")
     mesh = trimesh.Trimesh(vertices, faces, process=False)
     corners = mesh.triangles.reshape(-1, 3)
     if not np.isfinite(corners).all():
@@ -1317,8 +1319,8 @@ def owner_of(path: Path, names) -> str | None:
     ends = [match.start() for match in re.finditer(r"[._ -]|$", file)]
     candidates = [*reversed(folders), *(file[:end] for end in reversed(ends))]
     owner = next((name for name in candidates if name in names), None)
-    is_map = {"depth", "depths", "mask", "masks", "depth_masks"} & {folder.lower() for folder in folders if folder != owner}
-    return None if is_map else owner
+    kinds = {folder.lower() for folder in folders if folder != owner}
+    return None if kinds & {"depth", "depths", "mask", "masks", "depth_masks"} else owner
 
 
 def composed(name: str) -> str:

@@ -14,6 +14,7 @@ import sys
 import tarfile
 import textwrap
 import time
+import unicodedata
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -1154,10 +1155,15 @@ def assert_named_if_broken(path, read):
 @pytest.mark.parametrize("extension", data.CLOUDS + data.MESHES)
 def test_objects_of_every_format_are_read_the_same_every_time_or_named(tmp_path, extension):
     path, half = tmp_path / f"object{extension}", np.array([2, 1, 0.5])
-    if extension == ".glb":  # a scene: a unit box and how it is stretched; its y is up
+    if extension in data.GLTF:  # a scene: a unit box and how it is stretched; its y is up
         scene, half = trimesh.Scene(), half[[2, 0, 1]]
         scene.add_geometry(trimesh.creation.box((1, 1, 1)), transform=np.diag([4, 2, 1, 1]))
-        scene.export(path)
+        for name, content in trimesh.exchange.gltf.export_gltf(scene, embed_buffers=True).items():
+            (tmp_path / name).write_bytes(content)
+        if extension == ".glb":
+            scene.export(path)
+        else:
+            os.replace(tmp_path / "model.gltf", path)
     elif extension in data.MESHES:
         trimesh.creation.box((4, 2, 1)).export(path)
     elif extension == ".npy":
@@ -1167,15 +1173,355 @@ def test_objects_of_every_format_are_read_the_same_every_time_or_named(tmp_path,
         np.savetxt(path, LEANING[:, [0, 1, 2, 0]], delimiter=between, header="x y z r", comments="")
     if extension == ".off":  # ModelNet's one-line header
         path.write_text(path.read_text().replace("OFF\n", "OFF", 1))
-    points = data.read_object(path, 200)
-    assert points.shape == (200, 3) and np.array_equal(points, data.read_object(path, 200))
+    points = data.read_object(path, 2000 if extension in data.MESHES else 200)
+    assert np.array_equal(points, data.read_object(path, len(points))) and points.dtype == np.float32
+    assert np.abs(points.mean(axis=0)).max() < (0.2 if len(points) == 200 else 1e-5)
     if extension in data.MESHES:  # on the surface of the box: six faces by their area
-        assert np.allclose((np.abs(points) / half).max(axis=1), 1, atol=1e-5)
-        assert 80 < (np.abs(np.abs(points) / half - 1) < 1e-5)[:, half.argmin()].sum() < 148  # 8 of 14
+        low, high = points.min(axis=0), points.max(axis=0)
+        away = np.abs(np.abs(points - (low + high) / 2) / half - 1)
+        assert np.allclose(high - low, 2 * half, atol=0.02) and away.min(axis=1).max() < 0.02
+        assert 1000 < (away[:, half.argmin()] < 0.005).sum() < 1300  # 8 of 14
     else:
-        away = np.linalg.norm(points[:, None] - LEANING[None], axis=-1)
+        centred = LEANING - LEANING.mean(axis=0)
+        away = np.linalg.norm(points[:, None] - centred[None], axis=-1)
         assert away.min(axis=1).max() < 1e-4 and len(set(away.argmin(axis=1))) == 200  # chosen, none twice
     assert_named_if_broken(path, lambda path: data.read_object(path, 64))
+
+
+SOME = LEANING[:60].astype(np.float64).round(4)  # rows of the tables below
+POINT = [[f"{value:.4f}" for value in row] for row in SOME]
+COMMA = [[cell.replace(".", ",") for cell in row] for row in POINT]
+MILLI = [[f"{1e4 * value + 5e4:,.3f}" for value in row] for row in SOME]  # 51,234.567
+SWAPPED = [[cell.translate(str.maketrans(",.", ".,")) for cell in row] for row in MILLI]
+COLOURS = [[str(7 * i % 256), "180", "20"] for i in range(60)]
+COUNTED = [[str(i)] for i in range(60)]
+
+
+def table_of(*columns, between=",", head="", tail=""):
+    """Columns side by side as text, below a head and above a tail."""
+    rows = [between.join(sum(cells, [])) for cells in zip(*columns)]
+    return "\n".join([*([head] if head else []), *rows, tail])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        table_of(POINT),
+        table_of(POINT, between=" "),
+        table_of(POINT, between="   "),
+        table_of(POINT, between=" , "),
+        table_of(POINT, between="\t"),
+        table_of(POINT, between=";"),
+        table_of(POINT).replace("\n", "\r\n"),
+        table_of(COUNTED, POINT, head=",x,y,z"),
+        table_of(COUNTED, POINT, between=";", head='"id";"X";"Y";"Z"'),
+        table_of(COLOURS, POINT, between=" ", head="# R G B X Y Z"),
+        table_of(COLOURS, POINT, head="//R,G,B,X,Y,Z\n60"),
+        table_of(COUNTED, POINT, head="scan 7\nid,X [m],Y [m],Z [m]"),
+        table_of(POINT, COLOURS, between=" ", head="//X Y Z R G B\n60"),
+        table_of(POINT, between=" ", head="60"),
+        table_of(POINT, between=" ", head="60 3 1"),
+        table_of(POINT, between=" ", head="2024-05-06 10:11:12 1.0"),
+        table_of(POINT, between=" ", tail="end of file\nexported by X 1.2\n"),
+        table_of(POINT, tail="# 1, 2, 3\n// 4"),
+        table_of(POINT[:9], between=" ", tail="# 1 2 3\n// 4 5 6\n" + table_of(POINT[9:], between=" ")),
+        table_of([[f'"{cell}"' for cell in row] for row in POINT]),
+        table_of(POINT, [["a chair"]] * 60, between="\t"),
+        table_of([[f'"{cell}"' for cell in row] for row in COMMA]),
+        table_of([['"leg, left"']] * 60, POINT, head="n,x,y,z"),
+        table_of(COMMA, between=";"),
+        table_of(COMMA, between="\t", head="x\ty\tz"),
+        table_of(COMMA, between=" "),
+        table_of(COMMA, between=";", head="X;Y;Z").encode("utf-16"),
+        table_of(POINT).encode("utf-16-le"),
+        b"\xef\xbb\xbf" + table_of(COUNTED, POINT, head="id,x,y,z").encode(),
+        table_of(POINT, head="Gr\xf6\xdfe").encode("latin1"),
+        table_of(MILLI, between=" "),
+        table_of(MILLI, between=";"),
+        table_of(SWAPPED, between=";"),
+        table_of([[f"{value:.8e}" for value in row] for row in SOME]),
+        table_of([[f"{value:.8e}".replace(".", ",") for value in row] for row in SOME], between="\t"),
+    ],
+)
+def test_tables_of_numbers_are_read_as_their_authors_meant_them(tmp_path, text):
+    path = tmp_path / "cloud.txt"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    points = data.read_object(path, 60)
+    is_large = points.max() > 1e3
+    assert np.allclose(points / (1e4 if is_large else 1), SOME - SOME.mean(axis=0), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        (table_of(COUNTED, POINT), "its first column counts the rows; name"),
+        (table_of([[f"{i}.0"] for i in range(60)], POINT), "first column counts"),
+        (table_of([[f"{0.05 * i:.2f}"] for i in range(60)], POINT), "first column counts"),
+        (table_of([[str(17 * i % 60)] for i in range(60)], POINT), "first column counts"),
+        (table_of(COUNTED, POINT, between=" ", head='"x" "y" "z"'), "first column counts"),
+        (table_of(COLOURS, POINT), "look like colours"),
+        (table_of(COLOURS), "look like colours"),
+        (table_of([["0.0", "0.0", "1.0"]] * 60, POINT), "look like"),
+        (table_of([["0.0", "0.6", "-0.8"]] * 60, POINT), "look like normals"),
+        (table_of([["0.5"]] * 60, POINT, head="t,px,py,pz"), "its header names t, px, py, pz; call"),
+        (table_of(POINT, POINT, head="x,y,z,x,y,z"), "names x, y or z twice"),
+        (table_of(COMMA), "commas stand within numbers and between them; separate"),
+        (table_of([["1,234", "5,678", "9,012"]] * 60, between=" "), "may be decimal or of thousands"),
+        (table_of([["1,5", "2.5", "3,5"], *COMMA], between=";"), "may be decimal or of thousands"),
+        (table_of(POINT, tail="0.1,0.2"), "row 61 has 2 columns, others have 3"),
+        (table_of(POINT, tail="1.5,2.5,3.5,4.5"), "row 61 has 4 columns"),
+        (table_of(POINT, tail="1.5,,3.5"), "point 61 has no y, expected a number"),
+        (table_of(POINT, head="x,y,z\n,1.5,2.5"), "point 1 has no x"),
+        (table_of(POINT, tail="NA,1.5,2.5\n" + table_of(POINT)), "point 61 has 'NA' as x"),
+        (table_of(POINT, tail="nan,1.5,2.5"), "1 of its 61 points have NaN or infinite"),
+        (table_of([row[:2] for row in POINT]), "no line of three numbers"),
+        ("hello world, a chair\n" * 60, "no line of three"),
+        ("", "holds no numbers"),
+        (table_of(POINT) + "\0" * 99, "zero bytes, so it is no text"),
+        (table_of([["C"]] * 60, POINT, between=" "), "point 1 has 'C' as x"),
+    ],
+)
+def test_tables_that_may_mean_two_things_are_refused_with_what_was_found(tmp_path, text, says):
+    (tmp_path / "cloud.csv").write_text(text)
+    assert_refused(f"cannot read .*cloud.csv: .*{says}", data.read_object, tmp_path / "cloud.csv", 60)
+
+
+def test_arrays_are_clouds_by_their_shape_or_fields_and_whole_sets_are_refused(tmp_path):
+    path = tmp_path / "cloud.npy"
+    record = np.zeros(60, [("intensity", "f4"), ("X", "f8"), ("Y", "f8"), ("Z", "f8")])
+    record["X"], record["Y"], record["Z"] = SOME.T
+    seen = np.stack(np.broadcast_arrays(*np.ogrid[0:1:40j, 0:1:50j], 0.5), axis=-1)  # a wall before a camera
+    several = data.sample_shapes(50, 0, points=64).points.numpy()
+    for array, cloud in (
+        (SOME, SOME),
+        (SOME[None], SOME),
+        (SOME[:, None], SOME),
+        (LEANING.reshape(20, 25, 3), LEANING),
+        (np.hstack([SOME, SOME]), SOME),
+        (record, SOME),
+        (record.reshape(6, 10), SOME),
+        (seen, seen.reshape(-1, 3)),
+        ((1000 * SOME).astype(np.int16), (1000 * SOME).astype(int)),
+    ):
+        np.save(path, array)
+        points = data.read_object(path, 60, 2000)
+        assert np.allclose(points, cloud - cloud.mean(axis=0), atol=1e-5), array.shape
+    for array, says in (
+        (several, r"shape is \(50, 64, 3\), expected one cloud"),
+        (several[2::10], r"\(5, 64, 3\)"),
+        (np.repeat(several, 9, axis=0), r"\(450, 64, 3\)"),
+        (SOME.T, "looks transposed"),
+        (SOME.ravel(), r"\(180,\)"),
+        (SOME > 1, "bool, expected numbers"),
+        (SOME + 1j, "complex128"),
+        (SOME.astype(str), "<U32"),
+        (record[["X", "Y"]], "fields X, Y, expected x, y, z"),
+        (np.zeros((0, 3)), "holds no points"),
+        (np.hstack([COUNTED, SOME]).astype(float), "counts the rows"),
+    ):
+        np.save(path, array)
+        assert_refused(f"cannot read .*cloud.npy: .*{says}", data.read_object, path, 60)
+
+
+BOX = trimesh.creation.box((1, 1, 1))
+QUADS = [[0, 1, 3, 2], [4, 6, 7, 5], [0, 4, 5, 1], [2, 3, 7, 6], [0, 2, 6, 4], [1, 5, 7, 3]]
+TWO = np.concatenate([BOX.vertices, BOX.vertices + [5, 0, 0]])  # two unit boxes, 5 apart along x
+ROWS = ["{} {} {}".format(*vertex) for vertex in TWO]
+
+
+def write_ply(
+    path, faces, kind="binary_little_endian", element="face", comment=b"", vertices=TWO, count=None
+):
+    """A PLY file of vertices and polygons."""
+    head = (
+        f"element vertex {count or len(vertices)}\nproperty double x\nproperty double y\nproperty double z\n"
+        f"element {element} {len(faces)}\nproperty list uchar int vertex_indices\nend_header\n"
+    )
+    if kind == "ascii":
+        rows = [*vertices, *([len(face), *face] for face in faces)]
+        body = "".join(" ".join(map(str, row)) + "\n" for row in rows).encode()
+    else:
+        order = "<" if "little" in kind else ">"
+        body = np.asarray(vertices).astype(f"{order}f8").tobytes()
+        body += b"".join(bytes([len(face)]) + np.array(face, f"{order}i4").tobytes() for face in faces)
+    path.write_bytes(
+        b"ply\nformat " + kind.encode() + b" 1.0\ncomment " + comment + b"\n" + head.encode() + body
+    )
+
+
+def test_meshes_of_many_programs_are_read_whole(tmp_path):
+    blocks = "".join(
+        "".join(f"v {row}\n" for row in ROWS[at : at + 8])
+        + "vt 0 0\nvn 0 0 1\n"
+        + "".join("f " + " ".join(f"{i - 8}/-1/-1" for i in face) + "\n" for face in QUADS)
+        for at in (0, 8)
+    )
+    vertices = "".join(f"v {row}\n" for row in ROWS)
+    faces = QUADS + [[i + 8 for i in face] for face in QUADS]
+    plain = vertices + "".join("f " + " ".join(str(i + 1) for i in face) + "\n" for face in faces)
+    mixed = BOX.faces.tolist() + faces[6:]
+    off = "\n".join([*ROWS, *(" ".join(map(str, [len(face), *face])) for face in faces)])
+    texts = {
+        "blocks.obj": blocks,
+        "latin1.obj": "usemtl gr\xfcn\n" + plain,
+        "bom.obj": "\xef\xbb\xbf" + plain,
+        "tabs.OBJ": plain.replace(" ", "\t"),
+        "continued.obj": plain.replace(" 4 3", " \\\n4 3"),
+        "plain.off": f"OFF\n16 12 0\n{off}",
+        "glued.OFF": f"OFF16 12 0\n{off}\n",
+        "bare.off": f"# x\n16 12\n{off}",
+        "coff.off": f"COFF\n16 12 0\n{off}".replace(" 0.5\n", " 0.5 200 10 10 255\n"),
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(text.encode("latin1"))
+    for kind in ("binary_little_endian", "binary_big_endian", "ascii"):
+        write_ply(tmp_path / f"mixed_{kind}.ply", mixed, kind)
+    write_ply(tmp_path / "comment.ply", faces, comment="Größe".encode("latin1"))
+    scene = trimesh.Scene([trimesh.Trimesh(TWO[:8], BOX.faces), trimesh.Trimesh(TWO[8:], BOX.faces)])
+    scene.apply_transform(np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]]))
+    scene.export(tmp_path / "CAPITALS.GLB")
+    for name, content in trimesh.exchange.gltf.export_gltf(scene).items():
+        (tmp_path / name).write_bytes(content)  # a .gltf and its .bin
+    scene.to_mesh().export(tmp_path / "binary.stl")
+    paths = sorted(path for path in tmp_path.iterdir() if path.suffix != ".bin")
+    assert len(paths) == len(texts) + 7
+    for path in paths:
+        points = data.read_object(path, 2000)
+        size = np.sort(np.ptp(points, axis=0))
+        assert np.allclose(size, [1, 1, 6], atol=0.02), path.name
+        assert (
+            abs((points[:, np.ptp(points, axis=0).argmax()] > 0).mean() - 0.5) < 0.05
+        ), path.name  # both boxes
+    cloud = trimesh.PointCloud(TWO[8:].repeat(50, axis=0))
+    trimesh.Scene([trimesh.Trimesh(TWO[:8], BOX.faces), cloud]).export(tmp_path / "both.glb")
+    assert (
+        np.ptp(data.read_object(tmp_path / "both.glb", 800), axis=0).max() > 5.9
+    )  # its mesh and its points
+
+
+def change_glb(path, change):
+    """A unit box as .glb whose JSON `change` edits."""
+    raw = trimesh.Scene(BOX).export(file_type="glb")
+    size = int.from_bytes(raw[12:16], "little")
+    tree = json.loads(raw[20 : 20 + size])
+    change(tree)
+    text = json.dumps(tree).encode()
+    text += b" " * (-len(text) % 4)
+    rest = raw[20 + size :]
+    total = (20 + len(text) + len(rest)).to_bytes(4, "little")
+    path.write_bytes(raw[:8] + total + len(text).to_bytes(4, "little") + raw[16:20] + text + rest)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (
+            lambda tree: tree.update(extensionsRequired=["KHR_draco_mesh_compression"]),
+            "KHR_draco_mesh_compression",
+        ),
+        (
+            lambda tree: tree.update(extensionsRequired=["EXT_meshopt_compression"]),
+            "EXT_meshopt_compression",
+        ),
+        (lambda tree: tree.update(extensionsRequired=["KHR_mesh_quantization"]), "KHR_mesh_quantization"),
+        (
+            lambda tree: [a.update(componentType=5122, normalized=True) for a in tree["accessors"]],
+            "quantised",
+        ),
+        (lambda tree: [a.pop("bufferView") for a in tree["accessors"]], "compressed or sparse"),
+        (lambda tree: tree["meshes"][0]["primitives"][0].update(mode=6), "triangle fans"),
+        (lambda tree: tree["nodes"].clear() or tree.update(scenes=[{"nodes": []}]), "holds no points"),
+        (
+            lambda tree: tree.update(extensionsRequired=["KHR_texture_transform", "KHR_materials_unlit"]),
+            None,
+        ),
+    ],
+)
+def test_gltf_that_would_be_read_as_zeros_is_refused_by_the_extensions_name(tmp_path, change, says):
+    change_glb(tmp_path / "box.glb", change)
+    if says is None:
+        assert len(data.read_object(tmp_path / "box.glb", 100)) == 100
+    else:
+        assert_refused(f"cannot read .*box.glb: .*{says}", data.read_object, tmp_path / "box.glb", 100)
+
+
+def test_what_is_no_surface_is_not_sampled_as_one(tmp_path):
+    cloud = "".join("v {} {} {}\n".format(*row) for row in SOME)
+    texts = {
+        "f 1 2 3\n": "1 faces join only 3 of its 60 points; export",
+        "l 1 2 3\n": "lines or curves and no faces",
+        "f 0 1 2\n": "names vertex -1",
+        "f 1 2 99\n": "names vertex 98",
+        "f -1 -2 -99\n": "names vertex -39",
+        "f 1 2 3\n" * 40: "40 faces join only 3",
+        "v 1\n": "column",
+    }
+    for text, says in texts.items():
+        (tmp_path / "x.obj").write_text(cloud + text)
+        assert_refused(f"cannot read .*x.obj: .*({says})", data.read_object, tmp_path / "x.obj", 50)
+    for text, says in (
+        ("v 0 0 0\nv 1 1 1\nv 2 2 2\nf 1 2 3\n", "its faces have no area"),
+        ("# nothing\n", "no points"),
+        ("v 0 0 0\nv 1 0 0\nv nan 1 0\nf 1 2 3\n", "faces have NaN"),
+    ):
+        (tmp_path / "x.obj").write_text(text)
+        assert_refused(f"cannot read .*x.obj: .*{says}", data.read_object, tmp_path / "x.obj", 50)
+    ply, faces = tmp_path / "x.ply", [[i, i + 1, i + 2] for i in range(0, 57, 3)]
+    for change, says in (
+        (dict(element="tristrips", vertices=SOME), "triangle strips; export it as triangles"),
+        (dict(element="edge", vertices=SOME), "edges and no faces"),
+        (dict(faces=faces[:1], vertices=SOME), "join only 3 of its 60"),
+        (dict(faces=[], vertices=SOME, count=99, kind="ascii"), "declares|early end"),
+        (dict(vertices=SOME[:50]), "names vertex 56|out of bounds"),
+    ):
+        write_ply(ply, **dict(dict(faces=faces), **change))
+        assert_refused(f"cannot read .*x.ply: .*({says})", data.read_object, ply, 50)
+    off = f"OFF\n16 12 0\n" + "\n".join([*ROWS, *(f"3 {a} {b} {c}" for a, b, c in BOX.faces)])
+    for name, text in (("x.off", off[:-20]), ("x.stl", BOX.export(file_type="stl")[:400])):
+        (tmp_path / name).write_bytes(text.encode() if isinstance(text, str) else text)
+        assert_refused(f"cannot read .*{name}: .*cut off", data.read_object, tmp_path / name, 50)
+
+
+def test_coordinates_on_a_map_keep_their_digits_in_every_format(tmp_path):
+    away = 0.2 * SOME + [356789.4, 5812345.6, 41.2]  # 0.8 m large, where a float32 has steps of 0.5 m
+    np.save(tmp_path / "a.npy", away)
+    np.savetxt(tmp_path / "a.xyz", away, fmt="%.6f")
+    write_ply(tmp_path / "a.ply", [], vertices=away)
+    (tmp_path / "a.obj").write_text("".join("v {:.6f} {:.6f} {:.6f}\n".format(*row) for row in away))
+    (tmp_path / "a.off").write_text(
+        "OFF\n60 0 0\n" + "".join("{:.6f} {:.6f} {:.6f}\n".format(*row) for row in away)
+    )
+    for path in tmp_path.iterdir():
+        assert np.allclose(
+            data.read_object(path, 60), 0.2 * (SOME - SOME.mean(axis=0)), atol=2e-6
+        ), path.suffix
+
+
+def test_one_folder_of_y_up_obj_and_gltf_has_one_meaning(tmp_path):
+    (tmp_path / "own/train").mkdir(parents=True)
+    (tmp_path / "own/classes.txt").write_text("box\nball\n")
+    tall = trimesh.creation.box((1, 4, 2))  # 4 upwards, as its axis y
+    for name in ("a.obj", "b.glb", "c.GLB", "d.stl"):
+        (tmp_path / "own/train" / name).write_bytes(
+            trimesh.Scene(tall).export(file_type="glb")
+            if "gl" in name.lower()
+            else (
+                tall.export(file_type=name[-3:]).encode()
+                if name[-3:] == "obj"
+                else tall.export(file_type="stl")
+            )
+        )
+    tallest = {
+        up: np.ptp(
+            data.load_dataset(str(tmp_path / "own"), tmp_path, "train", 500, up=up).points.numpy(), axis=1
+        )
+        .argmax(axis=1)
+        .tolist()
+        for up in ("y", None)
+    }
+    assert tallest == {"y": [2, 2, 2, 2], None: [1, 2, 2, 1]}  # --up is of the other formats
+    objects = data.load_files([tmp_path / "own/train/a.obj", tmp_path / "own/train/c.GLB"], 500, "y")
+    assert np.ptp(objects.points.numpy(), axis=1).argmax(axis=1).tolist() == [2, 2]
 
 
 def test_a_folder_of_ones_own_is_read_with_and_without_labels_and_set_upright(tmp_path, monkeypatch):
@@ -1220,6 +1566,226 @@ def test_photographs_and_depth_views_take_one_path_and_a_broken_picture_is_named
         path.write_bytes(b"not a picture")
     for images in (draw(1), data.fixed_images(objects, None, 32, 4, "cpu")):
         assert_refused("^cannot read .*[0-4].png: .*; replace or remove it$", next, iter(images))
+
+
+def test_links_are_entered_hidden_files_skipped_others_counted_and_all_bad_ones_named(tmp_path, capsys):
+    root, store = write_own(tmp_path / "own"), tmp_path / "store"
+    load = partial(data.load_dataset, str(root), tmp_path, "train", 64)
+    before = load()
+    shutil.move(root / "train/bed", store)
+    os.symlink(store, root / "train/bed")
+    os.symlink(root / "train", root / "train/chair/loop")
+    for name in (
+        "train/chair/._a.npy",
+        "train/chair/.DS_Store",
+        "train/__MACOSX/a.npy",
+        "train/.ipynb_checkpoints/b.npy",
+    ):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(b"\0\5\x16\7")
+    for name in ("a.pcd", "b.PCD", "c.las", "d.mtl"):
+        (root / "train/sofa" / name).write_text("x")
+    BOX.export(root / "train/table/box.off")
+    (root / "train/table/box.txt").write_text("a box, seen on Monday")
+    after = load()
+    assert (
+        after.names == sorted([*before.names, "box"], key=after.names.index)
+        and len(after) == len(before) + 1
+    )
+    assert (
+        "ignored 5 files" in (said := capsys.readouterr().err)
+        and "2 .pcd, 1 .las, 1 .mtl, 1 .txt; convert" in said
+    )
+    for i in range(12):
+        (root / f"train/bed/bad{i}.ply").write_text("no")
+    os.symlink("/nowhere", root / "train/bed/gone.npy")
+    assert_refused(
+        r"13 of 62 files cannot be used:(\n  cannot read .*bad\d+.ply: .*){10}\n  and 3 more", load
+    )
+
+
+def test_single_files_of_unknown_kinds_say_which_are_read(tmp_path):
+    (tmp_path / "a.pcd").write_text("1 2 3\n" * 99)
+    os.symlink("/nowhere", tmp_path / "b.ply")
+    for name, says in (
+        ("a.pcd", r"a.pcd is not of a format that is read \(.npy .txt"),
+        ("", "is a folder; name the files"),
+        ("b.ply", "b.ply is a link to a file that is not there"),
+        ("c.ply", "no .*c.ply"),
+    ):
+        assert_refused(says, data.read_object, tmp_path / name, 50)
+
+
+def test_a_picture_belongs_to_the_object_whose_whole_name_it_begins_with(tmp_path, capsys):
+    names = ["Chair", "Chair.001", "Büro", "0001", "door"]
+    pictures = {
+        "Chair.png": 0,
+        "Chair.001.png": 1,
+        "Chair.001_front.webp": 1,
+        "Chair.002.png": None,
+        "Chairs.png": None,
+        "Büro 2.JPG": 2,
+        "train/0001/0002.jpg": 3,
+        "0001-b.tiff": 3,
+        "00010.png": None,
+        "0001/depth/1.png": None,
+        "0001/masks/1.png": None,
+        "0001/._1.jpg": None,
+        "door/depth.png": 4,
+        "door/rgb/Chair.png": 4,
+    }
+    for picture in pictures:
+        write_pictures((tmp_path / picture).parent, picture.split("/")[-1])
+    (tmp_path / "0001/a.heic").write_bytes(b"x")
+    decomposed = tmp_path / unicodedata.normalize("NFD", "Büro")
+    write_pictures(decomposed, "a.png")
+    images = data.find_photographs(tmp_path, names, ["Chair.002"])
+    for k, paths in enumerate(images):
+        expected = {tmp_path / name for name, owner in pictures.items() if owner == k} | (
+            {decomposed / "a.png"} if k == 2 else set()
+        )
+        assert set(paths) == expected, names[k]
+    data.find_photographs(tmp_path, [*names, "lamp"])
+    assert re.search(
+        "no picture of 1 of 6 .*example lamp; .*1 .heic there are not read", capsys.readouterr().err
+    )
+
+
+PICTURE = np.add.outer(np.arange(30) * 3, np.arange(40) * 2)[..., None] + [
+    10,
+    60,
+    0,
+]  # no two sides are alike
+
+
+def test_photographs_are_read_as_a_person_sees_them(tmp_path):
+    picture, grey = Image.fromarray(PICTURE.astype(np.uint8)), (PICTURE[..., 0] - 10).astype(np.uint16)
+    turned = {
+        1: [],
+        2: [0],
+        3: [3],
+        4: [1],
+        5: [5],
+        6: [2],
+        7: [6],
+        8: [4],
+    }  # Pillow's numbers of transpositions
+    expected = {}
+    for orientation, turns in turned.items():
+        exif = picture.getexif()
+        exif[0x0112] = orientation
+        stored = picture.transpose(Image.Transpose(turns[0])) if turns else picture
+        stored.save(tmp_path / f"{orientation}.png", exif=exif)
+        expected[f"{orientation}.png"] = PICTURE
+    stretched = np.repeat((grey / grey.max() * 255).round()[..., None], 3, axis=2)
+    for name, values in {
+        "16.png": 300 * grey,
+        "12.tif": 16 * grey,
+        "float.tif": grey.astype(np.float32),
+    }.items():
+        Image.fromarray(values).save(tmp_path / name)
+        expected[name] = stretched
+    seen = np.arange(40) < 20
+    cut_out = picture.copy()  # its hidden colours stay in the file
+    cut_out.putalpha(Image.fromarray(np.tile(255 * seen, (30, 1)).astype(np.uint8)))
+    for name in ("rgba.png", "rgba.tiff", "rgba.webp"):
+        cut_out.save(tmp_path / name, **({"lossless": True, "exact": True} if "webp" in name else {}))
+        expected[name] = np.where(seen[:, None], PICTURE, 128)
+    Image.fromarray(np.full((30, 40), 7, np.uint8)).convert("P").save(tmp_path / "hole.png", transparency=7)
+    expected["hole.png"] = np.full((30, 40, 3), 128)
+    for name in ("a.bmp", "a.tif", "cmyk.tif"):
+        (picture.convert("CMYK") if "cmyk" in name else picture).save(tmp_path / name)
+        expected[name] = PICTURE
+    for name, pixels in expected.items():
+        image = data.read_photograph(tmp_path / name)
+        assert image.dtype == torch.uint8 and image.shape == (3, 30, 40), name
+        assert np.abs(image.permute(1, 2, 0).numpy() - pixels).max() <= 1, name
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.bmp").read_bytes()[:2000])
+    assert_refused(
+        "cannot read .*cut.png: .*; replace or remove it", data.read_photograph, tmp_path / "cut.png"
+    )
+
+
+def test_workers_send_bytes_one_object_at_a_time_and_full_shared_memory_is_one_line(tmp_path, monkeypatch):
+    objects = data.sample_shapes(4, 0, points=64)
+    write_pictures(tmp_path, *[f"{i}.png" for i in range(4)])
+    objects.images = [[tmp_path / f"{i}.png"] for i in range(4)]
+    assert [image.dtype for image in data.Photographs(objects, 32, seed=2**32)[3]] == [torch.uint8] * 2
+    assert data.Photographs(objects, 32)[0].dtype == torch.uint8
+    images = next(iter(data.fixed_images(objects, None, 32, 4, "cpu")))
+    assert images.dtype == torch.float32 and images[0, 0, 2, 0, 0] == pytest.approx(200 / 255)
+    loader = Mock(wraps=data.DataLoader)
+    monkeypatch.setattr(data, "DataLoader", loader)
+    batches = list(data.training_photographs(objects, torch.arange(4).split(3), 32, 0))
+    assert [len(weak) for weak, _ in batches] == [3, 1] and weak_is_shared(batches) == [False, False]
+    assert loader.call_args.kwargs["batch_sampler"] == [[0], [1], [2], [3]]
+    monkeypatch.setattr(
+        data,
+        "DataLoader",
+        Mock(
+            side_effect=lambda *_, **__: fail(
+                RuntimeError(
+                    "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
+                )
+            )
+        ),
+    )
+    with pytest.raises(UserError, match="/dev/shm.* full; start .*--shm-size"):
+        next(iter(data.training_photographs(objects, torch.arange(4).split(3), 32, 0)))
+
+
+def weak_is_shared(batches):
+    return [weak.is_shared() for weak, _ in batches]
+
+
+def fail(error):
+    """An iterator whose first item is an error."""
+    raise error
+    yield
+
+
+@pytest.mark.parametrize(
+    "content, names",
+    [
+        (b"\xef\xbb\xbfmug\r\nnight_stand  \r\n\r\n", ["mug", "night stand"]),
+        ("mug\ncup\n".encode("utf-16"), ["mug", "cup"]),
+        ("mug\ncup\n".encode("utf-16-le"), ["mug", "cup"]),
+        ("B\u0075\u0308ro\nStuhl  alt".encode(), ["B\xfcro", "Stuhl alt"]),
+        ("m\u200bug\ncup".encode(), ["mug", "cup"]),
+        (b"5$ mug\n10$ cup\n{0}", ["5$ mug", "10$ cup", "{0}"]),
+        (b"night_stand\nnight stand", "one to the text tower"),
+        (b"Mug\ncup\nmug", "one to the text tower"),
+        ("B\u0075\u0308ro\nb\xfcro".encode(), "one to the text tower"),
+        ("mug\n\ufeffmug".encode(), "one to the text tower"),
+        (b"# classes\nmug\ncup", "'# classes'; expected a class name alone"),
+        (b"0 mug\n1 cup", "'0 mug'; expected"),
+        (b"mug\t1\ncup\t2", "'mug 1'; expected"),
+        (b'"mug"\n"cup"', "expected a class name alone"),
+        (b"mug, cup", "two or more different"),
+        ("K\xfchlschrank\nmug".encode("latin1"), "saved as UTF-8"),
+    ],
+)
+def test_class_names_are_what_the_text_tower_sees_and_equal_ones_are_refused(tmp_path, content, names):
+    path = tmp_path / "classes.txt"
+    path.write_bytes(content)
+    if isinstance(names, str):
+        assert_refused(
+            f"classes.txt.*{names}", lambda: data.clean_class_names(data.read_lines(path), str(path))
+        )
+    else:
+        assert data.clean_class_names(data.read_lines(path), str(path)) == names
+
+
+def test_folders_of_classes_are_matched_as_names_and_names_that_are_no_utf8_can_be_written(tmp_path):
+    (tmp_path / "classes.txt").write_text("B\xfcro stuhl\nTisch\n", encoding="utf-8")
+    for folder in ("Bu\u0308ro_Stuhl", "tisch"):
+        (tmp_path / "train" / folder).mkdir(parents=True)
+        np.save(tmp_path / "train" / folder / f"{folder}.npy", SOME)
+    with open(os.fsencode(tmp_path) + b"/train/tisch/m\xf6bel.npy", "wb") as file:
+        np.save(file, SOME)
+    objects = data.load_dataset(str(tmp_path), tmp_path, "train", 60)
+    assert objects.labels.tolist() == [0, 1, 1] and objects.class_names == ["B\xfcro stuhl", "Tisch"]
+    assert "m\ufffdbel" in objects.names and "\n".join(objects.names).encode()
 
 
 def test_missing_data_sets_are_fetched_checked_unpacked_and_read(tmp_path, monkeypatch, capsys):
@@ -1272,9 +1838,9 @@ def test_missing_data_sets_are_fetched_checked_unpacked_and_read(tmp_path, monke
     ("own", "test/a.npy", LEANING, "objects in .*folders and outside"),
     ("own", "test/bed/test0.npy", LEANING, "two objects .*called test0;"),
     ("own", "test/bed/test1.npy", LEANING[:20], "test1.npy has 20 points, --points is 64; lower"),
-    ("own", "test/bed/test1.npy", LEANING * np.inf, "object test1 has NaN or infinite"),
-    ("own", "test/bed/test1.npy", LEANING * 0 + 1, "object test1 has all its points in one"),
-    ("own", "test/bed/test1.npy", LEANING[:, :2], "cannot read .*test1.npy.*2 columns"),
+    ("own", "test/bed/test1.npy", LEANING * np.inf, "test1.npy: 500 of its 500 points have NaN or infinite"),
+    ("own", "test/bed/test1.npy", LEANING * 0 + 1, "test1.npy: it has all its points in one"),
+    ("own", "test/bed/test1.npy", LEANING[:, :2], r"test1.npy: its shape is \(500, 2\), expected one"),
     ("own", "views/stranger/a.png", b"x", "no picture of any object.*views/test0"),
     ("empty", "classes.txt", b"mug\ncup\n", "no objects in .*empty/train; expected files")])
 def test_bad_data_is_refused_by_its_name_and_with_advice(tmp_path, name, file, content, says):
@@ -2044,7 +2610,7 @@ def test_the_start_in_the_repository_names_single_files_and_a_broken_one_stops_n
     assert re.fullmatch(rf"{chair}: chair [01]\.\d{{4}} \(image: .*, point: chair .*\)", line)
     asked += [str(broken), str(chair), "--predictions", str(tmp_path / "p.csv")]
     assert_refused("only 1 of 2 files could be read", evaluation.main, asked)
-    assert f"error: {broken} has 0 points" in capsys.readouterr().err
+    assert f"error: cannot read {broken}: it holds no points" in capsys.readouterr().err
     assert (tmp_path / "p.csv").read_text().splitlines()[1].startswith(f"{chair},chair,")
     assert_refused("--classes", evaluation.main, ["--model", "tiny", str(chair)])
 
