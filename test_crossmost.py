@@ -2560,7 +2560,7 @@ def test_clouds_as_they_are_are_named_from_a_notebook():
     start, names = models.start_file("tiny", None), [*NAMES[:3], "toilet"]
     model = build_model("tiny", names, models.TEMPLATES["depth"], start_checkpoint=start)
     chair, bed = data.sample_shapes(3, 0, points=2048).points[[2, 1]]
-    clouds = [chair, 800 * bed[:1500].double().numpy() + [4e6, 5e5, 3e2],  # millimetres, at UTM coordinates
+    clouds = [chair, 0.8 * bed[:1500].double().numpy() + [4e6, 5e5, 3e2],  # at UTM coordinates
               3 * chair[:1024] - 7, chair[:1024]]
     named, probs = evaluation.classify(model, clouds)
     assert named == ["chair", "bed", "chair", "chair"] and probs.shape == (4, 4)
