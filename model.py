@@ -229,6 +229,7 @@ class ImageEncoder(VisionTransformer):
         self.ln_patch = LayerNorm(width)
         self.decoder = nn.Sequential(nn.Conv2d(width, 3 * patch_size ** 2, 1), nn.PixelShuffle(patch_size))
         nn.init.trunc_normal_(self.mask_token_embedding, std=0.02)
+        self.through_block = image_block  # or compiled, see CrossMoST.compile_blocks
 
     def forward(self, images: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns features (B, E), not normalised, and patch tokens (B, L, D) before ln_patch."""
@@ -243,9 +244,9 @@ class ImageEncoder(VisionTransformer):
 
         for block in self.transformer.resblocks:
             if self.transformer.grad_checkpointing:
-                x = checkpoint(image_block, block, x, use_reentrant=False)
+                x = checkpoint(self.through_block, block, x, use_reentrant=False)
             else:
-                x = image_block(block, x)
+                x = self.through_block(block, x)
         return self.ln_post(x[:, 0]) @ self.proj, x[:, 1:]
 
 
@@ -388,6 +389,12 @@ class CrossMoST(nn.Module):
                 out.point_target = groups.neighbourhoods if rebuild_points else group_tokens.detach()
                 out.point_prediction = encoder.lm_head(tokens).view_as(out.point_target)
         return Outputs(**vars(out))
+
+    def compile_blocks(self):
+        """Compile the blocks of both encoders. Equal ones compile once; a whole encoder takes minutes."""
+        self.visual.through_block = torch.compile(image_block)
+        for block in self.point_encoder.blocks["blocks"]:
+            block.compile()
 
     def in_precision(self):
         """The context the encoders compute in. Grouping and logits leave it, and losses stand outside."""

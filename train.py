@@ -621,9 +621,8 @@ def build_state(args, objects: Objects, start: Path) -> "TrainingState":
     groups = parameter_groups(student, args.weight_decay, args.layer_decay, args.freeze)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
     if args.compile:
-        for model in (student, teacher):
-            for block in (*model.visual.transformer.resblocks, *model.point_encoder.blocks["blocks"]):
-                block.compile()
+        student.compile_blocks()
+        teacher.compile_blocks()
     return TrainingState(student, teacher, optimizer, args, objects)
 
 
