@@ -1124,10 +1124,18 @@ def read_gltf(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def read_stl(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Vertices (V, 3) and triangles (F, 3) of an STL file, of all its solids."""
     import trimesh
-    mesh = trimesh.load(path, file_type="stl", process=False)
+    raw = path.read_bytes()
+    is_binary = len(raw) == 84 + 50 * int.from_bytes(raw[80:84], "little")
+    if not is_binary:
+        is_text = b"\0" not in raw or raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = decode(raw, "replace") if is_text else ""
+        if "endsolid" not in text.lower():
+            raise ValueError("it has not the length it declares, nor endsolid at its end; it was cut off")
+        raw = text.encode("ascii", "replace")  # names of solids come in all encodings
+    mesh = trimesh.load(io.BytesIO(raw), file_type="stl", process=False)
     mesh = mesh.to_mesh() if isinstance(mesh, trimesh.Scene) else mesh
     if len(getattr(mesh, "faces", ())) == 0:
-        raise ValueError("it holds no triangles; it is empty, or was cut off")
+        raise ValueError("it holds no triangles; export it again")
     return mesh.vertices, mesh.faces
 
 

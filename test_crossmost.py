@@ -1383,8 +1383,10 @@ def test_meshes_of_many_programs_are_read_whole(tmp_path):
     for name, content in trimesh.exchange.gltf.export_gltf(scene).items():
         (tmp_path / name).write_bytes(content)  # a .gltf and its .bin
     scene.to_mesh().export(tmp_path / "binary.stl")
+    solid = scene.to_mesh().export(file_type="stl_ascii").split("\n", 1)[1]
+    (tmp_path / "ascii.stl").write_bytes(b"solid M\xf6bel\n" + solid.encode())
     paths = sorted(path for path in tmp_path.iterdir() if path.suffix != ".bin")
-    assert len(paths) == len(texts) + 7
+    assert len(paths) == len(texts) + 8
     for path in paths:
         points = data.read_object(path, 2000)
         size = np.sort(np.ptp(points, axis=0))
@@ -1477,7 +1479,11 @@ def test_what_is_no_surface_is_not_sampled_as_one(tmp_path):
         write_ply(ply, **dict(dict(faces=faces), **change))
         assert_refused(f"cannot read .*x.ply: .*({says})", data.read_object, ply, 50)
     off = f"OFF\n16 12 0\n" + "\n".join([*ROWS, *(f"3 {a} {b} {c}" for a, b, c in BOX.faces)])
-    for name, text in (("x.off", off[:-20]), ("x.stl", BOX.export(file_type="stl")[:400])):
+    for name, text in (
+        ("x.off", off[:-20]),
+        ("x.stl", BOX.export(file_type="stl")[:400]),
+        ("y.stl", BOX.export(file_type="stl_ascii")[:600]),
+    ):
         (tmp_path / name).write_bytes(text.encode() if isinstance(text, str) else text)
         assert_refused(f"cannot read .*{name}: .*cut off", data.read_object, tmp_path / name, 50)
 
