@@ -2503,9 +2503,9 @@ def test_evaluating_leaves_every_module_in_its_mode():
     assert {name: module.training for name, module in student.named_modules()} == modes
 
 
-@pytest.mark.parametrize("classes", [2, 40, 1000])
+@pytest.mark.parametrize("classes", [2, 130])
 def test_a_confusion_of_any_number_of_classes_is_a_picture_of_bounded_size(tmp_path, classes):
-    names = [f"${k} to ${{" for k in range(classes)]  # no formula of matplotlib's
+    names = [f"${k}^$" for k in range(classes)]  # a broken formula to matplotlib
     objects = data.Objects(torch.zeros(classes, 1, 3), torch.arange(classes), names, "$\\x$")
     evaluation.plot_confusion(tmp_path / "c.png", torch.eye(classes).roll(1, 1), objects)
     size = Image.open(tmp_path / "c.png").size
