@@ -412,7 +412,7 @@ def test_the_model_knows_its_precision_which_is_of_the_networks_only(monkeypatch
     half = copy.deepcopy(half)  # as a teacher of its student
     assert half.precision == torch.bfloat16 and half.state_dict().keys() == model.state_dict().keys()
     image_hidden, point_hidden = torch.arange(16).expand(4, -1) == 5, torch.arange(32).expand(4, -1) == 5
-    exact, rounded = (vars(m(images, points, image_hidden, point_hidden)) for m in (model, half))
+    exact, rounded = (m(images, points, image_hidden, point_hidden)._asdict() for m in (model, half))
     for name, value in exact.items():
         assert torch.allclose(value, rounded[name].float(), atol=0.3), name
         assert not torch.equal(value, rounded[name].float()), name
@@ -654,7 +654,7 @@ def test_the_cross_most_start_and_its_trained_checkpoint_load(tmp_path, finished
     load = partial(load_checkpoint, tmp_path / "7.pth", 16, 8)
     assert load(which="student").logit_scale == 9 != load().logit_scale and len(load().class_names) == 7
     argv = [*small_flags(finished[0])[:8], "--checkpoint"]  # its data, 128 points, two views
-    assert_refused("evaluate it on the data set", evaluation.main, [*argv, str(tmp_path / "7.pth")])
+    assert_refused("evaluate a checkpoint on the data set", evaluation.main, [*argv, str(tmp_path / "7.pth")])
     found = evaluation.main([*argv, str(tmp_path / "10.pth")])  # it has numbers for names
     assert set(found["teacher"]["per_class"]) == set(NAMES)
 
@@ -1478,7 +1478,7 @@ def test_what_is_no_surface_is_not_sampled_as_one(tmp_path):
     ):
         write_ply(ply, **dict(dict(faces=faces), **change))
         assert_refused(f"cannot read .*x.ply: .*({says})", data.read_object, ply, 50)
-    off = f"OFF\n16 12 0\n" + "\n".join([*ROWS, *(f"3 {a} {b} {c}" for a, b, c in BOX.faces)])
+    off = "OFF\n16 12 0\n" + "\n".join([*ROWS, *(f"3 {a} {b} {c}" for a, b, c in BOX.faces)])
     for name, text in (
         ("x.off", off[:-20]),
         ("x.stl", BOX.export(file_type="stl")[:400]),
@@ -2293,7 +2293,7 @@ def test_a_start_that_other_code_made_is_used_and_said_to_be_so(capsys, monkeypa
                        ("other", True)):
         monkeypatch.setattr(models, "CODE", code)
         models.load_start(models.start_file("tiny", None))
-        assert ("other code made this start" in capsys.readouterr().out) == says
+        assert ("other code made this start" in capsys.readouterr().err) == says
 
 
 def test_a_point_encoder_is_aligned_to_a_frozen_clip_with_the_targets_clouds(tmp_path, monkeypatch):
