@@ -2081,6 +2081,23 @@ def test_two_processes_train_evaluate_and_continue_as_one_does(tmp_path, finishe
     assert len((tmp_path / "out/predictions.csv").read_text().splitlines()) == 21
 
 
+def test_processes_end_together_and_with_one_line_of_ours(tmp_path, finished):
+    flags = small_flags(finished[0], "--out", tmp_path / "out", "--epochs", 1000)
+    with open(tmp_path / "said", "w") as said:
+        run = subprocess.Popen([*TORCHRUN, HERE / "train.py", *flags], stdout=said, stderr=said,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    log = tmp_path / "out/log.jsonl"
+    while run.poll() is None and not (log.exists() and "loss" in log.read_text()):
+        time.sleep(0.2)
+    workers = subprocess.check_output(["pgrep", "-P", str(run.pid)], text=True).split()
+    began = time.monotonic()
+    os.kill(int(workers[1]), signal.SIGTERM)
+    assert run.wait(60) != 0 and time.monotonic() - began < 60
+    lines = (tmp_path / "said").read_text().splitlines()
+    assert not any("train.py\", line" in line for line in lines)  # no traceback of ours
+    assert sum("another of torchrun's processes has ended" in line for line in lines) == 1
+
+
 def test_processes_share_a_batch_evenly(monkeypatch):
     monkeypatch.setattr(train, "world_size", lambda: 3)
     objects = data.sample_shapes(20, 0, points=8)

@@ -568,6 +568,12 @@ def main(argv=None) -> dict:
     except KeyboardInterrupt:
         kept = f"{state.path} holds the last saved epoch" if state.path.exists() else "no epoch is saved yet"
         raise KeyboardInterrupt(f"stopped; {kept}; the same command goes on from there") from None
+    except RuntimeError as error:
+        # What gloo and NCCL raise where the other end of a connection is gone has no type of its own.
+        if dist.is_initialized() and any(word in str(error) for word in ("gloo", "NCCL", "onnection")):
+            raise UserError("another of torchrun's processes has ended; what it printed says why. The same "
+                            "command goes on from the last saved epoch") from error
+        raise
 
 
 def refuse_contradictions(args):
