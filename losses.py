@@ -269,7 +269,7 @@ RULES = {
 # ------ Names from all objects together ---------------------------------------------------------------------
 @torch.no_grad()
 def transduced_labels(probs: Tensor, image_features: Tensor, point_features: Tensor, texts: Tensor,
-                      neighbours: int = 3, alpha: float = 1.0, temperature: float = 50.0,
+                      neighbours: int = 3, alpha: float = 1.0, temperature: float = 100.0,
                       rounds: int = 10, part: int = 1024) -> Tensor:
     """Name all objects at once, from what the teacher says of each [together] (StatA, arXiv 2501.03729).
 
@@ -293,7 +293,7 @@ def transduced_labels(probs: Tensor, image_features: Tensor, point_features: Ten
         image_features, point_features: f, (N, E), unit norm.
         texts: t, (C, E), unit norm.
         neighbours: k; 0 leaves their votes out.
-        temperature: T. 50 is the paper's, for 512 dimensions; infinity leaves p as it is.
+        temperature: T. The paper's 50 for each of the two modalities; infinity leaves p as it is.
         part: so many objects look for their neighbours at once; `part` x N similarities are in memory.
     Returns:
         z (N, C), rows sum to 1. An object's label and confidence are its largest entry.
