@@ -667,8 +667,7 @@ def open_clip_start(name: str, pretrained: str | None, seed: int = 0,
     another activation, or weights out of reach.
     """
     config = open_clip.get_model_config(name)
-    image = plain_image_tower(name, config)
-    refuse_other_activation(name, pretrained, image["quick_gelu"])
+    image = plain_image_tower(name, pretrained)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -686,8 +685,13 @@ def open_clip_start(name: str, pretrained: str | None, seed: int = 0,
     return model, SimpleNamespace(tower=clip.text, tokenize=open_clip.get_tokenizer(name))
 
 
-def plain_image_tower(name: str, config: dict | None) -> dict:
-    """Arguments of the ImageEncoder for an open_clip model. Raises: UserError where it is of another kind."""
+def plain_image_tower(name: str, pretrained: str | None) -> dict:
+    """Arguments of the ImageEncoder for an open_clip model. No weights are needed for that.
+
+    Raises: UserError for an unknown name, an image tower that is no plain vision transformer, and weights that
+    were trained with another activation: open_clip would only warn of these.
+    """
+    config = open_clip.get_model_config(name)
     if config is None:
         raise UserError(f"unknown model {name!r}; one of {', '.join(STARTS)}, ViT-B-16-quickgelu ...")
 
@@ -696,17 +700,16 @@ def plain_image_tower(name: str, config: dict | None) -> dict:
     if extras or not isinstance(image["layers"], int):  # a ResNet has a list of layers
         raise UserError(f"{name}'s image tower is no plain vision transformer {sorted(extras)}; take a "
                         "ViT-...")
-    heads = image["width"] // image.pop("head_width", 64)
-    return {**image, "heads": heads, "quick_gelu": config.get("quick_gelu", False)}
 
-
-def refuse_other_activation(name: str, pretrained: str | None, quick_gelu: bool):
-    """Raises: UserError where weights were trained with another activation; open_clip would only warn."""
+    quick_gelu = config.get("quick_gelu", False)
     weights = open_clip.get_pretrained_cfg(name, pretrained or "")
     if weights and weights.get("quick_gelu", False) != quick_gelu:
         other = name.removesuffix("-quickgelu") if quick_gelu else f"{name}-quickgelu"
         raise UserError(f"the {pretrained} weights of {name} {'lack' if quick_gelu else 'need'} QuickGELU; "
                         f"use {other}")
+
+    heads = image["width"] // image.pop("head_width", 64)
+    return {**image, "heads": heads, "quick_gelu": quick_gelu}
 
 
 def load_strictly(module: nn.Module, state: dict, path: str | Path, may_be_missing: tuple[str, ...] = ()):

@@ -2107,6 +2107,8 @@ def test_processes_share_a_batch_evenly(monkeypatch):
 
 
 @pytest.mark.parametrize("asked, says", [
+    ("--dataset shapenet55 --model ulip2", "shapenet55 is for making starts; add --stage pretrain"),
+    ("--shares 0 0", "--shares are all 0"),
     ("--model nonsense", "unknown model 'nonsense'; one of tiny, "),
     ("--model RN50", "RN50's image tower is no plain vision transformer"),
     ("--model ViT-B-16 --pretrained openai", "use ViT-B-16-quickgelu"),
@@ -2408,6 +2410,49 @@ def test_bfloat16_names_objects_on_a_gpu_as_float32_does():
     model.precision = torch.bfloat16
     fast = evaluation.evaluate(model, objects)
     assert all(abs(fast[modality] - exact[modality]) <= 0.5 for modality in evaluation.MODALITIES)
+
+
+def test_a_commit_is_a_commit_or_unknown(monkeypatch):
+    commit = train.provenance("cpu")["commit"]
+    assert commit == "unknown" or re.fullmatch("[0-9a-f]{7,40}(-dirty)?|.*-g[0-9a-f]{7,}(-dirty)?", commit)
+    for error in (OSError("no git"), subprocess.CalledProcessError(128, "git")):
+        monkeypatch.setattr(subprocess, "run", Mock(side_effect=error))
+        assert train.provenance("cpu")["commit"] == "unknown"
+
+
+def test_options_are_refused_before_any_data_are_read(monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "load_dataset", Mock(side_effect=AssertionError("read")))
+    (tmp_path / "file").write_text("")
+    for argv, says in ((["--labels", "mean", "--modalities", "image"], "needs both modalities"),
+                       (["--model", "nonsense"], "unknown model"), (["--threshold", "0.5", "0.6"], "one value"),
+                       (["--model", "tiny", "--pretrained", "openai"], "one file"),
+                       (["--out", str(tmp_path / "file")], "is a file; name a folder")):
+        assert_refused(says, train.main, ["--dataset", "shapes", *argv])
+
+
+def test_a_batch_larger_than_the_data_and_names_a_small_start_does_not_know_are_said(capsys):
+    objects = data.sample_shapes(20, 0, points=8)
+    train.refuse_wrong_data(options("--batch-size", "64"), objects)
+    assert "there are 20 objects: each step takes all of them" in capsys.readouterr().out
+    objects.class_names = ["mug", *NAMES[1:]]
+    train.refuse_wrong_data(options("--batch-size", "4"), objects)
+    assert "knows ten kinds of furniture only; 1 of 10 names are others (mug)" in capsys.readouterr().err
+
+
+def test_what_a_start_s_authors_report_is_said_on_their_data_set(capsys):
+    for argv, says in ((["--dataset", "modelnet40", "--model", "ulip2"], "report about 74 for points"),
+                       (["--dataset", "modelnet40", "--model", "ulip1"], "report 60.3 for points"),
+                       (["--dataset", "modelnet10", "--model", "ulip2"], None), ([], None)):
+        train.print_reported(train.parse_args(argv))
+        printed = capsys.readouterr().out
+        assert says in printed if says else printed == ""
+
+
+def test_only_the_largest_changes_of_a_thousand_names_are_listed(capsys):
+    start = {"agreement": 80.0, "shares": {f"name {i}": 0.1 for i in range(1000)}}
+    train.print_opinions(start, {"agreement": 80.0, "shares": start["shares"] | {"name 7": 9.0}})
+    line, = [line for line in capsys.readouterr().out.splitlines() if "->" in line]
+    assert line.count("->") == 21 and "name 7 0 -> 9" in line  # one in the heading
 
 
 # ------ results, pictures, documents ------------------------------------------------------------------------
@@ -2825,8 +2870,12 @@ def test_the_readme_agrees_with_the_code_and_its_diff_applies():
         assert flag in flags or flag.replace("--no-", "--") in flags, flag
     for module, name in re.findall(r"`(losses|model|data|eval|train)\.(?!py)(\w+)", readme):
         assert hasattr(sys.modules[module], name), f"{module}.{name}"
+    diff = readme.split("```diff\n")[1].split("```")[0].splitlines()
+    added = [line[1:] for line in diff if line[0] == "+"]
+    if all(line in files["train"].splitlines() for line in added):
+        return  # a fork that has applied it
     changed, lines, at = [files[name].splitlines() for name in ("train", "losses")], [], 0
-    for line in readme.split("```diff\n")[1].split("```")[0].splitlines():
+    for line in diff:
         sign, text = line[:1], line[1:]
         if sign == "+":
             lines.insert(at, text)

@@ -35,7 +35,7 @@ from eval import (COUNT, SHARE, WEIGHT, add_data_options, add_device_options, as
 from losses import (RULES, Evidence, cross_modal_alignment_loss, fairness_loss, masked_terms,
                     name_alignment_loss, self_training_loss, transduced_labels)
 from model import (CODE, STARTS, TEMPLATES, CrossMoST, PointEncoder, build_model, hide_groups,
-                   hide_patches, parameter_groups, precision_for, random_tiny, read_file, read_start,
+                   hide_patches, parameter_groups, plain_image_tower, precision_for, random_tiny, read_file, read_start,
                    save_file, save_start, start_file, teacher_momentum, train_mode, update_teacher)
 
 # ------ Recipes: which values hold for a data set and a start -----------------------------------------------
@@ -480,7 +480,7 @@ def name_together(teacher: CrossMoST, objects: Objects, args) -> Tensor:
 
 # ------ What a run needs to go on ---------------------------------------------------------------------------
 class TrainingState:
-    """What OUT/last.pt holds: all that a run needs to go on to the bit.
+    """What OUT/last.pt holds: all that a run needs to go on to the bit (Deviation D16).
 
     student, teacher, optimizer; epoch: how many are done; zero_shot: what assess() said of the
     start; together: the names given to all objects at once, or None; seconds: how long the
@@ -585,6 +585,8 @@ def refuse_contradictions(args):
         raise UserError(f"{args.start_checkpoint or args.model} is a finished start; drop --stage pretrain")
     if args.pretrained and args.model in STARTS:
         raise UserError(f"--model {args.model} is one file; use --start-checkpoint FILE, no --pretrained")
+    if args.model not in STARTS:
+        plain_image_tower(args.model, args.pretrained)
     if args.dataset == "shapenet55" and args.stage == "train" and args.model in STARTS:
         raise UserError("shapenet55 is for making starts; add --stage pretrain, or take another --dataset")
     if len(args.threshold) > (2 if args.labels == "separate" or not both else 1):
@@ -945,7 +947,7 @@ def my_share(batch: Tensor) -> Tensor:
 
 
 class GatherBatch(torch.autograd.Function):
-    """The whole batch (B, ...) of the processes' equal shares, in order, with gradient.
+    """The whole batch (B, ...) of the processes' equal shares, in order, with gradient (Deviation D25).
 
     Each process computes the same loss from the whole batch. Backward sums what all of them want
     of a share, so a share's gradient is that of one process times their number;
