@@ -518,8 +518,8 @@ def cache_resampled(cache: Path, folder: Path, names: list[str], labels: list[in
 
 
 def end_with_parent():
-    """In a worker process: leave Ctrl-C to the parent, and end when it ends, even if it is killed. A worker
-    that stayed would keep the lock that it inherits, and the next run would wait for ever.
+    """In a worker process: leave Ctrl-C to the parent, and end when it ends, even if it is killed. Otherwise
+    the worker would wait for work for ever, and may hold the lock that it inherits.
     """
     def wait():
         multiprocessing.parent_process().join()

@@ -814,13 +814,13 @@ def test_reading_that_is_killed_leaves_no_worker_and_no_lock_behind(tmp_path):
         os.link(folder / "bed/bed_0516.txt", folder / f"bed/{name}.txt")
     (folder / "modelnet40_train.txt").write_text("\n".join(names))
     script = f"import data; data.load_dataset('modelnet40', {str(tmp_path)!r}, 'train', 2100)"
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=HERE, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=HERE, stdout=subprocess.PIPE)
     part = tmp_path / ".modelnet40_normal_resampled-train.h5.part"
     while not (part.exists() and part.stat().st_size > 1e5):  # its workers are at work
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()
-    process.wait()
+    process.communicate(timeout=20)  # stdout ends when the last process that could write to it has ended
     with data.lock(tmp_path / "modelnet40_normal_resampled-train.h5", timeout=20):
         assert not (tmp_path / "modelnet40_normal_resampled-train.h5").exists()
 
