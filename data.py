@@ -1069,7 +1069,9 @@ def read_mesh(path: Path, count: int, random) -> np.ndarray:
     if not 0 <= faces.min() <= faces.max() < len(vertices):
         wrong = faces.min() if faces.min() < 0 else faces.max()
         raise ValueError(f"a face names vertex {wrong} (from 0), but there are {len(vertices)}")
-    joined = len(np.unique(faces))
+    is_joined = np.zeros(len(vertices), bool)
+    is_joined[faces] = True
+    joined = is_joined.sum()
     if joined < len(vertices) / 2 and suffix not in GLTF:  # meshes of one glTF share their vertices
         raise ValueError(f"its {len(faces)} faces join only {joined} of its {len(vertices)} points; export "
                          "the mesh alone, or the points without faces")
