@@ -577,7 +577,7 @@ def read_h5(path: Path, classes: int) -> tuple[Tensor, Tensor, list | None]:
         names = [name.decode() for name in file["name"]] if "name" in file else None
         names_file = path.with_name(f"{path.stem[:-1]}_{path.stem[-1]}_id2file.json")  # PointNet's names
         if names is None and names_file.is_file():
-            names = [Path(name).stem for name in json.loads(names_file.read_text())]
+            names = [Path(name).stem for name in json.loads(names_file.read_bytes())]
         if "normal" in file:
             clouds = to_z_up(clouds, "y")
 
@@ -599,7 +599,7 @@ def load_redwood(root: Path, split: str, _points, _download) -> Objects:
     listed = folder / "categories.json"
     tool = "github.com/isl-org/redwood-3dscan fetches it; " + LAYOUT
     with reading(listed, "expected class -> ids", tool):
-        ids = json.loads(listed.read_text())
+        ids = json.loads(listed.read_bytes())
         labels = {scan_id: label for label, class_name in enumerate(REDWOOD) for scan_id in ids[class_name]}
     files = {file.stem: file for file in [*folder.glob("points/*.npy"), *folder.glob("meshes/*.ply")]}
     names = [scan_id for scan_id in labels if scan_id in files and in_split(scan_id, split)]

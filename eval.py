@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from data import (DATASETS, UP, Objects, UserError, dataset_row, draw_views, fixed_images, load_dataset,
-                  load_files, read_lines, to_unit_sphere, training_photographs)
+from data import (DATASETS, UP, Objects, UserError, class_key, clean_class_names, dataset_row, draw_views,
+                  fixed_images, load_dataset, load_files, read_lines, to_unit_sphere, training_photographs)
 from model import (CODE, STARTS, TEMPLATES, CrossMoST, build_model, load_checkpoint, precision_for,
                    read_start, start_file, whole_file)
 
@@ -174,7 +174,7 @@ def top_one(figures: dict) -> dict | None:
 
 def pseudo_label_quality(log_path: Path, epochs: int) -> dict:
     """Coverage and accuracy of the last epoch's pseudo-labels, percent; accuracy None without labels."""
-    lines = [json.loads(line) for line in log_path.read_text().splitlines()]
+    lines = [json.loads(line) for line in log_path.read_text(encoding="utf-8").splitlines()]
     lines = [line for line in lines if line.get("epoch") == epochs and "coverage" in line]
     # A line is a mean over its steps, which are fewer in an epoch's last line.
     steps = [line["steps"] for line in lines]
@@ -270,7 +270,7 @@ def write_whole(path: Path | None, write, *given):
 
 def plot_curves(picture: Path, log_path: Path, zero_shot: dict | None):
     """Accuracy of the teacher by epoch with its zero-shot lines; coverage and accuracy of pseudo-labels."""
-    lines = [json.loads(line) for line in log_path.read_text().splitlines()]
+    lines = [json.loads(line) for line in log_path.read_text(encoding="utf-8").splitlines()]
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
 
@@ -502,13 +502,15 @@ def load_objects(args, chosen: dict, trained_names: list[str]) -> Objects:
 
 
 def rename(objects: Objects, names: list[str]):
-    """Give the objects' classes other names. Labels stay where every true class is among the names."""
-    names = [name.strip() for name in names]
-    if len(set(names)) < len(names) or "" in names:
-        raise UserError(f"--classes has a name twice, or an empty one: {names}")
+    """Give the objects' classes other names. Labels stay where every true class is among the names.
+
+    Raises: UserError for names that are empty, equal, or no names alone (clean_class_names).
+    """
+    names = clean_class_names(names, "--classes")
+    keys = [class_key(name) for name in names]
     # A label is an index: it goes where its name goes.
-    if objects.labels is not None and set(objects.class_names) <= set(names):
-        index = torch.tensor([names.index(name) for name in objects.class_names])
+    if objects.labels is not None and {class_key(name) for name in objects.class_names} <= set(keys):
+        index = torch.tensor([keys.index(class_key(name)) for name in objects.class_names])
         objects.labels = index[objects.labels]
     else:
         objects.labels = None
@@ -582,7 +584,8 @@ def add_data_options(add):
     add("--data-root", type=Path, default=Path("data"), help="folder that holds the data sets")
     add("--no-download", dest="download", action="store_false", help="fetch nothing")
     add("--domain", choices=("source", "target"), help="objects as they are, or as a scanner sees them")
-    add("--up", choices=sorted(UP), help="axis that points upwards in the files (down: --up=-y)")
+    add("--up", choices=sorted(UP),
+        help="axis that points upwards in the files, but for glTF, whose standard says y (down: --up=-y)")
     add("--points", type=COUNT, help="points per cloud")
     add("--views", type=COUNT, help="evaluation: depth views (6) or photographs (all) averaged")
 

@@ -2547,12 +2547,12 @@ def test_eval_names_a_start_by_any_words_and_writes_all_it_knows(tmp_path, capsy
     (tmp_path / "names.txt").write_text("mug\nlamp\n")
     found = evaluation.main([*start, "--classes", str(tmp_path / "names.txt"), *flags["predictions"]])
     assert "joint" not in found["zero_shot"] and {"mug", "lamp"} >= set(read_table(usecols=1))
-    files["gallery"].unlink()
-    evaluation.main([*start, "--classes", "mug", *flags["gallery"]])  # of one name nothing can be odd
-    assert files["gallery"].exists()
+    alike = torch.eye(2)[[0, 0]]  # image and point agree everywhere: a gallery of nothing
+    objects = data.Objects(CLOUD.expand(2, -1, -1), None, ["mug", "lamp"])
+    evaluation.plot_gallery(files["gallery"], {"image": alike, "point": alike, "joint": alike}, objects)
     for refused, says in (([*trained, "--classes", "mug"], "only knows the classes"),
-                          ([*start, "--classes", "mug,mug"], "twice"), ([], "nothing to evaluate"),
-                          ([*start, "--classes", "mug", *flags["confusion"]], "needs labels")):
+                          ([*start, "--classes", "mug,Mug"], "one to the text tower"), ([], "nothing to evaluate"),
+                          ([*start, "--classes", "mug,lamp", *flags["confusion"]], "needs labels")):
         assert_refused(says, evaluation.main, refused)
 
 
