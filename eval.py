@@ -26,7 +26,8 @@ from data import (DATASETS, UP, Objects, UserError, class_key, clean_class_names
 from model import (CODE, STARTS, TEMPLATES, CrossMoST, build_model, load_checkpoint, precision_for,
                    read_start, start_file, whole_file)
 
-# Each modality's own opinion, and the mean of the two probabilities.
+# The three predictions in every table: either modality's own, and "joint", the mean of the two probabilities.
+# How training merges the two into a pseudo-label is in losses.py.
 MODALITIES = ("image", "point", "joint")
 
 
@@ -50,13 +51,13 @@ def embed(model: CrossMoST, objects: Objects, views: int | None = None, batch_si
     device = model.logit_scale.device
     size = model.visual.image_size[0]
     batches = []
-    start = 0  # images come in parts of any size: photographs one object at a time
+    done = 0  # objects; images come in parts of any size: photographs one object at a time
     # disable=None: a bar only where a person looks on.
     bar = tqdm(total=len(objects), desc="evaluating", unit="object", leave=False, disable=None)
     with evaluation_mode(model), bar:
         for images in fixed_images(objects, views, size, batch_size, device):
-            points = objects.points[start:start + len(images)].to(device)
-            start += len(images)
+            points = objects.points[done:done + len(images)].to(device)
+            done += len(images)
             outputs = model(model.normalise(images), points)
             given = {name: value for name, value in outputs._asdict().items() if value is not None}
             batches.append({name: value.cpu() for name, value in given.items()})
@@ -182,7 +183,7 @@ def pseudo_label_quality(log_path: Path, epochs: int) -> dict:
     coverage, correct = np.average(shares, axis=0, weights=steps).tolist()
 
     accuracy = None
-    if coverage > 0 and lines[0]["label_accuracy"] is not None:
+    if coverage > 0 and any(line["label_accuracy"] is not None for line in lines):
         accuracy = round(100 * correct / coverage, 2)
     return {"coverage": round(100 * coverage, 2), "accuracy": accuracy}
 
@@ -415,7 +416,7 @@ def main(argv=None) -> dict | None:
     args = parse_args(argv)
     refuse_contradictions(args)
     path = args.checkpoint or args.start_checkpoint
-    if args.model in STARTS and not path:
+    if args.model in STARTS and not (path or args.preview):
         path = start_file(args.model, args.cache, args.download)
     saved = read_start(path) if path else {"options": {}, "architecture": {"class_names": []}}
     made_by = saved.get("identity", {}).get("code", CODE)
@@ -459,14 +460,18 @@ def refuse_contradictions(args):
         raise UserError("nothing to evaluate; name a --checkpoint, or a start as --model")
     if args.files and args.dataset:
         raise UserError("name single files or a --dataset, not both")
+    if args.model and args.model not in STARTS and not (args.pretrained or args.preview):
+        raise UserError(f"--model {args.model} without --pretrained is random; add the weights' tag or file")
 
 
 def as_trained(args, trained: dict) -> dict:
-    """Which model on which objects, how these are read, and the precision.
+    """Fill in what the command line leaves open: model, data set, how clouds are read, precision.
 
-    What is not given is as in `trained`, the options of a checkpoint or a start (empty without): model,
-    points and views on any data set, domain and upright axis on its own one. Data root and precision are a
-    checkpoint's only, because a start was perhaps made on another machine. The rest is the data set's.
+    `trained` holds the options of the checkpoint or start; it is empty where no file was given. From it come
+    - always: model, data set, points, views;
+    - only on the data set it was trained on: domain, up;
+    - only of a checkpoint: data root and precision, because a start was perhaps made on another machine.
+    Without it the data set is `shapes`, for single files, too: they get its upright axis and its points.
     """
     dataset = args.dataset or trained.get("dataset", "shapes")
     row = dataset_row(dataset)
@@ -489,7 +494,7 @@ def load_objects(args, chosen: dict, trained_names: list[str]) -> Objects:
     if args.files:
         up = chosen["up"] or dataset_row(chosen["dataset"])["up"]
         objects = load_files(args.files, chosen["points"], up)
-        objects.class_names = trained_names
+        objects.class_names = trained_names if args.checkpoint else []  # a start has no classes yet
     else:
         objects = load_dataset(chosen["dataset"], chosen["data_root"], args.split, chosen["points"],
                                chosen["domain"], args.download, chosen["up"])
@@ -565,8 +570,8 @@ def one_line_errors():
         # By type, or by what torch's CPU allocator says: other errors that speak of memory are bugs.
         out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if out_of_memory or "DefaultCPUAllocator: can't" in message:
-            message = ("out of memory; lower --batch-size, --groups or --points, or add "
-                       f"--grad-checkpointing: {message}")
+            message = ("out of memory; lower --points, and in train.py also --batch-size or --groups, or add "
+                       f"--grad-checkpointing there: {message}")
         elif not isinstance(error, (UserError, OSError)):
             raise
         print(f"error: {message}", file=sys.stderr)
@@ -582,7 +587,8 @@ def option_parser(purpose: str) -> argparse.ArgumentParser:
 def add_data_options(add):
     """What both scripts ask of the data; `add` is the add_argument of a parser or a group."""
     add("--data-root", type=Path, default=Path("data"), help="folder that holds the data sets")
-    add("--no-download", dest="download", action="store_false", help="fetch nothing")
+    add("--no-download", dest="download", action="store_false",
+        help="fetch nothing: what is missing is an error (by default it is fetched: %(default)s)")
     add("--domain", choices=("source", "target"), help="objects as they are, or as a scanner sees them")
     add("--up", choices=sorted(UP),
         help="axis that points upwards in the files, but for glTF, whose standard says y (down: --up=-y)")

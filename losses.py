@@ -1,6 +1,7 @@
-"""Every formula of the method, one function per tag, no state. Losses are computed in float32.
+"""The losses and the label rules: functions without state. Losses are computed in float32.
 
-B batch, C classes, E joint embedding, L tokens (image patches or point groups), S points per group.
+B batch, N all objects, C classes, E joint embedding, L image patches, G point groups, S points per group,
+D width of a transformer's tokens.
 """
 import math
 from collections.abc import Callable
@@ -76,13 +77,13 @@ def fairness_loss(logits: Tensor, shares: list[float] | None = None) -> Tensor:
 
 def cross_modal_alignment_loss(image_features: Tensor, point_features: Tensor,
                                temperature: float = 1.0) -> Tensor:
-    """Pull the two views of an object together, push those of different objects apart [cross-align].
+    """Pull image and point feature of an object together, push those of others apart [cross-align].
 
     A = f_P f_I^T / temperature (B x B);  CE(A, identity) + CE(A^T, identity), each a mean over B, in nats.
 
-    The method has no temperature (1), and takes all objects, whether kept or not. If features of
-    an object are equal and those of different objects orthogonal, it costs 2 log(1 + (B - 1)
-    exp(-1 / temperature)). Half of it is ULIP's InfoNCE. Features are (B, E), of unit norm.
+    The method uses temperature 1 and all objects, kept or not. ULIP's InfoNCE is half of this loss. Where
+    features of an object are equal and those of different objects orthogonal, it costs
+    2 log(1 + (B - 1) exp(-1 / temperature)). Features are (B, E), of unit norm.
     """
     similarity = point_features.float() @ image_features.float().T / temperature  # (B, B)
     itself = torch.arange(len(similarity), device=similarity.device)
@@ -97,8 +98,8 @@ def global_local_alignment_loss(cls_features: Tensor, token_features: Tensor, hi
 
     Args:
         cls_features: g, (B, E), unit norm.
-        token_features: t, (B, L, E), unit norm.
-        hidden: (B, L) bool, True = was masked.
+        token_features: t, (B, L, E) or (B, G, E), unit norm.
+        hidden: (B, L) or (B, G) bool, True = was masked.
     """
     distance = (token_features.float() - cls_features.float().unsqueeze(1)).square().sum(dim=-1)  # (B, L)
     return (distance * hidden).sum() / hidden.sum().clamp(min=1)
@@ -164,15 +165,16 @@ def masked_terms(out, images: Tensor, image_hidden: Tensor | None,
         terms["gl_image"] = global_local_alignment_loss(out.image_features, out.image_tokens, image_hidden)
     if point_hidden is not None:
         terms["mpm"] = masked_point_loss(out.point_prediction, out.point_target, point_hidden)
+        # Clouds are compared by CLS alone, through a projection of their own, as in the original.
         terms["gl_point"] = global_local_alignment_loss(out.point_cls, out.point_tokens, point_hidden)
     return terms
 
 
 def name_alignment_loss(features: Tensor, texts: Tensor, labels: Tensor, logit_scale: Tensor) -> Tensor:
-    """ULIP's InfoNCE against text, where a name counts once however many objects bear it (Deviation D21).
+    """ULIP's InfoNCE against text, but a name is one candidate, however many objects bear it (Deviation D21).
 
-    With logits s f t^T: an object against all names, CE(logits, y), and a name against all
-    objects, where every object that bears it is a positive; the mean of the two, in nats.
+    With logits s f t^T. Object to name: CE(logits, y). Name to object: -log softmax over the batch, at each
+    object's own name, mean over objects. The result is the mean of both, in nats.
 
     Args:
         features: f, (B, E), unit norm.
@@ -194,9 +196,9 @@ class Evidence(NamedTuple):
     point_probs: Tensor | None  # (B, C) the same of the weak clouds
     thresholds: list[float]  # confidence to exceed; two where images and points are judged apart
     point_weight: float = 1.0  # w_P
-    step: int = 0  # of the run, for rules that change on the way
+    step: int = 0  # of the run; unused here, for a fork's rule that changes on the way
     truth: Tensor | None = None  # (B,) true labels, for the oracle only
-    together: Tensor | None = None  # (B, C) what transduced_labels says, for `together` only
+    transduced: Tensor | None = None  # (B, C) of transduced_labels, for `together` only
 
 
 def label_jointly(evidence: Evidence) -> dict:
@@ -224,19 +226,20 @@ def label_where_they_agree(evidence: Evidence) -> dict:
 
 def label_separately(evidence: Evidence) -> dict:
     """Each modality's own argmax, kept where it exceeds the modality's threshold (Deviation D14)."""
-    given = {}
+    image_threshold, point_threshold = evidence.thresholds[0], evidence.thresholds[-1]  # one serves both
+    labelled = {}
     if evidence.image_probs is not None:
         confidence, labels = evidence.image_probs.max(dim=-1)
-        given["image"] = labels, confidence > evidence.thresholds[0]
+        labelled["image"] = labels, confidence > image_threshold
     if evidence.point_probs is not None:
         confidence, labels = evidence.point_probs.max(dim=-1)
-        given["point"] = labels, confidence > evidence.thresholds[-1]
-    return given
+        labelled["point"] = labels, confidence > point_threshold
+    return labelled
 
 
 def label_together(evidence: Evidence) -> dict:
     """What transduced_labels says, kept where it is sure and the teacher's joint label is the same now."""
-    confidence, labels = evidence.together.max(dim=-1)
+    confidence, labels = evidence.transduced.max(dim=-1)
     joint, _ = joint_pseudo_labels(evidence.image_probs, evidence.point_probs, 0.0, evidence.point_weight)
     keep = (confidence > evidence.thresholds[0]) & (labels == joint)
     return {"image": (labels, keep), "point": (labels, keep)}
@@ -257,12 +260,12 @@ class Rule(NamedTuple):
 
 
 RULES = {
-    "joint": Rule(label_jointly, "the surer modality does (the method)"),
-    "mean": Rule(label_by_mean, "the mean of both does", needs_both=True),
-    "agree": Rule(label_where_they_agree, "joint, where both say the same", needs_both=True),
+    "joint": Rule(label_jointly, "the label of the surer modality (the method)"),
+    "mean": Rule(label_by_mean, "the label of the mean probabilities", needs_both=True),
+    "agree": Rule(label_where_they_agree, "joint, kept only where both say the same", needs_both=True),
     "separate": Rule(label_separately, "each modality its own"),
-    "together": Rule(label_together, "all objects are named at once, and joint agrees", needs_both=True),
-    "truth": Rule(label_truly, "an oracle that uses the real labels: the ceiling"),
+    "together": Rule(label_together, "from all objects named at once", needs_both=True),
+    "truth": Rule(label_truly, "the true labels: an oracle, the ceiling"),
 }
 
 
@@ -277,24 +280,24 @@ def transduced_labels(probs: Tensor, image_features: Tensor, point_features: Ten
     objects that bear the name, as far as there are any. An absent name has no objects and stays
     at its text, so no shares of the names are assumed.
 
-    start:   z = p,  mu_mk = t_k,  s_mk = S_m = sum_ik p_ik (f_mi - t_k)^2 / N
-    names:   z_ik ~ p_ik exp( (1/T) [ sum_m sum_d ( -(f_mid - mu_mkd)^2 / (2 s_mkd) - log(s_mkd) / 2 )
-                                + (50 / 2k) sum_j (w_ij + w_ji) z_jk ] ),  rows sum to 1; five times
+    start:   z = p,  mu_mk = t_k,  v_mk = v_m = sum_ik p_ik (f_mi - t_k)^2 / N
+    names:   z_ik ~ p_ik exp( (1/T) [ sum_m sum_d ( -(f_mid - mu_mkd)^2 / (2 v_mkd) - log(v_mkd) / 2 )
+                       + 50 / (2 neighbours) sum_j (w_ij + w_ji) z_jk ] ),  rows sum to 1; five times
     moves:   n_k = number of objects whose largest z is k;  b_k = n_k / (alpha + n_k)
-             mu_mk = norm( b_k norm(mean_z f_m) + (1 - b_k) t_k )
-             s_mk = b_k mean_z (f_m - mu_mk)^2 + (1 - b_k) (S_m + (t_k - mu_mk)^2)
+             mu_mk = norm( b_k norm(mean_k f_m) + (1 - b_k) t_k )
+             v_mk = b_k mean_k (f_m - mu_mk)^2 + (1 - b_k) (v_m + (t_k - mu_mk)^2)
 
-    w_ij is the similarity of object i and its k nearest j, the mean of both modalities, and 0 for
-    all others. Names and moves take turns, `rounds` times. Squares of vectors are taken by
-    dimension d.
+    mean_k f = sum_i z_ik f_i / sum_i z_ik. w_ij is the similarity of object i and its nearest j, the mean of
+    both modalities, and 0 for all others. Names and moves take turns, `rounds` times. Squares of vectors are
+    taken by dimension d. The 50 and the five times are the paper's.
 
     Args:
         probs: p, (N, C), the teacher's joint probabilities.
         image_features, point_features: f, (N, E), unit norm.
         texts: t, (C, E), unit norm.
-        neighbours: k; 0 leaves their votes out.
-        temperature: T. The paper's 50 for each of the two modalities; infinity leaves p as it is.
-        part: so many objects look for their neighbours at once; `part` x N similarities are in memory.
+        neighbours: how many nearest objects vote; 0 leaves the votes out.
+        temperature: T. Twice the paper's 50, because two modalities' densities are added. Infinite T gives p.
+        part: objects that are compared with all others at a time; part x N similarities are in memory.
     Returns:
         z (N, C), rows sum to 1. An object's label and confidence are its largest entry.
     """
@@ -303,7 +306,7 @@ def transduced_labels(probs: Tensor, image_features: Tensor, point_features: Ten
     neighbours = min(neighbours, len(probs) - 1)
     similarity = similar_objects(features, neighbours, part) if neighbours > 0 else None
 
-    spread = expected_square(features, probs / len(probs), texts).sum(dim=1, keepdim=True)  # S, (2, 1, E)
+    spread = weighted_square(features, probs / len(probs), texts).sum(dim=1, keepdim=True)  # v_m, (2, 1, E)
     spread = spread.clamp(min=1e-8)  # a dimension in which all objects are alike
     z, means, variances = probs, texts, spread
     for _ in range(rounds):
@@ -317,7 +320,7 @@ def transduced_labels(probs: Tensor, image_features: Tensor, point_features: Ten
         weights = z / z.sum(dim=0).clamp(min=1e-30)  # columns sum to 1
         centres = F.normalize(weights.T @ features, dim=-1)  # (2, C, E)
         means = F.normalize(trust * centres + (1 - trust) * texts, dim=-1)
-        variances = (trust * expected_square(features, weights, means)
+        variances = (trust * weighted_square(features, weights, means)
                      + (1 - trust) * (spread + (texts - means).square()))
     return z
 
@@ -341,10 +344,11 @@ def similar_objects(features: Tensor, neighbours: int, part: int) -> Tensor:
     return (w + w.T).coalesce()
 
 
-def expected_square(features: Tensor, weights: Tensor, centres: Tensor) -> Tensor:
+def weighted_square(features: Tensor, weights: Tensor, centres: Tensor) -> Tensor:
     """sum_i weights_ik (f_mi - centre_k)^2 by dimension, (2, C, E), without an N x C x E tensor.
 
-    features (2, N, E), weights (N, C), centres (2, C, E) or (C, E). From the moments: E f^2 - 2 c
+    features (2, N, E), weights (N, C), centres (2, C, E) or (C, E).
+    Expanded: sum w f^2 - 2 c sum w f + c^2 sum w.
     E f + c^2.
     """
     square = (weights.T @ features.square()

@@ -1,10 +1,13 @@
-"""Both encoders, token masking, the shared classifier, the moving-average teacher, and starts to load.
+"""The model: two encoders, token masking, the shared classifier, the moving-average teacher, loading.
 
-Dimensions: B batch, P points, G point groups, S points per group, L image patches, D token width,
-E joint embedding, C classes, V views. Masks are bool; True = hidden: the token is replaced by a learnt one.
+A *start* is the zero-shot model that training begins from.
 
-Parameters have the names of the published checkpoints, so that these load strictly. Only the image tower of
-SLIP, in ULIP's files, is renamed.
+Dimensions: B batch, P points, G point groups, S points per group, L image patches, D width of a
+transformer's tokens, E joint embedding, C classes, V views.
+Masks are bool; True = hidden: the token is replaced by a learnt one.
+
+Parameters have the names of the published checkpoints, so that these load strictly. published_start renames
+the few that differ: the image tower of SLIP (in ULIP's files), the image projection, the text tower.
 """
 import argparse
 import ast
@@ -106,8 +109,8 @@ def hide_groups(centres: Tensor, ratio: float) -> Tensor:
     The share of hidden groups is drawn for each cloud from U(ratio, ratio + 0.1).
     """
     batch, total, _ = centres.shape
-    seed = torch.randint(total, (batch, 1, 1), device=centres.device).expand(-1, -1, 3)
-    by_distance = (centres - centres.gather(1, seed)).square().sum(dim=-1).argsort(dim=1)
+    first = torch.randint(total, (batch, 1, 1), device=centres.device).expand(-1, -1, 3)  # for gather
+    by_distance = (centres - centres.gather(1, first)).square().sum(dim=-1).argsort(dim=1)
 
     count = (ratio + 0.1 * torch.rand(batch, 1, device=centres.device)) * total
     is_near = torch.arange(total, device=centres.device) < count.long()  # (B, G), in the order by_distance
@@ -138,8 +141,8 @@ class MiniPointNet(nn.Module):
         """Returns tokens (B, G, token_width) of neighbourhoods (B, G, S, channels)."""
         batch, groups, size, _ = neighbourhoods.shape
         conv, norm, relu, last_conv = self.first_conv
-        rows = relu(norm(of_rows(conv, neighbourhoods.flatten(0, 2))))  # (B G S, first)
-        local = of_rows(last_conv, rows)  # (B G S, local)
+        rows = relu(norm(conv_as_linear(conv, neighbourhoods.flatten(0, 2))))  # (B G S, first)
+        local = conv_as_linear(last_conv, rows)  # (B G S, local)
         whole = local.unflatten(0, (-1, size)).amax(dim=1)  # (B G, local)
 
         # The product with [global, local] as two: the global part is the same for all points of a group.
@@ -148,10 +151,10 @@ class MiniPointNet(nn.Module):
         rows = F.linear(local, local_weight, conv.bias).unflatten(0, (-1, size))
         rows = rows + F.linear(whole, whole_weight).unsqueeze(1)  # (B G, S, second)
         rows = relu(norm(rows.flatten(0, 1)))
-        return of_rows(last_conv, rows).unflatten(0, (batch, groups, size)).amax(dim=2)
+        return conv_as_linear(last_conv, rows).unflatten(0, (batch, groups, size)).amax(dim=2)
 
 
-def of_rows(conv: nn.Conv1d, rows: Tensor) -> Tensor:
+def conv_as_linear(conv: nn.Conv1d, rows: Tensor) -> Tensor:
     """A convolution with a kernel of one, over rows of channels. (N, in) -> (N, out)"""
     return F.linear(rows, conv.weight.squeeze(-1), conv.bias)
 
@@ -161,6 +164,8 @@ class PointEncoder(nn.Module):
 
     Hidden groups are replaced by mask_token. lm_head predicts what was hidden [mpm]: with target "tokens" the
     group's token, with "points" its points. proj maps CLS and tokens into the joint space [gl-align].
+    CrossMoST.forward applies both. width is D; token_width is the mini-PointNet's output, which reduce_dim
+    maps to D.
     """
 
     frozen_by_default = ("encoder",)  # the mini-PointNet, as in the original (Deviation D12)
@@ -215,8 +220,9 @@ class PointEncoder(nn.Module):
 class ImageEncoder(VisionTransformer):
     """CLIP's vision transformer [image-encoder] (open_clip's) with MUST's additions (arXiv 2206.02967).
 
-    Hidden patches become mask_token_embedding. ln_patch normalises the patch tokens that come out, and
-    decoder paints them back to pixels [mim]. With nothing hidden the features are open_clip's, to the bit.
+    Hidden patches become mask_token_embedding. ln_patch and decoder are only held here: CrossMoST.forward
+    applies them to the patch tokens, to paint hidden patches back to pixels [mim]. With nothing hidden the
+    features are open_clip's, to the bit.
     ln_pre and eps: the image tower of SLIP, in ULIP's files, has no ln_pre and an epsilon of 1e-6.
     """
 
@@ -327,7 +333,7 @@ class CrossMoST(nn.Module):
 
     def set_classifier(self, embeddings: Tensor, class_names: list[str] | None = None):
         """Make column k the embedding of class k [classifier]. embeddings (C, E) are made unit norm here."""
-        self.architecture["class_names"] = list(class_names or range(len(embeddings)))
+        self.architecture["class_names"] = list(class_names or map(str, range(len(embeddings))))
         self.classifier = nn.Parameter(F.normalize(embeddings.detach().float(), dim=-1).T.contiguous())
 
     def normalise(self, images: Tensor) -> Tensor:
@@ -359,9 +365,9 @@ class CrossMoST(nn.Module):
         with self.in_precision():
             # Images.
             if images is not None:
-                features, patches = self.visual(images.reshape(-1, *images.shape[-3:]), image_hidden)
-                features = F.normalize(features.float(), dim=-1).view(*images.shape[:-3], -1)  # (B, [V,] E)
-                mean = features if images.dim() == 4 else features.mean(dim=1)
+                per_view, patches = self.visual(images.reshape(-1, *images.shape[-3:]), image_hidden)
+                per_view = F.normalize(per_view.float(), dim=-1).view(*images.shape[:-3], -1)  # (B, [V,] E)
+                mean = per_view if images.dim() == 4 else per_view.mean(dim=1)
                 if self.classifier is not None:
                     out.image_logits = self.logits(mean)  # linear in f: the mean over views of the logits
                 out.image_features = F.normalize(mean, dim=-1)
@@ -369,8 +375,8 @@ class CrossMoST(nn.Module):
             # Points.
             if points is not None:
                 groups = points if isinstance(points, Groups) else self.group(points)
-                features, tokens, group_tokens = self.point_encoder(groups, point_hidden)
-                out.point_features = F.normalize((features @ self.pc_projection).float(), dim=-1)
+                encoded, tokens, group_tokens = self.point_encoder(groups, point_hidden)  # encoded: CLS first
+                out.point_features = F.normalize((encoded @ self.pc_projection).float(), dim=-1)
                 if self.classifier is not None:
                     out.point_logits = self.logits(out.point_features)
 
@@ -382,7 +388,7 @@ class CrossMoST(nn.Module):
                 out.image_pixels = self.visual.decoder(grid)
             if point_hidden is not None:
                 encoder = self.point_encoder
-                cls = features[:, :len(encoder.proj)]
+                cls = encoded[:, :len(encoder.proj)]
                 out.point_cls = F.normalize((cls @ encoder.proj).float(), dim=-1)
                 out.point_tokens = F.normalize((tokens @ encoder.proj).float(), dim=-1)
                 rebuild_points = encoder.target == "points"
@@ -424,9 +430,11 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float):
 
 
 def teacher_momentum(step: int, total_steps: int, final: float) -> float:
-    """m = 0.99 + (final - 0.99) min(1, step / 400) [ema]. It must be slow from the first step on.
+    """m = 0.99 + (final - 0.99) min(1, step / 400) [ema]. final: the momentum from step 400 on.
 
-    The original ramps for 400 steps, however long the run; total_steps is for a fork's own schedule.
+    The teacher is slow from the first step on: it names the classes then already, and where it followed the
+    student at once, both learnt their own mistakes. 0.99 and 400 are the original's, however long the run;
+    total_steps is for a fork's own schedule.
     """
     return 0.99 + (final - 0.99) * min(1, step / 400)
 
@@ -435,10 +443,11 @@ def parameter_groups(model: CrossMoST, weight_decay: float, layer_decay: float,
                      freeze: list[str]) -> list[dict]:
     """Sort the parameters for an optimizer, one group for each pair of "lr_scale" and "weight_decay".
 
-    lr_scale = layer_decay^n, n counting the image encoder's layers from a parameter to the output: of twelve
-    blocks 1 for the last, 12 for the first, 13 for the embeddings; 0 for everything else. 1-D parameters have
-    no weight decay. freeze: names of parameters or modules, see is_below; these lose requires_grad and are in
-    no group. Raises: UserError where such a name is none, or nothing is left to train.
+    lr_scale = layer_decay^n, where n counts the image encoder's layers from the parameter's own to its
+    output. With twelve blocks: 1 in the last block, 12 in the first, 13 in the embeddings. Every other parameter has
+    n = 0. Vectors have no weight decay; the 0-D logit_scale has, as in the original.
+    freeze: names of parameters or modules, see is_below; these lose requires_grad and are in no group.
+    Raises: UserError where no parameter or module has a name in freeze, or nothing is left to train.
     """
     parameters = dict(model.named_parameters())
     for module in freeze:
@@ -447,18 +456,18 @@ def parameter_groups(model: CrossMoST, weight_decay: float, layer_decay: float,
                             "visual or point_encoder.encoder (model.named_parameters() lists them)")
 
     layers = len(model.visual.transformer.resblocks)
-    groups = {}
+    optimizer_groups = {}
     for name, parameter in parameters.items():
         parameter.requires_grad_(not is_below(name, freeze))
         if parameter.requires_grad:
             lr_scale = layer_decay ** layers_above(name, layers)
             decay = 0.0 if parameter.ndim == 1 else weight_decay
-            groups.setdefault((lr_scale, decay), []).append(parameter)
+            optimizer_groups.setdefault((lr_scale, decay), []).append(parameter)
 
-    if not groups:
+    if not optimizer_groups:
         raise UserError(f"--freeze {' '.join(freeze)} leaves nothing to train")
     return [{"params": members, "lr_scale": lr_scale, "weight_decay": decay}
-            for (lr_scale, decay), members in groups.items()]
+            for (lr_scale, decay), members in optimizer_groups.items()]
 
 
 def is_below(name: str, modules: list[str]) -> bool:
@@ -577,7 +586,7 @@ def refuse_equal_tokens(class_names: list[str], tokens: Tensor):
 # ------ Starts: a model without classifier, and the text tower that names classes for it --------------------
 
 # What the authors of two starts measured. The figures are theirs, and none of this code's.
-POINT_TOP_1 = {
+MEASURED_BY_ULIP = {
     "dataset": "modelnet40",
     "measured": "zero-shot top-1 in percent, on 8,192 points of modelnet40_normal_resampled",
     "source": "README of huggingface.co/datasets/SFXX/ulip",
@@ -586,11 +595,11 @@ POINT_TOP_1 = {
 # Files of our own say it themselves. Any other name is a plain vision transformer of open_clip.
 STARTS = {
     "tiny": dict(groups=32, group_size=16),
-    "ulip2": dict(groups=512, group_size=32, reported=dict(POINT_TOP_1, point="about 74")),
-    "ulip1": dict(groups=512, group_size=32, reported=dict(POINT_TOP_1, point="60.3")),
+    "ulip2": dict(groups=512, group_size=32, reported=dict(MEASURED_BY_ULIP, point="about 74")),
+    "ulip1": dict(groups=512, group_size=32, reported=dict(MEASURED_BY_ULIP, point="60.3")),
     "crossmost": dict(groups=64, group_size=32),
 }
-OTHER_GROUPS = STARTS["crossmost"]
+USUAL_GROUPS = STARTS["crossmost"]  # of a file that does not say
 
 # A CLIP and a Point-BERT small enough to pre-train on a CPU in a minute or two.
 TINY = {
@@ -688,8 +697,8 @@ def open_clip_start(name: str, pretrained: str | None, seed: int = 0,
 def plain_image_tower(name: str, pretrained: str | None) -> dict:
     """Arguments of the ImageEncoder for an open_clip model. No weights are needed for that.
 
-    Raises: UserError for an unknown name, an image tower that is no plain vision transformer, and weights that
-    were trained with another activation: open_clip would only warn of these.
+    Raises: UserError for an unknown name, an image tower that is no plain vision transformer, and weights
+    that were trained with another activation: open_clip would only warn of these.
     """
     config = open_clip.get_model_config(name)
     if config is None:
@@ -726,43 +735,50 @@ def load_strictly(module: nn.Module, state: dict, path: str | Path, may_be_missi
 
 def load_checkpoint(path: str | Path, groups: int | None = None, group_size: int | None = None,
                     point_heads: int | None = None, which: str = "teacher") -> CrossMoST:
-    """The teacher, or the "student", of a file of any family, in eval mode. Numbers replace the file's."""
+    """The teacher, or the "student", of a file of any family, in eval mode.
+
+    groups, group_size and point_heads, where given, replace the file's.
+    """
     given = {"groups": groups, "group_size": group_size, "heads": point_heads}
     point = {key: value for key, value in given.items() if value}
     model, _ = load_start(path, None, which, **point)
     return model.eval()
 
 
-def load_start(path: str | Path, clip: CrossMoST | None = None, which: str = "teacher",
+def load_start(path: str | Path, lender: CrossMoST | None = None, which: str = "teacher",
                **point) -> tuple[CrossMoST, TextEncoder | None]:
     """Load model and text tower of a file of any family; None for a text tower that is not there.
 
-    clip: lends its image tower to a file without one. point: arguments of the PointEncoder in place of the
-    file's. With another `target` than the file's, the head that predicts it is new.
+    lender: lends its image tower to a file without one. point: arguments of the PointEncoder in place of the
+    file's. The head that predicts the hidden groups is new where `target` differs from the file's, or, with
+    target "points", where group_size does.
     Raises: UserError, see read_start and load_strictly.
     """
     content = read_start(path, which)
     architecture, state, may_be_missing = content["architecture"], content["model"], content["may_be_missing"]
 
     if architecture["image"] is None:
-        if clip is None:
+        if lender is None:
             raise UserError(f"{path} holds a point encoder only; add --model with the open_clip name of its "
                             "CLIP (ULIP-2 with colours: ViT-bigG-14 --pretrained laion2b_s39b_b160k)")
-        state |= {key: value for key, value in clip.state_dict().items() if key.startswith("visual.")}
-        architecture |= {key: clip.architecture[key] for key in ("image", "mean", "std")}
+        state |= {key: value for key, value in lender.state_dict().items() if key.startswith("visual.")}
+        architecture |= {key: lender.architecture[key] for key in ("image", "mean", "std")}
 
-    point = {"target": "tokens", **architecture["point"], **point}
-    if point["target"] != architecture["point"].get("target", "tokens"):
+    of_file = {"target": "tokens", **architecture["point"]}
+    point = {**of_file, **point}
+    other_size = point["target"] == "points" and point["group_size"] != of_file["group_size"]
+    if point["target"] != of_file["target"] or other_size:  # the file's head predicts something else
         state = {key: value for key, value in state.items() if not key.startswith("point_encoder.lm_head.")}
         may_be_missing += ("point_encoder.lm_head.",)
 
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # of what the file lacks
-            model = CrossMoST(**architecture | {"point": point})
+            model = CrossMoST(**{**architecture, "point": point})
             text = TextEncoder(**content["text_architecture"]) if "text" in content else None
-    except Exception as error:  # sizes that cannot be, each in its own way
-        raise UserError(f"{path} is broken: {error!r}; get or make it again") from error
+    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:  # sizes that cannot be
+        raise UserError(f"cannot build the model of {path}: {error!r}; check the point encoder's sizes if "
+                        "you gave any, else get or make the file again") from error
 
     load_strictly(model, state, path, may_be_missing)
     print_origin(path, content["options"])
@@ -803,8 +819,8 @@ def read_start(path: str | Path, which: str = "teacher") -> dict:
             content = published_start(content, which, path)
         point = content["architecture"]["point"]
         options = {"model": "tiny", **content.get("options", {})}
-        for key, usual in OTHER_GROUPS.items():
-            options[key] = point.setdefault(key, usual)
+        point |= {**USUAL_GROUPS, **point}  # what the file does not say
+        options |= {key: point[key] for key in USUAL_GROUPS}
         state = content["model"] if "model" in content else content[which]
         return {"may_be_missing": (), **content, "options": options, "model": state}
     except (AttributeError, KeyError, TypeError) as error:
@@ -894,8 +910,8 @@ TIMM_NAMES = {
 def from_timm(state: dict) -> dict:
     """Rename SLIP's image tower from timm's names to open_clip's.
 
-    open_clip's patch embedding has no bias. It moves into the patches' positions, and out of the mask token,
-    so that a hidden patch keeps its value.
+    open_clip's patch embedding has no bias, so SLIP's is added to the patches' positions. Hidden patches have
+    these positions, too, so the mask token starts at minus the bias: together they are the plain position.
     """
     renamed = {}
     for key, value in state.items():
@@ -924,9 +940,11 @@ def save_start(model: CrossMoST, text: TextEncoder | None, options: dict, path: 
 
 
 def halved(module: nn.Module) -> dict:
-    """A module's state in half precision. Token embeddings are left out: TextEncoder remakes fixed ones."""
+    """A module's state in half precision, without token embeddings that TextEncoder makes again."""
+    is_remade = isinstance(module, TextEncoder) and module.architecture["fixed_tokens"]
     return {key: value.half() if value.is_floating_point() else value
-            for key, value in module.state_dict().items() if not key.startswith("tower.token_embedding.")}
+            for key, value in module.state_dict().items()
+            if not (is_remade and key.startswith("tower.token_embedding."))}
 
 
 def save_file(content: dict, path: Path):
@@ -973,9 +991,11 @@ def read_file(path: str | Path) -> dict:
     try:
         with torch.serialization.safe_globals(harmless):
             return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except OSError:  # of the disk, or forbidden: it names the file
+    except (OSError, MemoryError):  # of the disk, or forbidden: it names the file; or too little memory
         raise
     except Exception as error:  # torch raises a different type for each way a file can be broken
+        if "DefaultCPUAllocator: can't" in str(error):  # too little memory, too: the file may be whole
+            raise
         # torch's own message advises to load such a file unsafely.
         foreign = re.search(r"(?i:unsupported).* GLOBAL ([\w.]+)", str(error))
         if foreign:
@@ -1056,7 +1076,8 @@ def launch_farthest_points(kernel, points: Tensor, count: int) -> Tensor:
     chosen = torch.zeros(batch, count, dtype=torch.long, device=points.device)
     block = 1 << (total - 1).bit_length()  # the next power of two
     with torch.cuda.device_of(points):
-        # Without fused multiply-add: it rounds once less than the loop, and would break ties otherwise.
+        # No fused multiply-add: it rounds differently from the loop, and might then choose another of two
+        # tied points. 8 points a thread, at most 16 warps.
         kernel[(batch,)](points.contiguous(), chosen, total, count, BLOCK=block, enable_fp_fusion=False,
                          num_warps=min(16, max(1, block // 256)))
     return chosen

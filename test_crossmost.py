@@ -1935,7 +1935,7 @@ def stop_in_step(monkeypatch, number, seen=None):
 def test_a_run_that_stops_and_goes_on_equals_one_that_does_not(tmp_path, monkeypatch, request, kind):
     (folder, _), out, images = request.getfixturevalue(kind), tmp_path / "out", []
     stop_in_step(monkeypatch, 5, images)  # in the middle of the second epoch
-    with pytest.raises(KeyboardInterrupt, match="last.pt holds the last saved epoch; the same command goes on"):
+    with pytest.raises(KeyboardInterrupt, match="last.pt holds the last saved epoch; the same"):
         small_run(folder, "--out", out)
     coloured = [(image[:, 0] != image[:, 2]).any().item() for image in images]
     assert set(coloured) == {kind == "photographed"}  # what is coloured is no depth view
@@ -2888,6 +2888,30 @@ def test_the_readme_agrees_with_the_code_and_its_diff_applies():
             at += 1
     for lines in changed:
         compile("\n".join(lines), "changed", "exec")
+
+
+def test_the_readme_s_hyper_parameters_are_the_defaults():
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    rows = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in (
+        line.split("|") for line in readme.splitlines() if line.startswith(("| original | 2e-5", "| `tiny`")))
+        if "2e-" in cells[2]}
+    asked = {"original": ["--dataset", "modelnet40"],
+             "`tiny`": ["--dataset", "modelnet10", "--model", "tiny"],
+             "`tiny` on `shapes` and with `--domain target`": ["--dataset", "shapes"]}
+    assert rows.keys() == asked.keys()
+    for name, argv in asked.items():
+        args, cells = train.parse_args(argv), rows[name]
+        numbers = [float(re.match(r"[0-9.e-]+", cell)[0]) for cell in cells]
+        assert numbers[:2] == [args.lr, args.batch_size]
+        assert numbers[2] == args.epochs and cells[2].endswith(f", {args.warmup_epochs:g}")
+        assert numbers[3:6] == [args.layer_decay, args.momentum, args.threshold[0]]
+        assert (numbers[6], numbers[7], numbers[9]) == (
+            train.parse_args(["--dataset", "modelnet40", *argv[2:]]).point_weight, args.mask_ratio,
+            args.cross_temperature)
+        weights = [float(number) for number in re.findall(r"[0-9.]+(?=,|$)", cells[8])]
+        assert weights[:1] + weights[-4:] == [args.w_fair, args.w_mim, args.w_mpm, args.w_gl, args.w_cross]
+    folder = train.parse_args(["--dataset", str(HERE), "--model", "tiny"])
+    assert f"own folder {folder.epochs}," in rows["`tiny`"][2] and folder.point_weight == 1
 
 
 @pytest.mark.skipif(not (HERE / "assets/tables.md").exists(), reason="no tables yet")

@@ -35,18 +35,20 @@ from eval import (COUNT, SHARE, WEIGHT, add_data_options, add_device_options, as
 from losses import (RULES, Evidence, cross_modal_alignment_loss, fairness_loss, masked_terms,
                     name_alignment_loss, self_training_loss, transduced_labels)
 from model import (CODE, STARTS, TEMPLATES, CrossMoST, PointEncoder, build_model, hide_groups,
-                   hide_patches, parameter_groups, plain_image_tower, precision_for, random_tiny, read_file, read_start,
-                   save_file, save_start, start_file, teacher_momentum, train_mode, update_teacher)
+                   hide_patches, parameter_groups, plain_image_tower, precision_for, random_tiny,
+                   read_file, read_start, save_file, save_start, start_file,
+                   teacher_momentum, train_mode, update_teacher)
 
 # ------ Recipes: which values hold for a data set and a start -----------------------------------------------
-# The small start is trained for hundreds of steps instead of 10^5, so its learning rate is
-# larger. Its confidences are low, so the threshold is lower. It has 4 x 4 patches: few are
-# hidden, and painting them back weighs little. Measured on `shapes`.
+# The small start is trained for hundreds of steps instead of 10^5, so its learning rate is larger, and its
+# teacher need not be as slow. Its confidences are low, so the threshold is lower. Its batches are small, so
+# cross-align wants a temperature to tell 32 objects apart (0.07: CLIP's), and `fairness` weighs more. It has
+# 4 x 4 patches: few are hidden, and painting them back weighs little. Measured on `shapes`.
 SMALL = dict(epochs=3, batch_size=32, lr=2e-3, layer_decay=1.0, momentum=0.999, points=1024, views=12,
              threshold=[0.6], mask_ratio=0.1, w_fair=2.0, w_mim=0.1, w_mpm=0.1, w_gl=0.02,
              cross_temperature=0.07, precision="fp32", eval_every=2)
-# What a scanner sees is far from what the small start has seen. The teacher follows sooner and
-# for longer, and `fairness` weighs more against the many wrong names of the first epochs.
+# Scans look unlike what the small start has seen. Therefore more epochs, a teacher that follows the student
+# faster, and a larger `fairness` weight: in the first epochs many names are wrong.
 SMALL_ON_SCANS = dict(SMALL, epochs=10, momentum=0.99, w_fair=4.0)
 # A user's folder mostly holds a few hundred objects: more passes make enough steps.
 SMALL_ON_FOLDER = dict(SMALL, epochs=20)
@@ -54,12 +56,12 @@ SMALL_ON_FOLDER = dict(SMALL, epochs=20)
 # `together`: epochs between two namings of all training objects.
 RENEW_EVERY = 5
 
-# Options that do not change what is computed: a run may continue with others.
-NO_MATTER = ("out", "cache", "data_root", "download", "resume", "device", "log_every", "eval_every",
-             "compile", "grad_checkpointing", "stage")
+# Options that do not change what is computed: a run may continue with other values of these.
+NO_EFFECT_ON_RESULTS = ("out", "cache", "data_root", "download", "resume", "device", "log_every",
+                        "eval_every", "compile", "grad_checkpointing", "stage")
 # Options that say what is trained on what: the tables of results have columns for them.
-SETTING = ("dataset", "domain", "model", "pretrained", "start_checkpoint", "pretrain_epochs", "precision",
-           "seed")
+TABLE_COLUMNS = ("dataset", "domain", "model", "pretrained", "start_checkpoint", "pretrain_epochs",
+                 "precision", "seed")
 SAVE_EVERY = 60  # seconds between two saves, at the ends of epochs
 # What a run writes into OUT; one that starts over removes it first.
 LEFT_BY_A_RUN = ("last.pt", "log.jsonl", "results.json", "curves.png", "predictions.csv",
@@ -93,7 +95,7 @@ def recipe_of(given: dict) -> dict:
     file_values = {key: in_file[key] for key in ("points", "groups", "group_size") if in_file.get(key)}
     layers.append(("start's file", file_values))
 
-    recipe = {"model": (model, "data set")}
+    recipe = {"model": (model, "start's file" if in_file.get("model") else "data set")}
     for source, values in layers:
         recipe |= {option: (value, source) for option, value in values.items()}
     return recipe
@@ -108,20 +110,23 @@ def parse_args(argv=None) -> argparse.Namespace:
     """
     parser = make_parser()
     argv = sys.argv[1:] if argv is None else argv
-    # First only what is given: the data set and the start decide the defaults of the rest.
-    unset = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))
-    given = vars(parser.parse_args([word for word in argv if word not in ("-h", "--help")], unset))
-    given = {option: value for option, value in given.items() if value is not None}
+    # argparse gives a default only to attributes that are missing. All begin as None here, so what
+    # is not None afterwards was typed. The data set and the start decide the defaults of the rest.
+    options = list(vars(parser.parse_args([])))
+    typed = argparse.Namespace(**dict.fromkeys(options))
+    parser.parse_args([word for word in argv if word not in ("-h", "--help")], typed)
+    given = {option: value for option, value in vars(typed).items() if value is not None}
 
-    recipe = {option: value for option, value in recipe_of(given).items() if option in vars(unset)}
+    recipe = {option: value for option, value in recipe_of(given).items() if option in options}
     parser.set_defaults(**{option: value for option, (value, _) in recipe.items()})
     args = parser.parse_args(argv)
     args.sources = {option: source for option, (_, source) in recipe.items()}
     args.sources |= dict.fromkeys(given, "command line")
 
     differing = {option: value for option, value in plain_options(args).items()
-                 if option in given and option not in NO_MATTER and value != parser.get_default(option)}
-    args.changed = {option: value for option, value in differing.items() if option not in SETTING}
+                 if option in given and value != parser.get_default(option)
+                 and option not in NO_EFFECT_ON_RESULTS}
+    args.changed = {option: value for option, value in differing.items() if option not in TABLE_COLUMNS}
     args.changes = ", ".join(f"{flag(option)} {words(args.changed[option])} instead of "
                              f"{words(parser.get_default(option))}" for option in args.changed)
     if args.out is None:
@@ -229,10 +234,10 @@ def plain_options(args) -> dict:
 
 def print_settings(args):
     """One line per source: the values that hold for this run, and where they come from."""
-    by_source = {"original code": []}
+    by_source = {"default": []}  # the original code's value, where it has one
     for option, value in plain_options(args).items():
-        if option not in NO_MATTER and value is not None:
-            by_source.setdefault(args.sources.get(option, "original code"), []).append(
+        if option not in NO_EFFECT_ON_RESULTS and value is not None:
+            by_source.setdefault(args.sources.get(option, "default"), []).append(
                 f"{option} {words(value)}")
     print("settings, by where they come from:")
     for source, values in by_source.items():
@@ -240,7 +245,7 @@ def print_settings(args):
 
 
 # ------ One step --------------------------------------------------------------------------------------------
-def train_step(student, teacher, views, optimizer, step, total_steps, args, truth=None, together=None):
+def train_step(student, teacher, views, optimizer, step, total_steps, args, truth=None, transduced=None):
     """One update of the student, then of the teacher. Returns the detached terms and the labels used.
 
     `views` holds images and point clouds only. True labels enter for the oracle alone (`--labels
@@ -251,7 +256,7 @@ def train_step(student, teacher, views, optimizer, step, total_steps, args, trut
         views: what draw_views returns of this process's objects (b = B / number of processes).
         step, total_steps: this step's number from 0, and how many the run has.
         truth: (B,) true labels, or None.
-        together: (B, C) what transduced_labels says of these objects, or None.
+        transduced: (B, C) the rows of transduced_labels for these objects, or None.
     Returns:
         terms: {name: value} of the total `loss`, each term before weighting, and the learning rate `lr`.
         labels: {modality: (labels (B,), keep (B,))}.
@@ -261,7 +266,7 @@ def train_step(student, teacher, views, optimizer, step, total_steps, args, trut
         group["lr"] = group["lr_scale"] * rate
 
     # The teacher sees the weak views and names the objects [joint-label].
-    labels = teacher_labels(teacher, views, step, args, truth, together)
+    labels = teacher_labels(teacher, views, step, args, truth, transduced)
 
     # The student must agree from the strong, masked views, align its modalities and repaint what
     # was hidden.
@@ -282,7 +287,7 @@ def train_step(student, teacher, views, optimizer, step, total_steps, args, trut
 
 @torch.no_grad()
 def teacher_labels(teacher: CrossMoST, views: dict, step: int, args, truth: Tensor | None = None,
-                   together: Tensor | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+                   transduced: Tensor | None = None) -> dict[str, tuple[Tensor, Tensor]]:
     """The rule of `--labels` applied to the teacher's view of the weak images and clouds [joint-label].
 
     Returns {modality: (labels (B,), keep (B,))} of the whole batch. A modality that is not
@@ -297,7 +302,8 @@ def teacher_labels(teacher: CrossMoST, views: dict, step: int, args, truth: Tens
             image_probs = whole_batch(out.image_logits).softmax(dim=-1)
         if points is not None:
             point_probs = whole_batch(out.point_logits).softmax(dim=-1)
-    evidence = Evidence(image_probs, point_probs, args.threshold, args.point_weight, step, truth, together)
+    evidence = Evidence(image_probs, point_probs, args.threshold, args.point_weight, step, truth=truth,
+                        transduced=transduced)
     return RULES[args.labels].label(evidence)
 
 
@@ -309,36 +315,40 @@ def student_terms(student, views: dict, labels: dict, args) -> dict[str, Tensor]
     """
     model = without_ddp(student)
     images = None if args.modalities == "point" else model.normalise(views["strong_image"])
-    points = None if args.modalities == "image" else model.group(views["strong_points"])
+    groups = None  # cut here, because the mask needs their centres
+    if args.modalities != "image":
+        groups = model.group(views["strong_points"])
 
     image_hidden = point_hidden = None
     if images is not None and args.mask_ratio > 0:
         grid = model.visual.grid_size[0]
         image_hidden = hide_patches(len(images), grid, args.mask_ratio, images.device)
-    if points is not None and args.mask_ratio > 0:
-        point_hidden = hide_groups(points.centres, args.mask_ratio)
+    if groups is not None and args.mask_ratio > 0:
+        point_hidden = hide_groups(groups.centres, args.mask_ratio)
 
-    out = student(images, points, image_hidden, point_hidden)
+    out = student(images, groups, image_hidden, point_hidden)
     terms = masked_terms(out, images, image_hidden, point_hidden)
     if images is not None:
         logits = whole_batch(out.image_logits)
         terms["self_image"] = self_training_loss(logits, *labels["image"])
         terms["fair_image"] = fairness_loss(logits, args.shares)
-    if points is not None:
+    if groups is not None:
         logits = whole_batch(out.point_logits)
         terms["self_point"] = self_training_loss(logits, *labels["point"])
         terms["fair_point"] = fairness_loss(logits, args.shares)
-    if images is not None and points is not None:
+    if images is not None and groups is not None:
         features = whole_batch(out.image_features), whole_batch(out.point_features)
         terms["cross"] = cross_modal_alignment_loss(*features, args.cross_temperature)
     return terms
 
 
 def learning_rate(step: int, total_steps: int, args) -> float:
-    """Linear warm-up, then a cosine from the peak to its twentieth at the last step.
+    """Linear warm-up, then a cosine from the peak down to peak / 20 at the last step.
 
-    The peak is lr x batch / 256. The first step has 1 / warm-up steps of it: a rate of 0 would
-    waste that step. The original's numbers end at a twentieth of the peak, too: 1e-6 of 2e-5.
+    The peak is lr x --batch-size / 256, also where there are fewer objects than that: the original's 2e-5 is
+    4e-5 for its 512 objects, and 1e-5 for our 128 (Deviation D25). The first step uses peak / warm-up steps,
+    because a rate of 0 would waste it (Deviation D26). A run no longer than its warm-up ends at the peak.
+    peak / 20 is the original's ratio, 1e-6 of 2e-5.
     """
     peak = args.lr * args.batch_size / 256
     warmup_steps = int(args.warmup_epochs * total_steps / args.epochs)
@@ -346,7 +356,7 @@ def learning_rate(step: int, total_steps: int, args) -> float:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
     floor = peak / 20
-    return floor + (peak - floor) * (1 + math.cos(math.pi * min(1, progress))) / 2
+    return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
 
 
 # ------ The loop --------------------------------------------------------------------------------------------
@@ -370,30 +380,33 @@ def self_train(state: "TrainingState", objects: Objects, test: Objects, args):
     interval, interval_began, last_save = [], time.perf_counter(), time.perf_counter()
     for epoch in range(state.epoch, args.epochs):
         if args.labels == "together" and epoch % RENEW_EVERY == 0:
-            state.together = name_together(state.teacher, objects, args)
+            state.transduced = name_together(state.teacher, objects, args)
+            interval_began = time.perf_counter()  # naming is not training
 
         # All processes shuffle alike; then each draws its own views.
-        torch.manual_seed(args.seed * 100_003 + epoch)
+        epoch_seed = args.seed * 100_003 + epoch
+        torch.manual_seed(epoch_seed)
         batches = torch.randperm(len(objects)).split(batch_size)[:steps_per_epoch]
-        torch.manual_seed((args.seed * 100_003 + epoch) * 1_009 + rank())
-        shares = [my_share(batch) for batch in batches]
-        photographs = training_photographs(objects, shares, image_size, torch.initial_seed())
+        process_seed = epoch_seed * 1_009 + rank()
+        torch.manual_seed(process_seed)
+        parts = [my_part(batch) for batch in batches]
+        photographs = training_photographs(objects, parts, image_size, process_seed)
 
         step = epoch * steps_per_epoch
-        for batch, share, pictures in zip(batches, shares, photographs):
-            views = draw_views(points[share.to(args.device)], image_size, pictures)
+        for batch, part, pictures in zip(batches, parts, photographs):
+            views = draw_views(points[part.to(args.device)], image_size, pictures)
             truth = None if objects.labels is None else objects.labels[batch].to(args.device)
-            together = None if state.together is None else state.together[batch].to(args.device)
+            transduced = None if state.transduced is None else state.transduced[batch].to(args.device)
             oracle = truth if args.labels == "truth" else None
             terms, labels = train_step(student, state.teacher, views, state.optimizer, step, total_steps,
-                                       args, oracle, together)
+                                       args, oracle, transduced)
             interval.append((step, terms, labels, truth))
             step += 1
             bar.update(batch_size)
 
             # Reading a value waits for a GPU, so values are read once per interval.
             if step % args.log_every == 0 or step % steps_per_epoch == 0:
-                means = interval_means(interval, state.teacher.classifier.shape[1])
+                means = interval_means(interval, len(objects.class_names))
                 seconds = time.perf_counter() - interval_began
                 speed = len(interval) * batch_size / seconds
                 write_log(args, epoch=epoch + 1, step=step, steps=len(interval), seconds=round(seconds, 3),
@@ -409,6 +422,9 @@ def self_train(state: "TrainingState", objects: Objects, test: Objects, args):
             interval_began = time.perf_counter()
         state.epoch = epoch + 1
         if is_last or time.perf_counter() - last_save > SAVE_EVERY:
+            if not all(parameter.isfinite().all() for parameter in state.student.parameters()):
+                raise UserError(f"weights are not finite after epoch {epoch + 1}; lower --lr, or look at the "
+                                "data; last.pt is of an earlier epoch, if there was one")
             state.save()
             last_save = interval_began = time.perf_counter()
     bar.close()
@@ -417,20 +433,23 @@ def self_train(state: "TrainingState", objects: Objects, test: Objects, args):
 def interval_means(interval: list, classes: int) -> dict:
     """One line of the log: means over an interval of steps, each (step, terms, labels, truth).
 
-    coverage is the share of the objects that were kept, label_accuracy the share of these whose label is
-    right (None without true labels), `named` each name's share of all objects, entropy that of the names in
-    nats.
-    Raises: UserError with the step and all terms where a loss is not finite.
+    coverage: kept labels / all labels.
+    label_accuracy: right labels / kept labels; None without true labels.
+    named: for each name, kept labels with that name / all labels.
+    entropy: of the names among the kept labels, in nats.
+    Raises: UserError with the step (from 0) and all terms where a loss is not finite.
     """
     losses = torch.stack([terms["loss"] for _, terms, _, _ in interval])
     if not losses.isfinite().all():
-        step, terms, _, _ = interval[losses.isfinite().int().argmin()]
+        first_bad = losses.isfinite().tolist().index(False)
+        step, terms, _, _ = interval[first_bad]
         values = {name: float(value) for name, value in terms.items()}
         raise UserError(f"the loss is not finite at step {step}: {values}; lower --lr, or look at the data; "
                         "last.pt is of an earlier epoch, if there was one")
 
+    _, first_terms, _, first_truth = interval[0]
     row = {}
-    for name in interval[0][1]:
+    for name in first_terms:
         values = [torch.as_tensor(terms[name]).double() for _, terms, _, _ in interval]
         row[name] = torch.stack(values).mean().item()
 
@@ -443,7 +462,7 @@ def interval_means(interval: list, classes: int) -> dict:
                 right += (label == truth)[keep].sum().item()
     kept = given.sum().item()
     row["coverage"] = kept / total
-    row["label_accuracy"] = None if interval[0][3] is None else right / max(kept, 1)
+    row["label_accuracy"] = None if first_truth is None else right / max(kept, 1)
     row["named"] = (given / total).tolist()
     row["entropy"] = torch.special.entr(given / max(kept, 1)).sum().item()
     return row
@@ -459,10 +478,10 @@ def write_log(args, **row):
 def evaluate_all(model: CrossMoST, objects: Objects, args, predictions: Path | None = None) -> dict:
     """What assess() says of a model; under torchrun each process embeds its part of the objects.
 
-    predictions: the leader writes a name for each object into this file.
+    predictions: a file, into which the leader writes a name for each object; None writes nothing.
     """
     probs = to_probs(embed_all(model, objects, args))
-    if leader():
+    if leader() and predictions is not None:
         write_whole(predictions, write_predictions, objects, probs)
     return assess(probs, objects)
 
@@ -482,18 +501,19 @@ def name_together(teacher: CrossMoST, objects: Objects, args) -> Tensor:
 class TrainingState:
     """What OUT/last.pt holds: all that a run needs to go on to the bit (Deviation D16).
 
-    student, teacher, optimizer; epoch: how many are done; zero_shot: what assess() said of the
-    start; together: the names given to all objects at once, or None; seconds: how long the
-    processes took that it continues.
+    student, teacher, optimizer; epoch: how many are done; zero_shot: what assess() said of the start;
+    transduced: what name_together said last, or None; seconds: run time so far, with that of the processes
+    that this one continues.
     """
 
     def __init__(self, student: CrossMoST, teacher: CrossMoST, optimizer, args, objects: Objects):
         self.student, self.teacher, self.optimizer = student, teacher, optimizer
-        self.epoch, self.zero_shot, self.together = 0, None, None
+        self.epoch, self.zero_shot, self.transduced = 0, None, None
         self.path, self.log_path = args.out / "last.pt", args.out / "log.jsonl"
         self.options = plain_options(args)
         # What must not change when a run continues, besides the options.
-        self.identity = {option: value for option, value in self.options.items() if option not in NO_MATTER}
+        self.identity = {option: value for option, value in self.options.items()
+                         if option not in NO_EFFECT_ON_RESULTS}
         self.identity |= {"classes": objects.class_names, "objects": objects_hash(objects), "code": CODE,
                           "precision": str(student.precision).removeprefix("torch.")}
         self.began = time.perf_counter()
@@ -507,7 +527,7 @@ class TrainingState:
             return
         states = {name: getattr(self, name).state_dict() for name in ("student", "teacher", "optimizer")}
         values = {name: getattr(self, name)
-                  for name in ("epoch", "zero_shot", "together", "options", "identity")}
+                  for name in ("epoch", "zero_shot", "transduced", "options", "identity")}
         save_file({**states, **values, "architecture": self.student.architecture,
                    "seconds": self.seconds(), "log_bytes": self.log_path.stat().st_size}, self.path)
 
@@ -526,7 +546,7 @@ class TrainingState:
                                 f"{advice}")
             for name in ("student", "teacher", "optimizer"):
                 getattr(self, name).load_state_dict(saved[name])
-            for name in ("epoch", "zero_shot", "together"):
+            for name in ("epoch", "zero_shot", "transduced"):
                 setattr(self, name, saved[name])
             self.began -= saved["seconds"]
             os.truncate(self.log_path, saved["log_bytes"])  # forget lines written after the checkpoint
@@ -561,13 +581,16 @@ def main(argv=None) -> dict:
 
     state = build_state(args, objects, start)
     try:
-        with lock(state.path, timeout=0) if leader() else nullcontext():
+        only_writer = lock(state.path, timeout=0) if leader() else nullcontext()
+        with only_writer:
             return train_and_score(state, objects, test, args, start)
     except Timeout as error:
         raise UserError(f"another process writes to {args.out}; wait, or name another --out") from error
     except KeyboardInterrupt:
-        kept = f"{state.path} holds the last saved epoch" if state.path.exists() else "no epoch is saved yet"
-        raise KeyboardInterrupt(f"stopped; {kept}; the same command goes on from there") from None
+        kept = "no epoch is saved yet; the same command begins again"
+        if state.path.exists():
+            kept = f"{state.path} holds the last saved epoch; the same command goes on from it"
+        raise KeyboardInterrupt(f"stopped; {kept}") from None
     except RuntimeError as error:
         # What gloo and NCCL raise where the other end of a connection is gone has no type of its own.
         if dist.is_initialized() and any(word in str(error) for word in ("gloo", "NCCL", "onnection")):
@@ -581,8 +604,10 @@ def refuse_contradictions(args):
     rule, both = RULES[args.labels], args.modalities == "both"
     if rule.needs_both and not both:
         raise UserError(f"--labels {args.labels} needs both modalities; drop it, or --modalities")
-    if args.stage == "pretrain" and (args.start_checkpoint or args.model in STARTS and args.model != "tiny"):
-        raise UserError(f"{args.start_checkpoint or args.model} is a finished start; drop --stage pretrain")
+    is_finished = args.start_checkpoint or (args.model in STARTS and args.model != "tiny")
+    if is_finished and (args.stage == "pretrain" or args.pretrain_epochs):
+        raise UserError(f"{args.start_checkpoint or args.model} is a finished start; drop --stage pretrain "
+                        "and --pretrain-epochs")
     if args.pretrained and args.model in STARTS:
         raise UserError(f"--model {args.model} is one file; use --start-checkpoint FILE, no --pretrained")
     if args.model not in STARTS:
@@ -752,8 +777,9 @@ def find_start(args, objects: Objects) -> Path:
     clouds of the training objects were used, of these. One that other code made is used all the
     same; load_start says so.
     """
-    makes_own = args.pretrain_epochs or args.stage == "pretrain" or args.dataset == "shapenet55"
-    if args.start_checkpoint or args.model in STARTS and not (args.model == "tiny" and makes_own):
+    makes_tiny = args.model == "tiny" and (args.pretrain_epochs or args.stage == "pretrain"
+                                           or args.dataset == "shapenet55")
+    if args.start_checkpoint or (args.model in STARTS and not makes_tiny):
         path = args.start_checkpoint or start_file(args.model, args.cache, args.download)
     else:
         path = args.cache / f"{args.model.replace('/', '-')}-{pretraining_key(args, objects)}.pt"
@@ -775,12 +801,12 @@ def pretraining_key(args, objects: Objects) -> str:
 
 
 def pretrain(args, objects: Objects, path: Path):
-    """Align the modalities of a start, without labels of the objects, into a file [pretrain].
+    """Train a start into a file [pretrain]. Labels of the data set that it is for are never used.
 
-    `tiny`: image, point and text tower together, on procedural objects. An open_clip model: the
-    point encoder to the frozen towers (ULIP), on procedural objects with their names and the
-    training objects' clouds without. ShapeNet-55 lends its names, too, and replaces the
-    procedural objects.
+    `tiny`: all three towers, on procedural objects and their names.
+    An open_clip model: only the point encoder, towards the frozen towers (ULIP). It sees procedural objects
+    with names, and the training objects' clouds without names.
+    `--dataset shapenet55` replaces both kinds of objects; its names are used.
 
     Beside `path` lie a log, a line per 100 steps, and a file to continue from after a pass.
     """
@@ -797,16 +823,10 @@ def pretrain(args, objects: Objects, path: Path):
     last_path, log_path = path.with_suffix(".last.pt"), path.with_suffix(".log.jsonl")
     parts = {"model": model, "text": text, "optimizer": optimizer, "schedule": schedule}
     parts = {name: part for name, part in parts.items() if part}
-    first = 0
-    if last_path.exists():
-        saved = read_file(last_path)
-        if saved["code"] == CODE:
-            for name, part in parts.items():
-                part.load_state_dict(saved[name])
-            first = saved["passes"]
-
+    first = resume_pretraining(parts, last_path)
+    # One process holds the lock, not always the leader: its bar is the only one.
     bar = tqdm(total=total_steps, initial=first * steps_per_pass, desc=f"pre-training {args.model}",
-               unit="step", disable=not leader())
+               unit="step")
     last_save, losses, began = time.perf_counter(), [], time.perf_counter()
     for done in range(first, passes):
         torch.manual_seed(args.seed * 100_003 + done)
@@ -832,6 +852,18 @@ def pretrain(args, objects: Objects, path: Path):
     made_by = {"pretrain_epochs": passes, "code": CODE, **provenance(args.device)}
     save_start(model, text, plain_options(args) | made_by, path)
     last_path.unlink(missing_ok=True)
+
+
+def resume_pretraining(parts: dict, last_path: Path) -> int:
+    """Go back to the last saved pass. Returns how many are done: 0 without a file, or of other code's."""
+    if not last_path.exists():
+        return 0
+    saved = read_file(last_path)
+    if saved["code"] != CODE:
+        return 0
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    return saved["passes"]
 
 
 def pretraining_material(args, objects: Objects) -> tuple:
@@ -870,33 +902,47 @@ def log_pretraining(log_path: Path, step: int, losses: list[Tensor], speed: floa
 
 
 def pretrain_loss(model, text, points, labels, class_names) -> Tensor:
-    """Half the InfoNCE image-text, point-text and point-image, and a little masked modelling. (B, P, 3)
+    """Half the sum of three InfoNCEs (point-image, image-text, point-text), and a little masked modelling.
 
-    labels (B,) on the CPU: index of the name, -1 where there is none. Without a `text` tower to
-    train the names are the classifier's columns, and the image tower is taken as it is."""
+    points: (B, P, 3). labels: (B,) on the CPU, index of the name, -1 where there is none.
+    text: the text tower to train. Without it the image tower and the names (the classifier's columns) stay
+    fixed, so there is no image-text term.
+    """
     batch, device = len(points), points.device
-    named = (labels >= 0).nonzero()[:, 0]  # on the CPU, so that nothing waits for a GPU
+
+    # In each modality a random half of the objects is seen strongly augmented.
     views = draw_views(random_yaw(points), model.visual.image_size[0])
-    strong = torch.rand(2, batch, 1, 1, device=device) < 0.5
-    images = model.normalise(torch.where(strong[0, ..., None], views["strong_image"], views["weak_image"]))
-    groups = model.group(torch.where(strong[1], views["strong_points"], views["weak_points"]))
-    masked = torch.rand(2, batch, 1, device=device) < 0.25
-    image_hidden = hide_patches(batch, model.visual.grid_size[0], 0.3, device) & masked[0] if text else None
-    point_hidden = hide_groups(groups.centres, 0.3) & masked[1]
+    use_strong = torch.rand(2, batch, 1, 1, device=device) < 0.5
+    strong_image, strong_points = use_strong[0].unsqueeze(-1), use_strong[1]  # (B, 1, 1, 1), (B, 1, 1)
+    images = model.normalise(torch.where(strong_image, views["strong_image"], views["weak_image"]))
+    groups = model.group(torch.where(strong_points, views["strong_points"], views["weak_points"]))
+
+    # In each modality a random quarter of the objects is masked, 30 % of its tokens.
+    is_masked = torch.rand(2, batch, 1, device=device) < 0.25
+    image_hidden = None
+    if text is not None:
+        image_hidden = hide_patches(batch, model.visual.grid_size[0], 0.3, device) & is_masked[0]
+    point_hidden = hide_groups(groups.centres, 0.3) & is_masked[1]
     out = model(images, groups, image_hidden, point_hidden)
-    named, labels, scale = named.to(device), labels[named].to(device), model.logit_scale.exp()
-    aligned = cross_modal_alignment_loss(out.image_features, out.point_features, 1 / scale) / 2
-    if text:
+
+    scale = model.logit_scale.exp()
+    alignment = cross_modal_alignment_loss(out.image_features, out.point_features, 1 / scale) / 2
+
+    # The rows that have a name are found on the CPU, because nonzero() would wait for a GPU.
+    rows = (labels >= 0).nonzero()[:, 0]
+    row_labels, rows = labels[rows].to(device), rows.to(device)
+    if text is not None:
         template = TEMPLATES["depth"][torch.randint(len(TEMPLATES["depth"]), ())]
         names = text([template.format(name) for name in class_names])
-        aligned = aligned + name_alignment_loss(out.image_features[named], names, labels, scale)
+        alignment = alignment + name_alignment_loss(out.image_features[rows], names, row_labels, scale)
     else:
         names = model.classifier.detach().T
-    if len(named):
-        aligned = aligned + name_alignment_loss(out.point_features[named], names, labels, scale)
+    if len(rows):
+        alignment = alignment + name_alignment_loss(out.point_features[rows], names, row_labels, scale)
+
     terms = masked_terms(out, images, image_hidden, point_hidden)
     weights = {"mim": 0.1, "mpm": 0.1, "gl_image": 0.02, "gl_point": 0.02}
-    return aligned / 2 + sum(weights[name] * term for name, term in terms.items())
+    return alignment / 2 + sum(weights[name] * term for name, term in terms.items())
 
 
 # ------ Several GPUs: torchrun's processes share each batch -------------------------------------------------
@@ -941,24 +987,24 @@ def without_ddp(student) -> CrossMoST:
     return student.module if isinstance(student, DistributedDataParallel) else student
 
 
-def my_share(batch: Tensor) -> Tensor:
+def my_part(batch: Tensor) -> Tensor:
     """This process's part of a batch of indices (B,) -> (B / processes,)."""
     return batch.chunk(world_size())[rank()]
 
 
 class GatherBatch(torch.autograd.Function):
-    """The whole batch (B, ...) of the processes' equal shares, in order, with gradient (Deviation D25).
+    """The whole batch (B, ...) of the processes' equal parts, in order, with gradient (Deviation D25).
 
     Each process computes the same loss from the whole batch. Backward sums what all of them want
-    of a share, so a share's gradient is that of one process times their number;
+    of a part, so a part's gradient is that of one process times their number;
     DistributedDataParallel's mean takes it out again.
     """
 
     @staticmethod
-    def forward(ctx, share: Tensor) -> Tensor:
-        parts = [torch.empty_like(share) for _ in range(world_size())]
-        dist.all_gather(parts, share.contiguous())
-        return torch.cat(parts)
+    def forward(ctx, part: Tensor) -> Tensor:
+        gathered = [torch.empty_like(part) for _ in range(world_size())]
+        dist.all_gather(gathered, part.contiguous())
+        return torch.cat(gathered)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
@@ -967,9 +1013,9 @@ class GatherBatch(torch.autograd.Function):
         return gradient.chunk(world_size())[rank()]
 
 
-def whole_batch(share: Tensor) -> Tensor:
-    """GatherBatch under torchrun; otherwise the share is the whole batch."""
-    return GatherBatch.apply(share) if dist.is_initialized() else share
+def whole_batch(part: Tensor) -> Tensor:
+    """GatherBatch under torchrun; otherwise the part is the whole batch."""
+    return GatherBatch.apply(part) if dist.is_initialized() else part
 
 
 def embed_all(model: CrossMoST, objects: Objects, args) -> dict:

@@ -67,12 +67,12 @@ def whole_step(state, points, photographs, args) -> float:
     """Seconds of one training step, from clouds to the teacher's update."""
     began = now(args.device)
     views = draw_views(points, state.student.visual.image_size[0], photographs)
-    truth = together = None
+    truth = transduced = None
     if args.labels == "truth":
         truth = torch.zeros(len(points), dtype=torch.long, device=args.device)
     if args.labels == "together":
-        together = torch.ones(len(points), len(state.student.class_names), device=args.device)
-    train.train_step(state.student, state.teacher, views, state.optimizer, 1, 1000, args, truth, together)
+        transduced = torch.ones(len(points), len(state.student.class_names), device=args.device)
+    train.train_step(state.student, state.teacher, views, state.optimizer, 1, 1000, args, truth, transduced)
     return now(args.device) - began
 
 
