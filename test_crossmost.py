@@ -102,7 +102,7 @@ def small_flags(folder, *more) -> list[str]:
         models.save_start(*small, {}, start)
     flags = ["--dataset", own, "--data-root", folder, "--points", 128, "--views", 2, "--device", "cpu"]
     flags += ["--start-checkpoint", start, "--batch-size", 16, "--epochs", 2, "--threshold", 0.12]
-    flags += ["--w-fair", 2, "--out", folder / "out"]
+    flags += ["--w-fair", 2, "--labels", "joint", "--out", folder / "out"]
     return [*map(str, [*flags, *more])]
 
 
@@ -154,11 +154,14 @@ def test_the_more_confident_modality_names_the_object_and_a_tie_takes_one_of_the
     ("separate", (0.84, 0.94), [[0, 0], [1, 0]], [[True, False], [False, True]]),
     ("mean", (0.6, 0.6), [[0, 0], [0, 0]], [[False, True], [False, True]]),
     ("agree", (0.5, 0.5), [[0, 0], [0, 0]], [[False, True], [False, True]]),
+    ("together", (0.8, 0.8), [[1, 0], [1, 0]], [[True, False], [True, False]]),
     ("truth", (1, 1), [[2, 1], [2, 1]], [[True, True], [True, True]])])
 def test_every_label_rule_does_what_its_name_says(rule, thresholds, labels, keep):
     image = torch.tensor([[0.90, 0.08, 0.02], [0.70, 0.20, 0.10]])
     point = torch.tensor([[0.10, 0.85, 0.05], [0.95, 0.03, 0.02]])
-    given = RULES[rule].label(Evidence(image, point, thresholds, truth=torch.tensor([2, 1])))
+    transduced = torch.tensor([[0.1, 0.85, 0.05], [0.6, 0.2, 0.2]])
+    evidence = Evidence(image, point, thresholds, truth=torch.tensor([2, 1]), transduced=transduced)
+    given = RULES[rule].label(evidence)
     assert [given[m][0].tolist() for m in ("image", "point")] == labels
     assert [given[m][1].tolist() for m in ("image", "point")] == keep
 
@@ -1931,6 +1934,34 @@ def stop_in_step(monkeypatch, number, seen=None):
     monkeypatch.setattr(train, "SAVE_EVERY", 0)
 
 
+def test_a_folder_is_named_from_all_its_objects_and_goes_on_with_the_names_it_had(tmp_path, monkeypatch, finished):
+    defaults = train.parse_args(["--dataset", str(tmp_path), "--model", "tiny"])
+    assert (defaults.labels, defaults.threshold, defaults.w_fair) == ("together", [0.8], 0.0)
+    one = train.parse_args(["--dataset", str(tmp_path), "--modalities", "image"])
+    assert (one.labels, one.threshold) == ("joint", [0.82, 0.82])
+    assert train.parse_args(["--dataset", str(tmp_path), "--shares", "1", "2"]).w_fair == 1.0
+    assert train.parse_args(["--labels", "together"]).threshold == [0.8]
+
+    real, named = train.transduced_labels, []
+
+    def transduced(probs, *given):
+        named.append(len(probs))
+        return real(probs, *given)
+    monkeypatch.setattr(train, "transduced_labels", transduced)
+    monkeypatch.setattr(train, "RENEW_EVERY", 2)
+    flags = ["--labels", "together", "--epochs", "3", "--out"]
+    small_run(finished[0], *flags, tmp_path / "whole")
+    assert named == [48, 48]  # all training objects, at the beginning and after two epochs
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 5)  # in the second epoch, whose names come from the first
+        with pytest.raises(KeyboardInterrupt):
+            small_run(finished[0], *flags, tmp_path / "parts")
+    named.clear()
+    small_run(finished[0], *flags, tmp_path / "parts")
+    assert named == [48]
+    assert_equal(tmp_path / "whole", tmp_path / "parts")
+
+
 @pytest.mark.parametrize("kind", ["finished", "photographed"])
 def test_a_run_that_stops_and_goes_on_equals_one_that_does_not(tmp_path, monkeypatch, request, kind):
     (folder, _), out, images = request.getfixturevalue(kind), tmp_path / "out", []
@@ -2465,7 +2496,7 @@ def test_a_run_leaves_its_results_and_eval_repeats_them_on_any_data_set(tmp_path
                                                      ".last.pt.lock"}
     assert results["objects"] == 20 and results["pseudo_label"]["coverage"] > 0
     assert results["changed"] == {"points": 128, "batch_size": 16, "epochs": 2, "views": 2,
-                                  "threshold": [0.12], "w_fair": 2.0}
+                                  "labels": "joint", "threshold": [0.12], "w_fair": 2.0}
     first = json.loads((out / "log.jsonl").read_text().splitlines()[0])
     assert {"options", "torch", "commit", "device", "start", "train"} <= first.keys()
     sibling = shutil.copytree(folder / "own", tmp_path / "sibling")  # its clouds have the run's 128 points
@@ -2891,27 +2922,35 @@ def test_the_readme_agrees_with_the_code_and_its_diff_applies():
 
 
 def test_the_readme_s_hyper_parameters_are_the_defaults():
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
-    rows = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in (
-        line.split("|") for line in readme.splitlines() if line.startswith(("| original | 2e-5", "| `tiny`")))
-        if "2e-" in cells[2]}
-    asked = {"original": ["--dataset", "modelnet40"],
-             "`tiny`": ["--dataset", "modelnet10", "--model", "tiny"],
-             "`tiny` on `shapes` and with `--domain target`": ["--dataset", "shapes"]}
-    assert rows.keys() == asked.keys()
-    for name, argv in asked.items():
-        args, cells = train.parse_args(argv), rows[name]
-        numbers = [float(re.match(r"[0-9.e-]+", cell)[0]) for cell in cells]
-        assert numbers[:2] == [args.lr, args.batch_size]
-        assert numbers[2] == args.epochs and cells[2].endswith(f", {args.warmup_epochs:g}")
-        assert numbers[3:6] == [args.layer_decay, args.momentum, args.threshold[0]]
-        assert (numbers[6], numbers[7], numbers[9]) == (
-            train.parse_args(["--dataset", "modelnet40", *argv[2:]]).point_weight, args.mask_ratio,
-            args.cross_temperature)
-        weights = [float(number) for number in re.findall(r"[0-9.]+(?=,|$)", cells[8])]
-        assert weights[:1] + weights[-4:] == [args.w_fair, args.w_mim, args.w_mpm, args.w_gl, args.w_cross]
+    table = (HERE / "README.md").read_text(encoding="utf-8").split("### Hyper-parameters")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if "`--" in line]
+    rows = [row for row in rows if row[0].startswith("`--")]
+    columns = [train.parse_args(argv.split()) for argv in (
+        "--dataset modelnet40", "--dataset modelnet10 --model tiny", "--dataset shapes")]
+    named = set()
+    for head, *cells in rows:
+        options = [option.replace("-", "_") for option in re.findall(r"`--([a-z-]+)`", head.split(";")[0])]
+        named |= set(options)
+        for cell, args in zip(cells, columns, strict=True):
+            if cell == "the same":
+                continue
+            values = [value[0] if isinstance(value, list) else value
+                      for value in (getattr(args, option) for option in options)]
+            written = re.findall(r"[0-9.]+(?:e-[0-9]+)?", cell)
+            if "`shapes`" in cell:
+                written = written[-1:]
+            assert [float(number) for number in written[:len(values)]] == values, (head, cell)
+    assert len(named) == 14
+
     folder = train.parse_args(["--dataset", str(HERE), "--model", "tiny"])
-    assert f"own folder {folder.epochs}," in rows["`tiny`"][2] and folder.point_weight == 1
+    epochs, = [cells for cells in rows if "`--epochs`" in cells[0]]
+    assert f"own folder {folder.epochs}" in epochs[2]
+    for dataset, said in (("co3d", "CO3D 150"), ("redwood", "Redwood 64")):
+        args = train.parse_args(["--dataset", dataset])
+        assert str(args.epochs if dataset == "co3d" else args.batch_size) in said and said in table
+    for dataset in ("redwood", "scanobjectnn-hardest", str(HERE)):
+        args = train.parse_args(["--dataset", dataset])
+        assert (args.threshold, args.point_weight) == ([0.8 if dataset == str(HERE) else 0.82], 1.0)
 
 
 @pytest.mark.skipif(not (HERE / "assets/tables.md").exists(), reason="no tables yet")

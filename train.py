@@ -79,10 +79,11 @@ def recipe_of(given: dict) -> dict:
     model = given.get("model") or in_file.get("model") or ("tiny" if dataset == "shapes" else "ulip2")
     row = dataset_row(dataset)
     is_folder = dataset not in DATASETS
+    uses_both = given.get("modalities", "both") == "both"
     is_scanned = given.get("domain") == "target" or (dataset == "shapes" and "domain" not in given)
 
     layers = [("data set", row)]
-    if given.get("labels") == "separate" or given.get("modalities", "both") != "both":
+    if given.get("labels") == "separate" or not uses_both:
         layers.append(("data set, without joint labels", {"threshold": row["separate"]}))
     # A model of open_clip's has no values of its own: its clouds are cut as those of `crossmost`.
     layers.append(("start", STARTS.get(model, STARTS["crossmost"])))
@@ -92,6 +93,12 @@ def recipe_of(given: dict) -> dict:
     if is_folder and "shares" not in given:
         # A pull towards equal shares is wrong where most objects are chairs.
         layers.append(("folder without --shares", {"w_fair": 0.0}))
+    if is_folder and uses_both:
+        # Naming all objects at once assumes no shares either (measured: assets/folders.md).
+        layers.append(("folder", {"labels": "together"}))
+    rule = given.get("labels", "together" if is_folder and uses_both else "joint")
+    if rule == "together":
+        layers.append(("labels together", {"threshold": [0.8]}))
     file_values = {key: in_file[key] for key in ("points", "groups", "group_size") if in_file.get(key)}
     layers.append(("start's file", file_values))
 
