@@ -256,6 +256,7 @@ class Rule(NamedTuple):
     label: Callable
     purpose: str
     needs_both: bool = False  # both modalities must be trained
+    needs_teacher: bool = True  # the teacher is asked at every step
 
 
 RULES = {
@@ -263,8 +264,8 @@ RULES = {
     "mean": Rule(label_by_mean, "the label of the mean probabilities", needs_both=True),
     "agree": Rule(label_where_they_agree, "joint, kept only where both say the same", needs_both=True),
     "separate": Rule(label_separately, "each modality its own"),
-    "together": Rule(label_together, "from all objects named at once", needs_both=True),
-    "truth": Rule(label_truly, "the true labels: an oracle, the ceiling"),
+    "together": Rule(label_together, "from all objects named at once", needs_both=True, needs_teacher=False),
+    "truth": Rule(label_truly, "the true labels: an oracle, the ceiling", needs_teacher=False),
 }
 
 

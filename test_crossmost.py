@@ -2481,7 +2481,7 @@ def test_what_a_start_s_authors_report_is_said_on_their_data_set(capsys):
 
 def test_only_the_largest_changes_of_a_thousand_names_are_listed(capsys):
     start = {"agreement": 80.0, "shares": {f"name {i}": 0.1 for i in range(1000)}}
-    train.print_opinions(start, {"agreement": 80.0, "shares": start["shares"] | {"name 7": 9.0}})
+    train.print_opinions(start, {"agreement": 80.0, "shares": start["shares"] | {"name 7": 9.0}}, 300)
     line, = [line for line in capsys.readouterr().out.splitlines() if "->" in line]
     assert line.count("->") == 21 and "name 7 0 -> 9" in line  # one in the heading
 
@@ -2531,12 +2531,15 @@ def test_predictions_say_who_holds_what_and_a_warning_why_training_may_have_done
         b"x,a,0.8000,a,0.9000,a,0.7000,yes,a", b"\xff,a,0.5000,b,0.8000,a,0.9000,no,a"]
     assert evaluation.assess(probs, objects)["per_class"] == {
         name: {"image": image, "point": 100.0, "joint": 100.0} for name, image in (("a", 50.0), ("c", 0.0))}
-    for agreed, agree, share, says in ((80, 80, 50, None), (60, 70, 50, "few objects before"),
-                                       (80, 70, 50, "fewer objects"), (80, 85, 90, "a few names have taken")):
+    for agreed, agree, share, objects, warns, says in (
+            (80, 80, 50, 300, None, None), (60, 70, 50, 300, None, "few objects before training"),
+            (80, 80, 50, 40, None, "40 objects make few steps"), (80, 70, 50, 300, "fewer objects", None),
+            (80, 85, 90, 300, "a few names have taken", None)):
         train.print_opinions({"agreement": agreed, "shares": {"a": 50, "b": 50}},
-                             {"agreement": agree, "shares": {"a": share, "b": 100 - share}})
-        said = capsys.readouterr()
-        assert f"a 50 -> {share}" in said.out and (says in said.err if says else said.err == "")
+                             {"agreement": agree, "shares": {"a": share, "b": 100 - share}}, objects)
+        printed = capsys.readouterr()
+        assert f"a 50 -> {share}" in printed.out and (warns in printed.err if warns else printed.err == "")
+        assert says in printed.out if says else len(printed.out.splitlines()) == 2
 
 
 def test_the_cache_rival_borrows_names_from_confident_neighbours(monkeypatch):
