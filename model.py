@@ -444,8 +444,8 @@ def parameter_groups(model: CrossMoST, weight_decay: float, layer_decay: float,
     """Sort the parameters for an optimizer, one group for each pair of "lr_scale" and "weight_decay".
 
     lr_scale = layer_decay^n, where n counts the image encoder's layers from the parameter's own to its
-    output. With twelve blocks: 1 in the last block, 12 in the first, 13 in the embeddings. Every other parameter has
-    n = 0. Vectors have no weight decay; the 0-D logit_scale has, as in the original.
+    output. With twelve blocks: 1 in the last block, 12 in the first, 13 in the embeddings. Every other
+    parameter has n = 0. Vectors have no weight decay; the 0-D logit_scale has, as in the original.
     freeze: names of parameters or modules, see is_below; these lose requires_grad and are in no group.
     Raises: UserError where no parameter or module has a name in freeze, or nothing is left to train.
     """

@@ -731,8 +731,8 @@ def print_reported(args):
 def print_opinions(start: dict, teacher: dict, objects: int):
     """Say without labels what training changed, and warn where that was seen to do harm.
 
-    The limits are from 162 runs on users' folders (assets/folders.md): where fewer agreed, or names vanished,
-    accuracy mostly fell. Little agreement before training means many errors, but training rarely added to them.
+    The limits are from 162 runs on folders. Where names vanished accuracy mostly fell. Little agreement
+    before training means many errors, but training rarely added to them.
     """
     print(f"image and point agree on {start['agreement']} % of the objects before training, "
           f"{teacher['agreement']} % after")
@@ -745,16 +745,18 @@ def print_opinions(start: dict, teacher: dict, objects: int):
 
     def entropy(opinion: dict) -> float:
         return torch.special.entr(torch.tensor([*opinion["shares"].values()]) / 100).sum().item()
-    signs = {"image and point agree on fewer objects than before": teacher["agreement"] < start["agreement"] - 1,
-             "a few names have taken the place of others": entropy(teacher) < entropy(start) - 0.1}
+    agree_less = teacher["agreement"] < start["agreement"] - 1
+    fewer_names = entropy(teacher) < entropy(start) - 0.1
+    signs = {"image and point agree on fewer objects than before": agree_less,
+             "a few names have taken the place of others": fewer_names}
     seen = [sign for sign, is_seen in signs.items() if is_seen]
     if seen:
         print(f"warning: {', and '.join(seen)}: training may have done harm. Compare "
               "predictions-start.csv with predictions.csv; list only names that occur, or say roughly how "
               "many objects of each there are (--shares)", file=sys.stderr)
     if start["agreement"] < 65:
-        print("image and point agreed on few objects before training: expect errors. Rough numbers of objects "
-              "for each name help most (--shares)")
+        print("image and point agreed on few objects before training: expect errors. Rough numbers of "
+              "objects for each name help most (--shares)")
     if objects < 64:
         print(f"{objects} objects make few steps: a change of one or two objects is chance")
 
