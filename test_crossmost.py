@@ -2065,7 +2065,7 @@ from model import TEMPLATES, build_model, parameter_groups, start_file
 train.join_processes()
 args = train.parse_args(["--mask-ratio", "0", "--batch-size", "16", "--threshold", "0.3", "--lr", "1",
                          "--device", "cpu"])
-views = {name: train.my_share(view) for name, view in torch.load(sys.argv[1]).items()}
+views = {name: train.my_part(view) for name, view in torch.load(sys.argv[1]).items()}
 names = list(train.MODELNET10)
 student, teacher = (build_model("tiny", names, TEMPLATES["depth"], None, start_file("tiny", None))
                     for _ in range(2))
@@ -2173,8 +2173,8 @@ def test_options_that_cannot_be_or_go_together_are_one_line(tmp_path, capsys, fi
 
 @pytest.mark.parametrize("error, says", [
     (UserError("no such data"), "no such data"), (OSError(28, "No space left"), "No space left"),
-    (MemoryError("much"), "lower --batch-size"), (torch.OutOfMemoryError("much"), "lower --batch-size"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "lower --batch-size"),
+    (MemoryError("much"), "lower --points"), (torch.OutOfMemoryError("much"), "lower --points"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "lower --points"),
     (ValueError("a fork's own"), None), (RuntimeError("CUDA error: an illegal memory access"), None),
     (RuntimeError("elements of the written-to tensor refer to a single memory location"), None)])
 def test_what_a_user_can_put_right_is_one_line_and_a_bug_keeps_its_traceback(capsys, error, says):
