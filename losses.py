@@ -288,8 +288,7 @@ def transduced_labels(probs: Tensor, image_features: Tensor, point_features: Ten
              v_mk = b_k mean_k (f_m - mu_mk)^2 + (1 - b_k) (v_m + (t_k - mu_mk)^2)
 
     mean_k f = sum_i z_ik f_i / sum_i z_ik. w_ij is the similarity of object i and its nearest j, the mean of
-    both modalities, and 0 for all others. Names and moves take turns, `rounds` times. Squares of vectors are
-    taken by dimension d. The 50 and the five times are the paper's.
+    both modalities, else 0. Names and moves take turns; squares are by dimension d; 50 and five: the paper's.
 
     Args:
         probs: p, (N, C), the teacher's joint probabilities.
@@ -298,8 +297,7 @@ def transduced_labels(probs: Tensor, image_features: Tensor, point_features: Ten
         neighbours: how many nearest objects vote; 0 leaves the votes out.
         temperature: T. Twice the paper's 50, because two modalities' densities are added. Infinite T gives p.
         part: objects that are compared with all others at a time; part x N similarities are in memory.
-    Returns:
-        z (N, C), rows sum to 1. An object's label and confidence are its largest entry.
+    Returns z (N, C), rows sum to 1. An object's label and confidence are its largest entry.
     """
     probs, texts = probs.float(), texts.float()
     features = torch.stack([image_features, point_features]).float()  # (2, N, E)

@@ -368,11 +368,7 @@ def learning_rate(step: int, total_steps: int, args) -> float:
 
 # ------ The loop --------------------------------------------------------------------------------------------
 def self_train(state: "TrainingState", objects: Objects, test: Objects, args):
-    """Train from the last saved epoch to the last one; log, evaluate and save on the way.
-
-    Everything random in an epoch follows from the seed and the epoch's number, so that a run that
-    stops and goes on from a saved epoch computes what one does that never stopped.
-    """
+    """Train from the last saved epoch to the last one; log, evaluate and save on the way."""
     batch_size = min(args.batch_size, len(objects))
     steps_per_epoch = len(objects) // batch_size
     total_steps = args.epochs * steps_per_epoch
@@ -390,17 +386,8 @@ def self_train(state: "TrainingState", objects: Objects, test: Objects, args):
             state.transduced = name_together(state.teacher, objects, args)
             interval_began = time.perf_counter()  # naming is not training
 
-        # All processes shuffle alike; then each draws its own views.
-        epoch_seed = args.seed * 100_003 + epoch
-        torch.manual_seed(epoch_seed)
-        batches = torch.randperm(len(objects)).split(batch_size)[:steps_per_epoch]
-        process_seed = epoch_seed * 1_009 + rank()
-        torch.manual_seed(process_seed)
-        parts = [my_part(batch) for batch in batches]
-        photographs = training_photographs(objects, parts, image_size, process_seed)
-
         step = epoch * steps_per_epoch
-        for batch, part, pictures in zip(batches, parts, photographs):
+        for batch, part, pictures in batches_of_epoch(epoch, objects, batch_size, image_size, args):
             views = draw_views(points[part.to(args.device)], image_size, pictures)
             truth = None if objects.labels is None else objects.labels[batch].to(args.device)
             transduced = None if state.transduced is None else state.transduced[batch].to(args.device)
@@ -414,10 +401,8 @@ def self_train(state: "TrainingState", objects: Objects, test: Objects, args):
             # Reading a value waits for a GPU, so values are read once per interval.
             if step % args.log_every == 0 or step % steps_per_epoch == 0:
                 means = interval_means(interval, len(objects.class_names))
-                seconds = time.perf_counter() - interval_began
-                speed = len(interval) * batch_size / seconds
-                write_log(args, epoch=epoch + 1, step=step, steps=len(interval), seconds=round(seconds, 3),
-                          objects_per_second=round(speed, 1), **means)
+                speed = interval_speed(len(interval), batch_size, time.perf_counter() - interval_began)
+                write_log(args, epoch=epoch + 1, step=step, **speed, **means)
                 bar.set_postfix(loss=f"{means['loss']:.2f}", coverage=f"{means['coverage']:.2f}")
                 interval, interval_began = [], time.perf_counter()
 
@@ -429,12 +414,33 @@ def self_train(state: "TrainingState", objects: Objects, test: Objects, args):
             interval_began = time.perf_counter()
         state.epoch = epoch + 1
         if is_last or time.perf_counter() - last_save > SAVE_EVERY:
-            if not all(parameter.isfinite().all() for parameter in state.student.parameters()):
-                raise UserError(f"weights are not finite after epoch {epoch + 1}; lower --lr, or look at the "
-                                "data; last.pt is of an earlier epoch, if there was one")
             state.save()
             last_save = interval_began = time.perf_counter()
     bar.close()
+
+
+def batches_of_epoch(epoch: int, objects: Objects, batch_size: int, image_size: int, args):
+    """Shuffled batches of an epoch; what does not fill a batch is left out.
+
+    Returns for each batch its indices (B,), the part of them that is this process's, and that part's
+    photographs. All random numbers of an epoch follow from the seed and its number, so that a run that goes
+    on from a saved epoch computes what one does that never stopped. Processes shuffle alike, then each draws
+    its own.
+    """
+    epoch_seed = args.seed * 100_003 + epoch
+    torch.manual_seed(epoch_seed)
+    batches = torch.randperm(len(objects)).split(batch_size)[:len(objects) // batch_size]
+
+    process_seed = epoch_seed * 1_009 + rank()
+    torch.manual_seed(process_seed)
+    parts = [my_part(batch) for batch in batches]
+    return zip(batches, parts, training_photographs(objects, parts, image_size, process_seed))
+
+
+def interval_speed(steps: int, batch_size: int, seconds: float) -> dict:
+    """How many steps a line of the log is about, and how fast they were."""
+    speed = steps * batch_size / seconds
+    return {"steps": steps, "seconds": round(seconds, 3), "objects_per_second": round(speed, 1)}
 
 
 def interval_means(interval: list, classes: int) -> dict:
@@ -529,9 +535,12 @@ class TrainingState:
         return time.perf_counter() - self.began
 
     def save(self):
-        """Write OUT/last.pt, whole or not at all."""
+        """Write OUT/last.pt, whole or not at all. Raises: UserError where a weight is not finite."""
         if not leader():
             return
+        if not all(parameter.isfinite().all() for parameter in self.student.parameters()):
+            raise UserError(f"weights are not finite after epoch {self.epoch}; lower --lr, or look at the "
+                            f"data; {self.path} is of an earlier epoch, if there was one")
         states = {name: getattr(self, name).state_dict() for name in ("student", "teacher", "optimizer")}
         values = {name: getattr(self, name)
                   for name in ("epoch", "zero_shot", "transduced", "options", "identity")}
@@ -824,7 +833,6 @@ def pretrain(args, objects: Objects, path: Path):
     An open_clip model: only the point encoder, towards the frozen towers (ULIP). It sees procedural objects
     with names, and the training objects' clouds without names.
     `--dataset shapenet55` replaces both kinds of objects; its names are used.
-
     Beside `path` lie a log, a line per 100 steps, and a file to continue from after a pass.
     """
     model, text, clouds, labels, class_names = pretraining_material(args, objects)
@@ -841,7 +849,6 @@ def pretrain(args, objects: Objects, path: Path):
     parts = {"model": model, "text": text, "optimizer": optimizer, "schedule": schedule}
     parts = {name: part for name, part in parts.items() if part}
     first = resume_pretraining(parts, last_path)
-    # One process holds the lock, not always the leader: its bar is the only one.
     bar = tqdm(total=total_steps, initial=first * steps_per_pass, desc=f"pre-training {args.model}",
                unit="step")
     last_save, losses, began = time.perf_counter(), [], time.perf_counter()
