@@ -683,8 +683,8 @@ def find_objects(inside: Path) -> list[Path]:
             ignored[suffix or "without extension"] += 1
     if ignored:
         noun = "file" if ignored.total() == 1 else "files"
-        print(f"warning: ignored {ignored.total()} {noun} in {inside}: {listed_counts(ignored)}; convert what "
-              "is an object, for example to .ply", file=sys.stderr)
+        print(f"warning: ignored {ignored.total()} {noun} in {inside}: {listed_counts(ignored)}; convert "
+              "what is an object, for example to .ply", file=sys.stderr)
     return files
 
 

@@ -37,6 +37,7 @@ def joint_pseudo_labels(image_probs: Tensor, point_probs: Tensor, threshold: flo
     point_confidence, point_label = point_probs.max(dim=-1)
     point_confidence = point_weight * point_confidence
 
+    # Not >=: at a tie the image names the object.
     labels = torch.where(point_confidence > image_confidence, point_label, image_label)
     keep = torch.maximum(image_confidence, point_confidence) > threshold
     return labels, keep
@@ -53,6 +54,7 @@ def self_training_loss(logits: Tensor, labels: Tensor, keep: Tensor) -> Tensor:
         keep: (B,) bool, True = trained on.
     """
     per_object = F.cross_entropy(logits.float(), labels, reduction="none")  # (B,)
+    # clamp: without any kept object this is 0 / 1, and the run goes on.
     return (per_object * keep).sum() / keep.sum().clamp(min=1)
 
 
@@ -144,6 +146,7 @@ def masked_point_loss(prediction: Tensor, target: Tensor, hidden: Tensor) -> Ten
     if target.dim() == 3:
         error = (prediction.float() - target).abs().mean(dim=-1)  # (B, G)
     else:
+        # Chamfer: every point to the nearest of the other set, in both directions.
         difference = prediction.float().unsqueeze(-2) - target.unsqueeze(-3)  # (B, G, S, S, 3)
         distance = difference.square().sum(dim=-1)
         to_target = distance.amin(dim=-1).mean(dim=-1)
@@ -309,12 +312,12 @@ def transduced_labels(probs: Tensor, image_features: Tensor, point_features: Ten
     z, means, variances = probs, texts, spread
     for _ in range(rounds):
         density = log_density(features, means, variances).sum(dim=0)  # (N, C)
-        for _ in range(5):
+        for _ in range(5):  # names: what fits an object, and what its neighbours are called
             votes = 0.0 if similarity is None else similarity @ z * 50 / (2 * neighbours)
             z = (probs.log() + (density + votes) / temperature).softmax(dim=-1)
 
         bearers = F.one_hot(z.argmax(dim=-1), len(texts)).sum(dim=0)
-        trust = (bearers / (alpha + bearers))[:, None]  # b, (C, 1)
+        trust = (bearers / (alpha + bearers))[:, None]  # b, (C, 1): moves are trusted by their objects
         weights = z / z.sum(dim=0).clamp(min=1e-30)  # columns sum to 1
         centres = F.normalize(weights.T @ features, dim=-1)  # (2, C, E)
         means = F.normalize(trust * centres + (1 - trust) * texts, dim=-1)

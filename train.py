@@ -53,7 +53,8 @@ SMALL_ON_SCANS = dict(SMALL, epochs=10, momentum=0.99, w_fair=4.0)
 # A user's folder mostly holds a few hundred objects: more passes make enough steps.
 SMALL_ON_FOLDER = dict(SMALL, epochs=20)
 
-# `together`: epochs between two namings of all training objects.
+# `together`: epochs between two namings of all training objects. A run that goes on in between uses the names
+# in last.pt.
 RENEW_EVERY = 5
 
 # Options that do not change what is computed: a run may continue with other values of these.
@@ -277,12 +278,14 @@ def train_step(student, teacher, views, optimizer, step, total_steps, args, trut
 
     # The student must agree from the strong, masked views, align its modalities and repaint what
     # was hidden.
+    # A term without a weight is a KeyError; one of weight 0 is not computed into the loss.
     weights = {"self_image": 1, "self_point": 1, "fair_image": args.w_fair, "fair_point": args.w_fair,
                "mim": args.w_mim, "mpm": args.w_mpm, "gl_image": args.w_gl, "gl_point": args.w_gl,
                "cross": args.w_cross}
     terms = student_terms(student, views, labels, args)
     loss = sum(weights[name] * term for name, term in terms.items() if weights[name])
 
+    # The student makes a step, and the teacher follows it slowly [ema].
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
@@ -326,6 +329,7 @@ def student_terms(student, views: dict, labels: dict, args) -> dict[str, Tensor]
     if args.modalities != "image":
         groups = model.group(views["strong_points"])
 
+    # Masks are drawn anew for each object and step [mim, mpm].
     image_hidden = point_hidden = None
     if images is not None and args.mask_ratio > 0:
         grid = model.visual.grid_size[0]
@@ -666,8 +670,10 @@ def build_state(args, objects: Objects, start: Path) -> "TrainingState":
                           target=args.point_target)
     student.precision = precision_for(args.precision, args.device)
     student.visual.set_grad_checkpointing(args.grad_checkpointing)
+    # The teacher begins as the student, and no gradient ever reaches it.
     teacher = copy.deepcopy(student).requires_grad_(False)
     groups = parameter_groups(student, args.weight_decay, args.layer_decay, args.freeze)
+    # lr 0: train_step sets each group's rate at every step. The betas are the original's.
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
     if args.compile:
         student.compile_blocks()
@@ -697,6 +703,7 @@ def train_and_score(state: TrainingState, objects: Objects, test: Objects, args,
 
     self_train(state, objects, test, args)
 
+    # The last epoch counts, whatever its accuracy: no label chooses an epoch (Deviation D15).
     student = evaluate_all(state.student, test, args)
     teacher = evaluate_all(state.teacher, test, args, args.out / "predictions.csv")
     if top_one(teacher):
@@ -721,6 +728,7 @@ def begin(state: TrainingState, objects: Objects, test: Objects, args, start: Pa
     """Remove what an earlier run left in OUT, begin the log, and score the start."""
     if leader():
         args.out.mkdir(parents=True, exist_ok=True)
+        # A folder with parts of two runs would mix up their numbers.
         for name in LEFT_BY_A_RUN:
             (args.out / name).unlink(missing_ok=True)
         trainable = sum(p.numel() for group in state.optimizer.param_groups for p in group["params"])
@@ -1046,6 +1054,7 @@ def embed_all(model: CrossMoST, objects: Objects, args) -> dict:
     """What embed() returns of all objects; under torchrun each process embeds its part of them."""
     if not dist.is_initialized():
         return embed(model, objects, args.views)
+    # Consecutive parts, so that joining them restores the objects' order.
     part = torch.arange(len(objects)).tensor_split(world_size())[rank()]
     gathered = [None] * world_size()
     dist.all_gather_object(gathered, embed(model, objects.pick(part), args.views))
