@@ -254,11 +254,13 @@ def random_yaw(points: Tensor) -> Tensor:
 
 def rotate_about_xyz(points: Tensor, angles: Tensor) -> Tensor:
     """Rotate clouds about x, then y, then z. points (B, P, 3), angles (B, 3) -> (B, P, 3)"""
+    # The three axes are turned, and each point is the same sum of them as before.
+    axes = torch.eye(3, dtype=angles.dtype, device=angles.device).expand(len(angles), 3, 3)
     for axis in range(3):
         sin, cos = angles[:, axis, None].sin(), angles[:, axis, None].cos()
-        fixed, a, b = points.roll(-axis, -1).unbind(-1)
-        points = torch.stack([fixed, cos * a - sin * b, sin * a + cos * b], dim=-1).roll(axis, -1)
-    return points
+        fixed, a, b = axes.roll(-axis, -1).unbind(-1)
+        axes = torch.stack([fixed, cos * a - sin * b, sin * a + cos * b], dim=-1).roll(axis, -1)
+    return points @ axes.to(points.dtype)
 
 
 # ------ Photographs -----------------------------------------------------------------------------------------
@@ -1804,7 +1806,7 @@ def sample_parts(parts: list, count: int, rng) -> np.ndarray:
     flat = np.select([kind == "box", kind == "tube"], [cube[:, :2] * width, disc * width], ring)
     z = np.select([kind == "ball", kind == "bowl"], [spread[:, 2:], -np.abs(spread[:, 2:])], cube[:, 2:])
     points = np.hstack([flat, z]) * size[which] / 2
-    axes = rotate_about_xyz(torch.eye(3).expand(len(parts), 3, 3), torch.from_numpy(tilt)).numpy()
+    axes = rotate_about_xyz(torch.eye(3, dtype=torch.float64), torch.from_numpy(tilt)).numpy()
     return centre[which] + np.einsum("ni,nij->nj", points, axes[which])
 
 

@@ -350,7 +350,6 @@ def weighted_square(features: Tensor, weights: Tensor, centres: Tensor) -> Tenso
 
     features (2, N, E), weights (N, C), centres (2, C, E) or (C, E).
     Expanded: sum w f^2 - 2 c sum w f + c^2 sum w.
-    E f + c^2.
     """
     square = (weights.T @ features.square()
               - 2 * centres * (weights.T @ features)

@@ -49,7 +49,7 @@ SMALL = dict(epochs=3, batch_size=32, lr=2e-3, layer_decay=1.0, momentum=0.999, 
              cross_temperature=0.07, precision="fp32", eval_every=2)
 # Scans look unlike what the small start has seen. Therefore more epochs, a teacher that follows the student
 # faster, and a larger `fairness` weight: in the first epochs many names are wrong.
-SMALL_ON_SCANS = dict(SMALL, epochs=10, momentum=0.99, w_fair=4.0)
+SMALL_ON_SCANS = dict(SMALL, epochs=6, momentum=0.98, w_fair=4.0)
 # A user's folder mostly holds a few hundred objects: more passes make enough steps.
 SMALL_ON_FOLDER = dict(SMALL, epochs=20)
 
