@@ -232,7 +232,8 @@ def strong_points(points: Tensor) -> Tensor:
     """Strong clouds [self-training]: any yaw, scaled by U(0.5, 2), shifted by U(-0.5, 0.5) of their extent,
     jitter of sigma 0.01 (at most 0.05), and a share U(0, 0.875) of the points dropped.
 
-    A dropped point becomes the cloud's first, so that P stays. (B, P, 3) -> (B, P, 3)
+    A dropped point becomes the cloud's first, so that P stays. The original's crop never acts and is left out
+    (Deviation D6). (B, P, 3) -> (B, P, 3)
     """
     count, device = len(points), points.device
     points = random_yaw(points) * (0.5 + 1.5 * torch.rand(count, 1, 1, device=device))
@@ -268,7 +269,7 @@ PHOTOGRAPHS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 class Photographs(Dataset):
-    """Photographs or renderings of objects, decoded and cropped: uint8, as worker processes send them.
+    """Photographs or renderings of objects, decoded and cropped, as uint8.
 
     Item i with a `seed` is a pair (3, size, size) of one photograph of object i: the weak image (random crop
     [joint-label]) and the strong one (crop of 0.3 to 1, flip, RandAugment of magnitude 9 [self-training];
@@ -371,8 +372,11 @@ def training_photographs(objects: Objects, batches: tuple, size: int, seed: int)
 
 
 def fixed_images(objects: Objects, views: int | None, size: int, batch_size: int, device):
-    """Evaluation's images of all objects in order, in parts (b, V, 3, size, size) [D15]: all photographs of
-    an object, or at most `views`; else `views` (6) depth views."""
+    """Evaluation's images of all objects in order, in parts (b, V, 3, size, size) (Deviation D15).
+
+    With photographs: all of an object's, or at most `views` of them, one object a part. Without: `views`
+    depth views of each object, 6 by default.
+    """
     if objects.images is None:
         for points in objects.points.split(batch_size):
             yield fixed_views(points.to(device), views or 6, size)
@@ -532,7 +536,7 @@ def end_with_parent():
 
 
 def read_resampled_text(path: Path) -> np.ndarray:
-    """Points (P, 3) of a file of lines x,y,z,nx,ny,nz; from y up to z up, so that they face as h5 files."""
+    """Points (P, 3) of a file of lines x,y,z,nx,ny,nz; from y up to z up, as in h5 files."""
     with reading(path, "expected lines x,y,z,nx,ny,nz; fetch it again", FEWER_POINTS):
         x, y, z = np.loadtxt(path, np.float32, delimiter=",", usecols=(0, 1, 2), ndmin=2).T
     return np.stack([-x, z, y], axis=1)
@@ -723,8 +727,8 @@ DATASETS = {
 
 
 def dataset_row(name: str) -> dict:
-    """The row of DATASETS for a data set. A user's folder gets ScanObjectNN's values, because it usually
-    holds scans, and texts of photographs if it has `views`.
+    """The row of DATASETS for a data set. A user's folder usually holds scans, so it has ScanObjectNN's
+    points, threshold and point weight. It is z up, and has texts of photographs if it has `views`.
     """
     templates = "photo" if (Path(name) / "views").is_dir() else "depth"
     return DATASETS.get(name) or dict(SCANS, up="z", separate=[0.82, 0.82], templates=templates)
@@ -768,7 +772,7 @@ def load_clouds(name: str, root: Path, split: str, points: int, scanned: bool, d
         objects = row["load"](root, split, points, download)
     else:
         objects = load_folder(Path(name), split)
-    max_points = 3 * points if scanned else points  # a scan loses a quarter of its cloud
+    max_points = 3 * points if scanned else points  # a scan draws from what it sees, with replacement
     up = up or row["up"]
     if isinstance(objects.points, list):
         objects.points = read_objects(objects.points, points, max_points, up)
@@ -1053,7 +1057,7 @@ def refuse_other_columns(first: np.ndarray, width: int):
 
 # ------ Meshes
 def read_mesh(path: Path, count: int, random) -> np.ndarray:
-    """`count` points on a mesh's surface, by area, and the points that stand for themselves.
+    """`count` points on a mesh's surface, by area, and the loose points of a glTF.
     A file without faces is a cloud of its points. -> (N, 3) float64
     """
     suffix, loose = path.suffix.lower(), np.empty((0, 3))
@@ -1083,7 +1087,7 @@ def read_mesh(path: Path, count: int, random) -> np.ndarray:
 
 def sample_surface(vertices: np.ndarray, faces: np.ndarray, count: int, random) -> np.ndarray:
     """`count` points on triangles, by their area. vertices (V, 3), faces (F, 3) -> (count, 3)
-    Raises: ValueError where the triangles are none.
+    Raises: ValueError where the triangles have no area, or NaN or infinite coordinates.
     """
     import trimesh  # here: only meshes need it
     mesh = trimesh.Trimesh(vertices, faces, process=False)
@@ -1097,7 +1101,7 @@ def sample_surface(vertices: np.ndarray, faces: np.ndarray, count: int, random) 
 
 def read_gltf(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Vertices and triangles of all meshes of a glTF scene, where it puts them, and the points of its clouds.
-    Raises: ValueError by the name of what trimesh would read as zeros, or skip.
+    Raises: ValueError that names what trimesh would read as zeros, or skip.
     """
     import trimesh
     raw = path.read_bytes()
@@ -1402,7 +1406,7 @@ def reading(path: Path, repair: str, missing: str = LAYOUT):
 # ------ Fetching: the hub's copy first, then plain addresses ------------------------------------------------
 ULIP2 = "ULIP-2-PointBERT-8k-xyz-pc-slip_vit_b-objaverse-pretrained.pt"
 # file: its place below the folder `option` (--data-root if none is named). terms: said before it is fetched.
-# sources: addresses, or (data set of the Hugging Face hub, file in it, revision). otherwise: the way without.
+# sources: addresses, or (data set of the Hugging Face hub, file in it, revision). otherwise: what else helps.
 # sha256, and members (sha256 of files inside an archive): where several public projects agree on them.
 DOWNLOADS = {
     "ulip2": dict(
@@ -1785,6 +1789,8 @@ PROGRAMS = bathtub, bed, chair, desk, dresser, monitor, night_stand, sofa, table
 def sample_parts(parts: list, count: int, rng) -> np.ndarray:
     """Points spread over the surfaces of all parts by nearly equal area. -> (count, 3)"""
     kind, centre, size, tilt, taper = (np.array(values) for values in zip(*parts))
+    # Half extents multiplied in pairs. 8 x their sum is a box's surface, 2 pi x it a tube's, 4/3 pi x it a
+    # ball's, and half of that a bowl's; nearly so for elliptic ones.
     faces = size[:, [1, 0, 0]] * size[:, [2, 2, 1]] / 4
     scale = {"box": 8.0, "tube": 2 * math.pi, "ball": 4 / 3 * math.pi, "bowl": 2 / 3 * math.pi}
     area = faces.sum(axis=1) * (1 + taper) / 2 * [scale[k] for k in kind]
@@ -1834,8 +1840,9 @@ def sample_shapes(count: int, seed: int, domain: str = "source", points: int = 1
 def scan(points: Tensor, count: int, seed: int) -> Tensor:
     """A scan: one-sided, stretched, noisy, with some floor and clutter. (N, P, 3) -> (N, count, 3)
 
-    A hand-held scanner looks from three directions of an arc of 2 radians. What none of them sees is lost, a
-    quarter of the points: P has to be larger than count. Floor makes the object smaller in the unit sphere.
+    A hand-held scanner looks from three directions of an arc of 2 radians. What none of them sees is lost,
+    about a quarter of the points. Points are drawn with replacement from what is left: with P = 3 x count few
+    repeat. Floor makes the object smaller in the unit sphere.
     """
     random = torch.Generator().manual_seed(seed)
     objects = len(points)

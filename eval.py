@@ -192,7 +192,7 @@ def pseudo_label_quality(log_path: Path, epochs: int) -> dict:
 def table(results: dict, every_class_of: str | None = None) -> str:
     """The closing table: a row for each of zero_shot, student and teacher that `results` has accuracy of.
 
-    every_class_of: one of these; its mean over classes and its every class follow below.
+    every_class_of: one of these; its mean over classes and a row for each class follow.
     """
     title = f"{results['dataset']} {results['split']}, {results['objects']} objects"
     rows = {}
@@ -268,7 +268,6 @@ def write_whole(path: Path | None, write, *given):
 
 # ------ Pictures --------------------------------------------------------------------------------------------
 # Class names are anybody's: parse_math=False keeps matplotlib from reading "$5 and $10" as a formula.
-
 def plot_curves(picture: Path, log_path: Path, zero_shot: dict | None):
     """Accuracy of the teacher by epoch with its zero-shot lines; coverage and accuracy of pseudo-labels."""
     lines = [json.loads(line) for line in log_path.read_text(encoding="utf-8").splitlines()]
@@ -428,7 +427,7 @@ def main(argv=None) -> dict | None:
     objects = load_objects(args, chosen, saved["architecture"]["class_names"])
     if args.preview:
         write_whole(args.preview, preview, objects)
-        print(f"some of {objects.name} {objects.split}'s {len(objects)} objects: {args.preview}")
+        print(f"{args.preview} shows some of the {len(objects)} {objects.split} objects of {objects.name}")
         return None
     if args.confusion and objects.labels is None:
         raise UserError("--confusion needs labels, of classes that are all among the names")
@@ -554,9 +553,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @contextmanager
 def one_line_errors():
-    """Under it (`with`) what a user can put right ends a script with one line and exit code 2.
+    """`with one_line_errors():` ends a script with one line and exit code 2 where a user can put it right.
 
-    That is UserError, OSError and too little memory. Every other error is a bug, and keeps its traceback.
+    That is at UserError, OSError and too little memory. Every other error is a bug, and keeps its traceback.
     Ctrl-C ends it with one line, too: the KeyboardInterrupt's text, if it has one.
     """
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be in the terminal's alphabet
@@ -588,10 +587,10 @@ def add_data_options(add):
     """What both scripts ask of the data; `add` is the add_argument of a parser or a group."""
     add("--data-root", type=Path, default=Path("data"), help="folder that holds the data sets")
     add("--no-download", dest="download", action="store_false",
-        help="fetch nothing: what is missing is an error (by default it is fetched: %(default)s)")
+        help="fetch nothing: what is missing is then an error (fetching without this option: %(default)s)")
     add("--domain", choices=("source", "target"), help="objects as they are, or as a scanner sees them")
     add("--up", choices=sorted(UP),
-        help="axis that points upwards in the files, but for glTF, whose standard says y (down: --up=-y)")
+        help="axis that points upwards in the files, but for glTF, whose standard says y (--up=-y: y down)")
     add("--points", type=COUNT, help="points per cloud")
     add("--views", type=COUNT, help="evaluation: depth views (6) or photographs (all) averaged")
 

@@ -95,8 +95,7 @@ def cross_modal_alignment_loss(image_features: Tensor, point_features: Tensor,
 def global_local_alignment_loss(cls_features: Tensor, token_features: Tensor, hidden: Tensor) -> Tensor:
     """Mean squared distance of hidden tokens to their object's global feature [gl-align].
 
-    sum over hidden tokens of ||t - g||^2 / their number: 0 to 4 for unit vectors, 0 if none is
-    hidden.
+    sum over hidden tokens of ||t - g||^2 / their number: 0 to 4 for unit vectors, 0 if none is hidden.
 
     Args:
         cls_features: g, (B, E), unit norm.
@@ -159,8 +158,7 @@ def masked_terms(out, images: Tensor, image_hidden: Tensor | None,
                  point_hidden: Tensor | None) -> dict[str, Tensor]:
     """mim, mpm and gl-align by name, of each modality that has something hidden.
 
-    out: what CrossMoST returns; images: (B, 3, H, W) normalised; masks: (B, L) and (B, G) bool,
-    or None.
+    out: what CrossMoST returns; images: (B, 3, H, W) normalised; masks: (B, L) and (B, G) bool, or None.
     """
     terms = {}
     if image_hidden is not None:
@@ -279,9 +277,9 @@ def transduced_labels(probs: Tensor, image_features: Tensor, point_features: Ten
                       rounds: int = 10, part: int = 1024) -> Tensor:
     """Name all objects at once, from what the teacher says of each [together] (StatA, arXiv 2501.03729).
 
-    Each name has a Gaussian in each modality. It begins at the name's text and moves towards the
-    objects that bear the name, as far as there are any. An absent name has no objects and stays
-    at its text, so no shares of the names are assumed.
+    Each name has a Gaussian in each modality. It begins at the name's text and moves towards the objects that
+    bear the name, as far as there are any. An absent name has no objects and stays at its text, so no shares
+    of the names are assumed.
 
     start:   z = p,  mu_mk = t_k,  v_mk = v_m = sum_ik p_ik (f_mi - t_k)^2 / N
     names:   z_ik ~ p_ik exp( (1/T) [ sum_m sum_d ( -(f_mid - mu_mkd)^2 / (2 v_mkd) - log(v_mkd) / 2 )
@@ -291,14 +289,16 @@ def transduced_labels(probs: Tensor, image_features: Tensor, point_features: Ten
              v_mk = b_k mean_k (f_m - mu_mk)^2 + (1 - b_k) (v_m + (t_k - mu_mk)^2)
 
     mean_k f = sum_i z_ik f_i / sum_i z_ik. w_ij is the similarity of object i and its nearest j, the mean of
-    both modalities, else 0. Names and moves take turns; squares are by dimension d; 50 and five: the paper's.
+    both modalities, else 0. Squares are by dimension d. 50 and five are the paper's.
 
     Args:
         probs: p, (N, C), the teacher's joint probabilities.
         image_features, point_features: f, (N, E), unit norm.
         texts: t, (C, E), unit norm.
         neighbours: how many nearest objects vote; 0 leaves the votes out.
+        alpha: how many objects a name needs until they and its text weigh alike.
         temperature: T. Twice the paper's 50, because two modalities' densities are added. Infinite T gives p.
+        rounds: how often names and moves take turns.
         part: objects that are compared with all others at a time; part x N similarities are in memory.
     Returns z (N, C), rows sum to 1. An object's label and confidence are its largest entry.
     """
@@ -314,11 +314,11 @@ def transduced_labels(probs: Tensor, image_features: Tensor, point_features: Ten
         density = log_density(features, means, variances).sum(dim=0)  # (N, C)
         for _ in range(5):  # names: what fits an object, and what its neighbours are called
             votes = 0.0 if similarity is None else similarity @ z * 50 / (2 * neighbours)
-            z = (probs.log() + (density + votes) / temperature).softmax(dim=-1)
+            z = (probs.log() + (density + votes) / temperature).softmax(dim=-1)  # p = 0 stays 0
 
         bearers = F.one_hot(z.argmax(dim=-1), len(texts)).sum(dim=0)
         trust = (bearers / (alpha + bearers))[:, None]  # b, (C, 1): moves are trusted by their objects
-        weights = z / z.sum(dim=0).clamp(min=1e-30)  # columns sum to 1
+        weights = z / z.sum(dim=0).clamp(min=1e-30)  # columns sum to 1, or to 0 for a name that nobody bears
         centres = F.normalize(weights.T @ features, dim=-1)  # (2, C, E)
         means = F.normalize(trust * centres + (1 - trust) * texts, dim=-1)
         variances = (trust * weighted_square(features, weights, means)

@@ -132,9 +132,10 @@ class MiniPointNet(nn.Module):
         super().__init__()
         first, local, second = stem
         self.first_conv = nn.Sequential(
-            nn.Conv1d(channels, first, 1), nn.BatchNorm1d(first), nn.ReLU(), nn.Conv1d(first, local, 1))
+            nn.Conv1d(channels, first, 1), nn.BatchNorm1d(first), nn.ReLU(inplace=True),
+            nn.Conv1d(first, local, 1))
         self.second_conv = nn.Sequential(
-            nn.Conv1d(2 * local, second, 1), nn.BatchNorm1d(second), nn.ReLU(),
+            nn.Conv1d(2 * local, second, 1), nn.BatchNorm1d(second), nn.ReLU(inplace=True),
             nn.Conv1d(second, token_width, 1))
 
     def forward(self, neighbourhoods: Tensor) -> Tensor:
@@ -149,7 +150,7 @@ class MiniPointNet(nn.Module):
         conv, norm, relu, last_conv = self.second_conv
         whole_weight, local_weight = conv.weight.squeeze(-1).chunk(2, dim=1)
         rows = F.linear(local, local_weight, conv.bias).unflatten(0, (-1, size))
-        rows = rows + F.linear(whole, whole_weight).unsqueeze(1)  # (B G, S, second)
+        rows += F.linear(whole, whole_weight).unsqueeze(1)  # (B G, S, second)
         rows = relu(norm(rows.flatten(0, 1)))
         return conv_as_linear(last_conv, rows).unflatten(0, (batch, groups, size)).amax(dim=2)
 
@@ -259,8 +260,9 @@ class ImageEncoder(VisionTransformer):
 def image_block(block: nn.Module, x: Tensor) -> Tensor:
     """Compute one of open_clip's blocks. (B, 1 + L, D) -> the same
 
-    Same result as the block's own forward, but each projection is one matrix product. Its own attention
-    copies the weights for every token in bfloat16 on CPUs, where they need no gradient (the teacher's).
+    Same result as the block's own forward, but each projection is one matrix product. open_clip's own
+    attention is slow in bfloat16 on CPUs where weights need no gradient (the teacher's): it copies them for
+    every token.
     """
     attention = block.attn
     projected = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
@@ -302,11 +304,13 @@ class CrossMoST(nn.Module):
     What a fork's own encoder has to have:
         visual(images, hidden) -> features (B, E), patch tokens (B, L, D). Attributes: image_size and
             grid_size, two numbers each; ln_patch; proj (D, E); decoder: (B, D, rows, columns) -> pixels
-            (B, 3, H, W); transformer.resblocks, over which parameter_groups lets the learning rate decay.
+            (B, 3, H, W); transformer.resblocks, over which parameter_groups lets the learning rate decay;
+            set_grad_checkpointing(bool).
         point_encoder(groups, hidden) -> features (B, out_width), of which the first D are the global (CLS)
             token; tokens (B, G, D); tokens before masking, which are what is to be predicted. Attributes:
             groups, group_size and target, as given; proj (D, E); lm_head: tokens -> prediction; out_width;
             frozen_by_default, names of its modules that are not trained unless asked for.
+        For --compile also visual.through_block and point_encoder.blocks["blocks"].
     """
 
     def __init__(self, embed_dim: int, image: dict, point: dict, class_names: list[str] = (),
@@ -343,7 +347,7 @@ class CrossMoST(nn.Module):
     def group(self, points: Tensor) -> Groups:
         """Cut clouds (B, P, 3), z up, into the point encoder's groups, in its own axes. Without gradient."""
         if self.architecture["up"] == "y":
-            points = points[..., [1, 2, 0]]
+            points = points[..., [1, 2, 0]]  # a rotation, no mirror image: the inverse of data.UP["y"]
         with torch.no_grad(), torch.autocast(points.device.type, enabled=False):
             return group_points(points.float(), self.point_encoder.groups, self.point_encoder.group_size)
 
@@ -836,12 +840,13 @@ TEXT_KEYS = ("token_embedding.", "positional_embedding", "transformer.", "ln_fin
 
 def published_start(content: dict, which: str, path: str | Path) -> dict:
     """Another family's file for read_start: keys are renamed, sizes are read off the shapes."""
+    # Files nest their weights under one of these names; get() leaves a dict without the name as it is.
     for name in ("model_ema" if which == "teacher" else "model", "model", "state_dict"):
         content = content.get(name, content)
     state = {key.removeprefix("module."): value for key, value in content.items()}
     for family, sign in {"OpenShape": "ppat.", "Uni3D": "trans2embed"}.items():
         if any(sign in key for key in state):
-            raise UserError(f"{path} is {family}'s, another network than Point-BERT; README, Starts")
+            raise UserError(f"{path} is {family}'s, another network than Point-BERT; see README, Starts")
 
     text = {f"tower.{key}": state.pop(key) for key in list(state) if key.startswith(TEXT_KEYS)}
     slip = "visual.cls_token" in state  # SLIP's image tower, so the file is one of ULIP's
@@ -954,7 +959,7 @@ def save_file(content: dict, path: Path):
             with open(temporary, "wb") as file:
                 torch.save(content, file)
         except (OSError, RuntimeError) as error:
-            # After a write that failed torch's writer misses bytes, and raises an error of its own.
+            # When a write fails, torch's writer misses bytes, and raises an error that hides the OSError.
             refusal = error if isinstance(error, OSError) else error.__context__
             if isinstance(refusal, OSError):
                 raise OSError(refusal.errno, refusal.strerror, str(path)) from error
@@ -1006,7 +1011,7 @@ def read_file(path: str | Path) -> dict:
 
 
 def code_hash(*modules: str) -> str:
-    """Eight letters that change with what these modules beside this file do.
+    """Eight hexadecimal digits that change with what these modules beside this file do.
 
     Comments, docstrings and layout do not change it. (A new Python version might.)
     """

@@ -1988,18 +1988,18 @@ def test_a_run_continues_only_with_its_own_options_data_and_code(tmp_path, monke
         objects = load(*given)
         return replace(objects, points=objects.points.flip(1))
     for name, value, says in (
-            ("load_dataset", others, "another objects: "),
-            ("load_dataset", lambda *given: replace(load(*given), class_names=names), "another classes: "),
-            ("CODE", "edited", "another code: .* then, edited now; use the same, another --out, or --no-re")):
+            ("load_dataset", others, "objects: "),
+            ("load_dataset", lambda *given: replace(load(*given), class_names=names), "classes: "),
+            ("CODE", "edited", "code: .* then, edited now; use those, name another --out, or")):
         with monkeypatch.context() as patch:
             patch.setattr(train, name, value)
             assert_refused(says, small_run, folder, "--out", out)
-    assert_refused("another w_cross: 1 then, 0 now;", small_run, folder, "--out", out, "--w-cross", "0")
+    assert_refused("other values: w_cross: 1 then, 0 now;", small_run, folder, "--out", out, "--w-cross", "0")
     with data.lock(out / "last.pt"):
         assert_refused(f"another process writes to {out};", small_run, folder, "--out", out)
     assert_equal(folder / "out", out)  # which no refused run has touched
     (out / "log.jsonl").write_text("{}\n")
-    assert_refused("log.jsonl is shorter than it was when", small_run, folder, "--out", out)
+    assert_refused("log.jsonl is shorter than when", small_run, folder, "--out", out)
 
 
 def test_starting_over_removes_what_the_run_before_left(tmp_path, monkeypatch, finished):
@@ -2225,7 +2225,7 @@ def test_a_loss_that_is_not_finite_is_named_and_the_last_checkpoint_stays(tmp_pa
         return real(logits, shares) if len(steps) < 9 else logits.sum() / 0
     monkeypatch.setattr(train, "fairness_loss", spoilt)
     monkeypatch.setattr(train, "SAVE_EVERY", 0)
-    says = "not finite at step 4: .*'self_image': [0-9].*'cross': [0-9]"
+    says = "not finite at step 5: .*'self_image': [0-9].*'cross': [0-9]"
     assert_refused(says, small_run, finished[0], "--out", out)
     assert models.read_file(out / "last.pt")["epoch"] == 1
     assert all(value.isfinite().all() for value in weights(out).values())

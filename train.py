@@ -60,7 +60,7 @@ RENEW_EVERY = 5
 # Options that do not change what is computed: a run may continue with other values of these.
 NO_EFFECT_ON_RESULTS = ("out", "cache", "data_root", "download", "resume", "device", "log_every",
                         "eval_every", "compile", "grad_checkpointing", "stage")
-# Options that say what is trained on what: the tables of results have columns for them.
+# Options that say what is trained on what. The tables of results show them beside a row's options.
 TABLE_COLUMNS = ("dataset", "domain", "model", "pretrained", "start_checkpoint", "pretrain_epochs",
                  "precision", "seed")
 SAVE_EVERY = 60  # seconds between two saves, at the ends of epochs
@@ -72,8 +72,8 @@ LEFT_BY_A_RUN = ("last.pt", "log.jsonl", "results.json", "curves.png", "predicti
 def recipe_of(given: dict) -> dict:
     """The values that hold in place of the original's: {option: (value, where it comes from)}.
 
-    given: the options of the command line. Later layers win over earlier ones; what the command
-    line gives wins over all of them (parse_args).
+    given: the options of the command line. Later layers win over earlier ones; what the command line gives
+    wins over all of them (parse_args).
     """
     dataset = given.get("dataset", "shapes")
     in_file = read_start(given["start_checkpoint"])["options"] if "start_checkpoint" in given else {}
@@ -112,14 +112,13 @@ def recipe_of(given: dict) -> dict:
 def parse_args(argv=None) -> argparse.Namespace:
     """All options of a run, and three things about them.
 
-    sources: {option: where its value comes from}; changed: {option: value} of the method's
-    options that are other than the defaults for this data set and start; changes: the same, and
-    the seed, as a sentence.
+    sources: {option: where its value comes from}. changed: {option: value} of the method's options that are
+    other than the defaults for this data set and start. changes: the same as a sentence.
     """
     parser = make_parser()
     argv = sys.argv[1:] if argv is None else argv
-    # argparse gives a default only to attributes that are missing. All begin as None here, so what
-    # is not None afterwards was typed. The data set and the start decide the defaults of the rest.
+    # argparse gives a default only to attributes that are missing. All begin as None here, so what is not
+    # None afterwards was typed. The data set and the start decide the defaults of the rest.
     options = list(vars(parser.parse_args([])))
     typed = argparse.Namespace(**dict.fromkeys(options))
     parser.parse_args([word for word in argv if word not in ("-h", "--help")], typed)
@@ -184,7 +183,7 @@ def make_parser() -> argparse.ArgumentParser:
     group("--lr", type=WEIGHT, default=2e-5,
           help="peak learning rate of a batch of 256; a batch of 128 gets half of it")
     group("--weight-decay", type=WEIGHT, default=0.05, help="AdamW, not on 1-D parameters")
-    group("--layer-decay", type=SHARE, default=0.65, help="factor on lr for each image block below the last")
+    group("--layer-decay", type=SHARE, default=0.65, help="factor on lr per image block, from the last on")
     group("--warmup-epochs", type=WEIGHT, default=1.0, help="epochs of linear warm-up")
     group("--freeze", nargs="*", default=[f"point_encoder.{name}" for name in PointEncoder.frozen_by_default],
           help="modules or parameters that are not trained, in place of the default: the mini-PointNet")
@@ -256,8 +255,7 @@ def print_settings(args):
 def train_step(student, teacher, views, optimizer, step, total_steps, args, truth=None, transduced=None):
     """One update of the student, then of the teacher. Returns the detached terms and the labels used.
 
-    `views` holds images and point clouds only. True labels enter for the oracle alone (`--labels
-    truth`).
+    `views` holds images and point clouds only. True labels enter for the oracle alone (`--labels truth`).
 
     Args:
         student: CrossMoST, or under torchrun its DistributedDataParallel.
@@ -276,8 +274,7 @@ def train_step(student, teacher, views, optimizer, step, total_steps, args, trut
     # The teacher sees the weak views and names the objects [joint-label].
     labels = teacher_labels(teacher, views, step, args, truth, transduced)
 
-    # The student must agree from the strong, masked views, align its modalities and repaint what
-    # was hidden.
+    # The student must agree from the strong, masked views, align its modalities and repaint what was hidden.
     # A term without a weight is a KeyError; one of weight 0 is not computed into the loss.
     weights = {"self_image": 1, "self_point": 1, "fair_image": args.w_fair, "fair_point": args.w_fair,
                "mim": args.w_mim, "mpm": args.w_mpm, "gl_image": args.w_gl, "gl_point": args.w_gl,
@@ -300,8 +297,8 @@ def teacher_labels(teacher: CrossMoST, views: dict, step: int, args, truth: Tens
                    transduced: Tensor | None = None) -> dict[str, tuple[Tensor, Tensor]]:
     """The rule of `--labels` applied to the teacher's view of the weak images and clouds [joint-label].
 
-    Returns {modality: (labels (B,), keep (B,))} of the whole batch. A modality that is not
-    trained gives no probabilities, and the teacher is asked only by rules that need it.
+    Returns {modality: (labels (B,), keep (B,))} of the whole batch. A modality that is not trained gives no
+    probabilities, and the teacher is asked only by rules that need it.
     """
     image_probs = point_probs = None
     if RULES[args.labels].needs_teacher:
@@ -320,8 +317,8 @@ def teacher_labels(teacher: CrossMoST, views: dict, step: int, args, truth: Tens
 def student_terms(student, views: dict, labels: dict, args) -> dict[str, Tensor]:
     """Every term of the loss, by name, from the student's strong and masked views.
 
-    self-training, fairness and cross-align see the whole batch, also under torchrun; the masked
-    terms are means over this process's own share.
+    self-training, fairness and cross-align see the whole batch, also under torchrun; the masked terms are
+    means over this process's own share.
     """
     model = without_ddp(student)
     images = None if args.modalities == "point" else model.normalise(views["strong_image"])
@@ -372,7 +369,7 @@ def learning_rate(step: int, total_steps: int, args) -> float:
 
 # ------ The loop --------------------------------------------------------------------------------------------
 def self_train(state: "TrainingState", objects: Objects, test: Objects, args):
-    """Train from the last saved epoch to the last one; log, evaluate and save on the way."""
+    """Train from the last saved epoch to the end; log, evaluate and save on the way."""
     batch_size = min(args.batch_size, len(objects))
     steps_per_epoch = len(objects) // batch_size
     total_steps = args.epochs * steps_per_epoch
@@ -427,10 +424,10 @@ def batches_of_epoch(epoch: int, objects: Objects, batch_size: int, image_size: 
     """Shuffled batches of an epoch; what does not fill a batch is left out.
 
     Returns for each batch its indices (B,), the part of them that is this process's, and that part's
-    photographs. All random numbers of an epoch follow from the seed and its number, so that a run that goes
-    on from a saved epoch computes what one does that never stopped. Processes shuffle alike, then each draws
-    its own.
+    photographs. All random numbers of an epoch follow from the seed and its number, so that a continued run
+    computes the same as one that never stopped. Processes shuffle alike, then each draws its own.
     """
+    # Large odd factors keep the seeds of other runs, epochs and processes apart.
     epoch_seed = args.seed * 100_003 + epoch
     torch.manual_seed(epoch_seed)
     batches = torch.randperm(len(objects)).split(batch_size)[:len(objects) // batch_size]
@@ -454,15 +451,15 @@ def interval_means(interval: list, classes: int) -> dict:
     label_accuracy: right labels / kept labels; None without true labels.
     named: for each name, kept labels with that name / all labels.
     entropy: of the names among the kept labels, in nats.
-    Raises: UserError with the step (from 0) and all terms where a loss is not finite.
+    Raises: UserError with the step, counted from 1 as in log.jsonl, and all terms where a loss is not finite.
     """
     losses = torch.stack([terms["loss"] for _, terms, _, _ in interval])
     if not losses.isfinite().all():
         first_bad = losses.isfinite().tolist().index(False)
         step, terms, _, _ = interval[first_bad]
         values = {name: float(value) for name, value in terms.items()}
-        raise UserError(f"the loss is not finite at step {step}: {values}; lower --lr, or look at the data; "
-                        "last.pt is of an earlier epoch, if there was one")
+        raise UserError(f"the loss is not finite at step {step + 1}: {values}; lower --lr, or look at the "
+                        "data; last.pt is of an earlier epoch, if there was one")
 
     _, first_terms, _, first_truth = interval[0]
     row = {}
@@ -554,16 +551,16 @@ class TrainingState:
     def load(self):
         """Go back to OUT/last.pt. Raises: UserError where it is broken, or of other options, data or code."""
         saved = read_file(self.path)
-        advice = "use the same, another --out, or --no-resume to start over"
+        advice = "name another --out, or --no-resume to start over"
         try:
             changed = [f"{option}: {words(saved['identity'].get(option))} then, {words(value)} now"
                        for option, value in self.identity.items() if saved["identity"].get(option) != value]
             if changed:
-                raise UserError(f"{self.path} was made with another {'; '.join(changed)}; {advice}")
+                raise UserError(f"{self.path} was made with other values: {'; '.join(changed)}; use those, "
+                                f"{advice}")
             log_bytes = self.log_path.stat().st_size if self.log_path.exists() else 0
             if log_bytes < saved["log_bytes"]:
-                raise UserError(f"{self.log_path} is shorter than it was when {self.path} was saved; "
-                                f"{advice}")
+                raise UserError(f"{self.log_path} is shorter than when {self.path} was saved; {advice}")
             for name in ("student", "teacher", "optimizer"):
                 getattr(self, name).load_state_dict(saved[name])
             for name in ("epoch", "zero_shot", "transduced"):
@@ -643,7 +640,7 @@ def refuse_contradictions(args):
 
 
 def refuse_wrong_data(args, objects: Objects):
-    """Raises: UserError for options that do not go with these objects. Warns where they hardly can."""
+    """Raises: UserError for options that do not go with these objects. Warns where they fit badly."""
     classes = objects.class_names
     if args.labels == "truth" and objects.labels is None:
         raise UserError(f"--labels truth needs labels, {objects.name} has none; use --labels joint")
@@ -748,7 +745,7 @@ def print_reported(args):
 def print_opinions(start: dict, teacher: dict, objects: int):
     """Say without labels what training changed, and warn where that was seen to do harm.
 
-    Counted over 162 runs on folders, the two signs of the warning are rare, and most harm comes without them.
+    In the runs on folders the two signs of the warning were rare, and most harm came without them.
     Little agreement before training means many errors, but training rarely added to them.
     """
     print(f"image and point agree on {start['agreement']} % of the objects before training, "
@@ -799,7 +796,7 @@ def peak_memory(device: str) -> float | None:
 
 
 # ------ Pre-training of a start -----------------------------------------------------------------------------
-# Of `tiny`, and of a point encoder beside an open_clip model (ULIP's values).
+# Of `tiny`, and of a point encoder beside an open_clip model (batch, lr and weight decay are ULIP's).
 PRETRAIN = {"tiny": dict(objects=12000, passes=10, batch=32, lr=1e-3, weight_decay=0.05),
             "clip": dict(objects=4000, passes=12, batch=64, lr=5e-4, weight_decay=0.1)}
 
@@ -807,9 +804,9 @@ PRETRAIN = {"tiny": dict(objects=12000, passes=10, batch=32, lr=1e-3, weight_dec
 def find_start(args, objects: Objects) -> Path:
     """The start's file: the one named, in the repository, fetched, or pre-trained here.
 
-    What is pre-trained is kept in --cache under a hash of the options that made it and, where the
-    clouds of the training objects were used, of these. One that other code made is used all the
-    same; load_start says so.
+    What is pre-trained is kept in --cache under a hash of the options that made it and, where the clouds of
+    the training objects were used, of these. One that other code made is used all the same; load_start says
+    so. Raises: UserError where a start cannot be had.
     """
     makes_tiny = args.model == "tiny" and (args.pretrain_epochs or args.stage == "pretrain"
                                            or args.dataset == "shapenet55")
@@ -887,7 +884,7 @@ def pretrain(args, objects: Objects, path: Path):
 
 
 def resume_pretraining(parts: dict, last_path: Path) -> int:
-    """Go back to the last saved pass. Returns how many are done: 0 without a file, or of other code's."""
+    """Go back to the last saved pass. Returns how many are done, 0 without a file or with other code's."""
     if not last_path.exists():
         return 0
     saved = read_file(last_path)
@@ -934,9 +931,9 @@ def log_pretraining(log_path: Path, step: int, losses: list[Tensor], speed: floa
 
 
 def pretrain_loss(model, text, points, labels, class_names) -> Tensor:
-    """Half the sum of three InfoNCEs (point-image, image-text, point-text), and a little masked modelling.
+    """Half the sum of three InfoNCEs (point-image, image-text, point-text), and masked modelling [pretrain].
 
-    points: (B, P, 3). labels: (B,) on the CPU, index of the name, -1 where there is none.
+    points: (B, P, 3). labels: (B,) on the CPU, index into class_names, -1 where there is no name.
     text: the text tower to train. Without it the image tower and the names (the classifier's columns) stay
     fixed, so there is no image-text term.
     """
@@ -949,7 +946,8 @@ def pretrain_loss(model, text, points, labels, class_names) -> Tensor:
     images = model.normalise(torch.where(strong_image, views["strong_image"], views["weak_image"]))
     groups = model.group(torch.where(strong_points, views["strong_points"], views["weak_points"]))
 
-    # In each modality a random quarter of the objects is masked, 30 % of its tokens.
+    # In each modality a random quarter of the objects is masked: 30 % of the patches (only where the image
+    # tower trains), 30 to 40 % of the groups.
     is_masked = torch.rand(2, batch, 1, device=device) < 0.25
     image_hidden = None
     if text is not None:

@@ -1,4 +1,4 @@
-"""Every run behind the tables of README and assets/tables.md, and the tables.
+"""The runs behind the tables of README and assets/tables.md, more ablations, and the tables.
 
     python -m assets.make_tables                              # hours; stop it at any time, the same goes on
     python -m assets.make_tables --only shapes seed-0         # the runs whose names hold all these words
@@ -311,8 +311,8 @@ def conditions(run: dict) -> dict:
 def tables(runs: list[dict]) -> tuple[str, str]:
     """Many runs as Markdown: a short table, and a document with a whole table for each data set.
 
-    A row is a setting, a cell goes over its seeds. The short table has a column of joint accuracy for each
-    data set.
+    A row is a setting, a cell the mean over its seeds. The short table has a column of joint accuracy for
+    each data set.
     """
     rows = {}  # label -> data set -> the runs of all seeds
     for run in sorted(runs, key=place):

@@ -21,7 +21,7 @@ REPEATS = 10  # of which the median counts; one before them compiles and fills c
 
 
 def main(argv=None) -> dict:
-    """Print and return seconds by name, the work of a step in TFLOP, and the device's TFLOP/s."""
+    """Print and return seconds by name, a step's work in TFLOP, the device's TFLOP/s, and memory in GiB."""
     args = train.parse_args(argv)
     objects = load_dataset(args.dataset, args.data_root, "train", args.points, args.domain, args.download,
                            args.up)
