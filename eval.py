@@ -382,7 +382,8 @@ def parse_args(argv=None) -> argparse.Namespace:
 
     group = parser.add_argument_group("what").add_argument
     group("--checkpoint", type=Path, help="a last.pt of train.py, or the authors' trained file")
-    group("--model", help=f"or a zero-shot start: {', '.join(STARTS)}, or an open_clip name")
+    group("--model", help=f"or a zero-shot start: {', '.join(STARTS)}, or an open_clip name, whose point "
+                          "encoder is untrained")
     group("--pretrained", help="open_clip's weights of --model: a tag or a file")
     group("--start-checkpoint", type=Path, help="the start's file, of any family")
     group("--templates", choices=sorted(TEMPLATES), help="texts around a class name of a start")
