@@ -4,11 +4,13 @@ import copy
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -19,6 +21,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from multiprocessing import forkserver
 from pathlib import Path
 from unittest.mock import Mock, call
 
@@ -2032,68 +2035,113 @@ def test_what_was_changed_is_said_first_and_last_with_the_seed(tmp_path, capsys,
     assert any(re.match("  command line: .*w_cross 0", line) for line in lines)
 
 
-def test_a_run_killed_at_any_moment_continues_to_the_bit(tmp_path):
+@pytest.fixture(scope="session")
+def start_process():
+    """Starts function(*given) in a process of its own, of one thread and without a GPU.
+
+    Python needs seconds to import torch. Here a server of multiprocessing does it once, and each process
+    begins as a copy of it. It does not import our modules: they ask for a GPU, and whoever has asked must
+    not be copied. What the process prints is in the file `said`; an error ends it as it ends a script.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "timm", "open_clip", "h5py", "trimesh", "matplotlib.pyplot"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        forkserver.ensure_running()
+
+    def start(said, function, *given, **environment):
+        process = context.Process(target=as_a_script, args=(said, environment, function, given))
+        process.start()
+        return process
+    return start
+
+
+def as_a_script(said, environment, function, given):
+    with open(said, "w") as file:
+        for output in (1, 2):
+            os.dup2(file.fileno(), output)
+    os.environ |= environment
+    with evaluation.one_line_errors():
+        function(*given)
+
+
+def train_and_save_often(argv):
+    train.SAVE_EVERY = 0
+    train.main(argv)
+
+
+def test_a_run_killed_at_any_moment_continues_to_the_bit(tmp_path, start_process):
     """KILLS=50 kills more often. A run that gets to its end is compared and begins anew."""
     moments, kills, last = random.Random(0), 0, int(os.environ.get("KILLS", 3))
-    whole, parts, log = (tmp_path / name for name in ("whole", "parts", "parts/log.jsonl"))
-    saves_often = "import train; train.SAVE_EVERY = 0; train.main()"
-    command = [sys.executable, "-c", saves_often, *small_flags(tmp_path, "--epochs", 16, "--log-every", 3)]
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=HERE,
-                 env=os.environ | {"OMP_NUM_THREADS": "1"})
-    subprocess.run([*command, "--out", whole], check=True, **quiet)
+    whole, parts, log, said = (tmp_path / name for name in ("whole", "parts", "parts/log.jsonl", "said"))
+    # A line of the log for each step: whoever is killed within an epoch leaves lines that have to go.
+    flags = small_flags(tmp_path, "--epochs", 6, "--log-every", 1, "--out")
+    start = partial(start_process, said, train_and_save_often)
+    run = start([*flags, str(whole)])
+    run.join()
+    assert run.exitcode == 0, said.read_text()
+    duration = json.loads((whole / "results.json").read_text())["seconds"]
     while kills < last or parts.exists():
         before = log.stat().st_mtime if log.exists() else 0
-        run = subprocess.Popen([*command, "--out", parts], **quiet)
+        run = start([*flags, str(parts)])
         if kills < last:
-            while run.poll() is None and not (log.exists() and log.stat().st_mtime > before):
+            while run.is_alive() and not (log.exists() and log.stat().st_mtime > before):
                 time.sleep(0.01)
-            time.sleep(moments.uniform(0, 2))
+            time.sleep(moments.uniform(0, duration / 2))
             run.kill()
-        said = run.communicate()[1]
-        assert run.returncode in (0, -signal.SIGKILL), said
-        kills += run.returncode != 0
-        if run.returncode == 0:
+        run.join()
+        assert run.exitcode in (0, -signal.SIGKILL), said.read_text()
+        kills += run.exitcode != 0
+        if run.exitcode == 0:
             assert_equal(whole, parts)
             shutil.rmtree(parts)
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-# Three steps from the small start on views that lie in a file, by any number of processes.
-THREE_STEPS = """
-import sys, torch, train
-from model import TEMPLATES, build_model, parameter_groups, start_file
-train.join_processes()
-args = train.parse_args(["--mask-ratio", "0", "--batch-size", "16", "--threshold", "0.3", "--lr", "1",
-                         "--device", "cpu"])
-views = {name: train.my_part(view) for name, view in torch.load(sys.argv[1]).items()}
-names = list(train.MODELNET10)
-student, teacher = (build_model("tiny", names, TEMPLATES["depth"], None, start_file("tiny", None))
-                    for _ in range(2))
-# Not AdamW: its first steps are as long where a gradient is nothing but rounding.
-optimizer = torch.optim.SGD(parameter_groups(student, 0.05, 1.0, args.freeze), lr=0.0)
-train.train_mode(student, args.freeze)
-several = train.with_ddp(student)
-for step in range(3):
-    terms, labels = train.train_step(several, teacher, views, optimizer, step, 30, args)
-if train.leader():
-    torch.save({"weights": student.state_dict(), "teacher": teacher.state_dict(), "terms": terms},
-               sys.argv[2])
-"""
+@pytest.fixture
+def run_two_processes(tmp_path, start_process):
+    """Runs function(*given) in two processes that know of one another what torchrun tells them, to the end.
+    Returns what the first has printed."""
+    def run(function, *given):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+        said = [tmp_path / f"said-{rank}" for rank in "01"]
+        started = [start_process(said[rank], function, *given, **address, WORLD_SIZE="2", RANK=str(rank),
+                                 LOCAL_RANK=str(rank)) for rank in (0, 1)]
+        for process in started:
+            process.join(300)
+            process.kill()  # where it waits for one that has failed
+        assert [process.exitcode for process in started] == [0, 0], [file.read_text() for file in said]
+        return said[0].read_text()
+    return run
 
 
-def test_two_processes_make_the_steps_of_one(tmp_path):
+def three_steps(views, out):
+    """From the small start, on the whole views in a file, by any number of processes."""
+    train.join_processes()
+    args = options("--mask-ratio", "0", "--batch-size", "16", "--threshold", "0.3", "--lr", "1")
+    views = {name: train.my_part(view) for name, view in torch.load(views).items()}
+    student, teacher = (build_model("tiny", NAMES, models.TEMPLATES["depth"], None,
+                                    models.start_file("tiny", None)) for _ in range(2))
+    # Not AdamW: its first steps are as long where a gradient is nothing but rounding.
+    optimizer = torch.optim.SGD(models.parameter_groups(student, 0.05, 1.0, args.freeze), lr=0.0)
+    train.train_mode(student, args.freeze)
+    several = train.with_ddp(student)
+    for step in range(3):
+        terms, labels = train.train_step(several, teacher, views, optimizer, step, 30, args)
+    if train.leader():
+        torch.save({"weights": student.state_dict(), "teacher": teacher.state_dict(), "terms": terms}, out)
+
+
+def test_two_processes_make_the_steps_of_one(tmp_path, run_two_processes):
     """Exactly where nothing random is drawn: on fixed views, without masks."""
+    views = tmp_path / "views"
     torch.manual_seed(0)
-    torch.save(data.draw_views(data.sample_shapes(16, 0, points=256).points, 64), tmp_path / "views")
-    (tmp_path / "steps.py").write_text(THREE_STEPS)
-    results = []
-    for command in ([sys.executable], TORCHRUN):
-        out = tmp_path / f"{len(results)}.pt"
-        subprocess.run([*command, tmp_path / "steps.py", tmp_path / "views", out], check=True,
-                       capture_output=True,
-                       env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
-        results.append(torch.load(out))
-    one, two = results
+    torch.save(data.draw_views(data.sample_shapes(16, 0, points=256).points, 64), views)
+    three_steps(views, tmp_path / "one")
+    run_two_processes(three_steps, views, tmp_path / "two")
+    one, two = torch.load(tmp_path / "one"), torch.load(tmp_path / "two")
     start = models.read_file(models.start_file("tiny", None))["model"]
     for which in ("weights", "teacher"):
         moved = max((one[which][name] - start[name]).abs().max() for name in start)
@@ -2103,18 +2151,20 @@ def test_two_processes_make_the_steps_of_one(tmp_path):
         assert float(two["terms"][name]) == pytest.approx(float(value), rel=1e-4), name
 
 
-def test_two_processes_train_evaluate_and_continue_as_one_does(tmp_path, finished):
+def test_two_processes_train_evaluate_and_continue_as_one_does(tmp_path, finished, run_two_processes):
     folder, alone = finished
     flags = small_flags(folder, "--out", tmp_path / "out", "--labels", "together")
     for _ in range(2):  # the second finds the first's checkpoint
-        done = subprocess.run([*TORCHRUN, HERE / "train.py", *flags], check=True, capture_output=True,
-                              text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert "continuing" in done.stdout
+        said = run_two_processes(train.main, flags)
+    assert "continuing" in said
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["zero_shot"] == alone["zero_shot"]  # each process embedded half of the objects
     for modality in evaluation.MODALITIES:  # 15 %: 3 of 20 objects
         assert abs(results["teacher"][modality] - alone["teacher"][modality]) <= 15
     assert len((tmp_path / "out/predictions.csv").read_text().splitlines()) == 21
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 def test_processes_end_together_and_with_one_line_of_ours(tmp_path, finished):
