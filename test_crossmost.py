@@ -2,6 +2,7 @@
 import argparse
 import copy
 import hashlib
+import io
 import json
 import math
 import multiprocessing
@@ -23,7 +24,7 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
-from unittest.mock import Mock, call
+from unittest.mock import Mock, call, patch
 
 import h5py
 import numpy as np
@@ -110,14 +111,28 @@ def small_flags(folder, *more) -> list[str]:
 
 
 def small_run(folder, *more) -> dict:
-    return train.main(small_flags(folder, *more))
+    """What main() returns of a run of seconds. Its curves, a third of them, are drawn for `finished` only."""
+    with patch.object(train, "plot_curves", lambda picture, *_: picture.touch()):
+        return train.main(small_flags(folder, *more))
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """The folder of one finished small run, for tests that only read it, and what main() returned."""
     folder = tmp_path_factory.mktemp("finished")
-    return folder, small_run(folder)
+    return folder, train.main(small_flags(folder))
+
+
+@pytest.fixture(scope="session")
+def small_clip(tmp_path_factory):
+    """The name of an open_clip model: ViT-S-32-alt with fewer layers, which is built in a quarter of the
+    time."""
+    config = open_clip.get_model_config("ViT-S-32-alt")
+    config["vision_cfg"]["layers"] = config["text_cfg"]["layers"] = 2
+    file = tmp_path_factory.mktemp("clip") / "ViT-two-layers.json"
+    file.write_text(json.dumps(config))
+    open_clip.add_model_config(file)
+    return file.stem
 
 
 def assert_refused(says, action, *given, **more):
@@ -665,12 +680,12 @@ def test_the_cross_most_start_and_its_trained_checkpoint_load(tmp_path, finished
     assert set(found["teacher"]["per_class"]) == set(NAMES)
 
 
-def test_an_open_clip_model_lends_its_towers_to_a_file_without(tmp_path):
+def test_an_open_clip_model_lends_its_towers_to_a_file_without(tmp_path, small_clip):
     write_ulip(tmp_path / "rgb.pt", channels=6, embed=256, towers=False)
     assert_refused("point encoder only", load_checkpoint, tmp_path / "rgb.pt")
     point = dict(groups=16, group_size=8)
-    clip, text = models.open_clip_start("ViT-S-32-alt", None, **point)
-    model = build_model("ViT-S-32-alt", ["mug"], models.TEMPLATES["3d"], None, tmp_path / "rgb.pt", **point)
+    clip, text = models.open_clip_start(small_clip, None, **point)
+    model = build_model(small_clip, ["mug"], models.TEMPLATES["3d"], None, tmp_path / "rgb.pt", **point)
     assert same(model.visual.state_dict(), clip.visual.state_dict()) and model.point_encoder.channels == 6
     names = models.embed_names(text, ["mug"], models.TEMPLATES["3d"])
     assert torch.allclose(model.classifier.T, names, atol=1e-6)
@@ -680,12 +695,13 @@ def test_an_open_clip_model_lends_its_towers_to_a_file_without(tmp_path):
     assert torch.allclose(model.point_encoder(groups)[2], tokens, atol=1e-5)
 
 
-def test_names_are_embedded_in_batches_as_one_by_one_and_none_shares_a_column_with_another(monkeypatch):
+def test_names_are_embedded_in_batches_as_one_by_one_and_none_shares_a_column_with_another(
+        monkeypatch, small_clip):
     text, templates = models.random_tiny(0)[1].eval(), models.TEMPLATES["openai"]
     names = [f"{a} {b}" for a in NAMES for b in ("", "lamp", "made of very old wood, with handles")]
     one_by_one = [F.normalize(text([t.format(name) for t in templates]).mean(dim=0), dim=0) for name in names]
     assert torch.allclose(models.embed_names(text, names, templates), torch.stack(one_by_one), atol=1e-6)
-    _, clip = models.open_clip_start("ViT-S-32-alt", None)
+    _, clip = models.open_clip_start(small_clip, None)
     tokens = clip.tokenize(["a chair", "a point cloud model of a night stand."])
     assert torch.allclose(models.text_features(clip.tower, tokens), F.normalize(clip.tower(tokens), dim=-1),
                           atol=1e-6)
@@ -1875,9 +1891,11 @@ def test_bad_data_is_refused_by_its_name_and_with_advice(tmp_path, name, file, c
 # ------ training --------------------------------------------------------------------------------------------
 @pytest.fixture(scope="session")
 def photographed(tmp_path_factory):
-    """The same as `finished`, of objects that have photographs."""
+    """The same as `finished`, of objects that have photographs. Few to test: they are seen one by one."""
     folder = tmp_path_factory.mktemp("photographed")
     small_flags(folder)
+    for file in sorted((folder / "own/test").rglob("*.npy"))[6:]:
+        file.unlink()
     for file in (folder / "own").rglob("*.npy"):
         write_pictures(folder / "own/views" / file.stem, "a.png", "b.jpg")
     return folder, small_run(folder)
@@ -1904,22 +1922,27 @@ def assert_equal(a, b):
         assert same(weights(a, which), weights(b, which))
 
 
+def run_relabelled(monkeypatch, folder, out, relabel, *more):
+    """The results of a run whose true labels are relabel(labels), and whether its student is the folder's."""
+    monkeypatch.setattr(train, "load_dataset", lambda *given: replace(
+        objects := data.load_dataset(*given), labels=relabel(objects.labels)))
+    results = small_run(folder, "--out", out, *more)
+    return results, same(weights(folder / "out"), weights(out))
+
+
 @pytest.mark.parametrize("kind", ["finished", "photographed"])
 def test_true_labels_do_not_touch_training(tmp_path, monkeypatch, request, kind):
-    folder = request.getfixturevalue(kind)[0]
-
-    def run(out, relabel, *more):
-        def relabelled(*given):
-            objects = data.load_dataset(*given)
-            return replace(objects, labels=relabel(objects.labels))
-        monkeypatch.setattr(train, "load_dataset", relabelled)
-        results = small_run(folder, "--out", tmp_path / out, *more)
-        return results, same(weights(folder / "out"), weights(tmp_path / out))
-    assert run("permuted", lambda labels: labels.flip(0))[1]
-    results, equal = run("none", lambda labels: None)
+    run = partial(run_relabelled, monkeypatch, request.getfixturevalue(kind)[0])
+    assert run(tmp_path / "permuted", lambda labels: labels.flip(0))[1]
+    results, equal = run(tmp_path / "none", lambda labels: None)
     assert equal and results["zero_shot"] is None and results["pseudo_label"]["accuracy"] is None
-    assert not run("oracle", lambda labels: labels, "--labels", "truth")[1]
-    assert_refused("truth needs labels, own has none", run, "no", lambda labels: None, "--labels", "truth")
+    evaluation.plot_curves(tmp_path / "curves.png", tmp_path / "none/log.jsonl", None)  # of no accuracy
+
+
+def test_the_oracle_trains_with_true_labels_and_cannot_without(tmp_path, monkeypatch, finished):
+    run, oracle = partial(run_relabelled, monkeypatch, finished[0], tmp_path), ("--labels", "truth")
+    assert not run(lambda labels: labels, *oracle)[1]
+    assert_refused("truth needs labels, own has none", run, lambda labels: None, *oracle)
 
 
 def stop_in_step(monkeypatch, number, seen=None):
@@ -2234,12 +2257,15 @@ def test_what_a_user_can_put_right_is_one_line_and_a_bug_keeps_its_traceback(cap
     assert re.fullmatch(f"error: .*{says}.*\n", said) if says else said == ""
 
 
-@pytest.mark.parametrize("script, flag", [("train.py", "--start-checkpoint"), ("eval.py", "--checkpoint")])
-def test_both_scripts_end_in_one_line_and_exit_code_2(tmp_path, script, flag):
+def test_both_scripts_end_in_one_line_and_exit_code_2(tmp_path):
     (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
-    command = [sys.executable, HERE / script, flag, tmp_path / "bad.pt"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and re.fullmatch("error: .*bad.pt.*\n", done.stderr)
+    flags = {"train.py": "--start-checkpoint", "eval.py": "--checkpoint"}
+    # Both at once: almost all of their time is Python's imports.
+    started = [subprocess.Popen([sys.executable, HERE / script, flag, tmp_path / "bad.pt"], text=True,
+                                stderr=subprocess.PIPE) for script, flag in flags.items()]
+    for process, script in zip(started, flags):
+        said = process.communicate()[1]
+        assert process.returncode == 2 and re.fullmatch("error: .*bad.pt.*\n", said), script
 
 
 def one_step(*argv):
@@ -2301,10 +2327,10 @@ def test_a_run_trains_and_is_scored_in_its_precision(tmp_path, finished):
 
 def test_one_batch_overfits():
     torch.manual_seed(0)
-    args, student, history = options("--mask-ratio", "0.3"), tiny().train(), []
+    args, student, history = options("--mask-ratio", "0.3"), tiny(groups=8, group_size=8).train(), []
     optimizer = torch.optim.AdamW(models.parameter_groups(student, 0.0, 1.0, []), lr=1e-3)
-    views, labels = views_and_labels(10, 256)
-    for _ in range(120):
+    views, labels = views_and_labels(10, 64)
+    for _ in range(50):
         terms = train.student_terms(student, views, labels, args)
         history.append(terms["self_image"] + terms["self_point"])
         optimizer.zero_grad()
@@ -2403,8 +2429,9 @@ def test_a_start_that_other_code_made_is_used_and_said_to_be_so(capsys, monkeypa
         assert ("other code made this start" in capsys.readouterr().err) == says
 
 
-def test_a_point_encoder_is_aligned_to_a_frozen_clip_with_the_targets_clouds(tmp_path, monkeypatch):
-    name, point, loss = "ViT-S-32-alt", dict(groups=8, group_size=8), Mock(wraps=train.pretrain_loss)
+def test_a_point_encoder_is_aligned_to_a_frozen_clip_with_the_targets_clouds(
+        tmp_path, monkeypatch, small_clip):
+    name, point, loss = small_clip, dict(groups=8, group_size=8), Mock(wraps=train.pretrain_loss)
     own, targets = data.sample_shapes(8, 0, points=64), data.sample_shapes(20, 3, points=64)
     monkeypatch.setattr(train, "pretrain_loss", loss)
     monkeypatch.setattr(train, "sample_shapes", lambda *_, **__: own)
@@ -2436,7 +2463,7 @@ def test_on_a_gpu_nothing_mixes_devices_or_waits_for_a_value(tmp_path, monkeypat
         except (NotImplementedError, RuntimeError, AssertionError) as error:
             pytest.skip(f"this torch cannot: {error}")
         with torch.device("cuda:0"):
-            model, text = models.random_tiny(0)
+            model, text = models.random_tiny(0, groups=8, group_size=8)
             model.set_classifier(torch.rand(10, 128), NAMES)
             points, truth = torch.rand(4, 128, 3), torch.zeros(4, dtype=torch.long)
         views = data.draw_views(points, 64)
@@ -2736,17 +2763,21 @@ def test_clouds_as_they_are_are_named_from_a_notebook():
     assert_refused("expected a list", evaluation.classify, model, chair)
 
 
-def test_ctrl_c_is_one_line_and_a_name_that_cannot_be_printed_is_no_error(tmp_path):
-    script = ("import sys, eval\nwith eval.one_line_errors():\n    print('\\udcff')\n"
-              "    raise KeyboardInterrupt(*sys.argv[1:])")
-    for given, said in (((), "stopped"), (("stopped; the same command goes on",), "the same command goes")):
-        done = subprocess.run([sys.executable, "-c", script, *given], capture_output=True, text=True,
-                              cwd=HERE)
-        assert done.returncode == 130 and done.stdout == "\\udcff\n"
-        assert len(done.stderr.split()) == len((given or ("stopped",))[0].split()) and said in done.stderr
+def test_ctrl_c_is_one_line_and_a_name_that_cannot_be_printed_is_no_error(monkeypatch, capsys):
+    for stop, said in ((KeyboardInterrupt(), "stopped"), (KeyboardInterrupt("stopped; go on"),
+                                                          "stopped; go on")):
+        terminal = io.TextIOWrapper(io.BytesIO(), "utf-8")
+        monkeypatch.setattr(sys, "stdout", terminal)
+        with pytest.raises(SystemExit) as ended, evaluation.one_line_errors():
+            print("\udcff")
+            raise stop
+        terminal.flush()
+        assert ended.value.code == 130 and terminal.buffer.getvalue() == b"\\udcff\n"
+        assert capsys.readouterr().err == f"\n{said}\n"  # below what the terminal shows of Ctrl-C
 
 
 def test_a_sheet_of_a_data_set_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "preview", partial(evaluation.preview, count=2))  # eight take seconds
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     write_own(tmp_path / "runs/x")
@@ -2854,21 +2885,21 @@ def test_all_runs_of_the_tables_are_one_command_that_can_be_stopped_and_continue
     folder = tmp_path / "runs/tables"
     done = folder / "toys/default/seed-0/results.json"
 
-    # One that fails is named, and stops no other.
+    # A run that was begun and stopped continues. One that fails is named, and stops no other.
+    train.main([*make_tables.planned_runs()[0].options.split(), "--out", str(done.parent)])
+    done.unlink()
     assert_refused("1 runs failed.*toys/labels-nonsense/seed-0", make_tables.main, ["--into", "shown"])
     said = capsys.readouterr().out
-    assert "2 runs, 2 remain" in said
+    assert "2 runs, 2 remain" in said and "toys/default/seed-0 done; " in said
+    assert "continuing" in done.with_name("output.txt").read_text() and done.exists()
     assert "cache, no training" in said and "named together, no training" in said
     assert (folder / "tables.md").read_text() == Path("shown/tables.md").read_text()
     assert "invalid choice" in (folder / "toys/labels-nonsense/seed-0/output.txt").read_text()
 
-    # A run that was begun and stopped continues, what is done is not run again.
-    done.unlink()
-    for remain, ended in ((1, True), (0, False)):
-        make_tables.main(["--only", "default", "seed-0"])
-        said = capsys.readouterr().out
-        assert f"1 runs, {remain} remain" in said and ("default/seed-0 done; 0 remain" in said) == ended
-        assert "continuing" in done.with_name("output.txt").read_text()
+    # What is done is not run again.
+    make_tables.main(["--only", "default", "seed-0"])
+    said = capsys.readouterr().out
+    assert "1 runs, 0 remain" in said and "default/seed-0 done" not in said
 
 
 def test_a_step_is_measured_by_part_and_less_training_is_less_work(tmp_path, monkeypatch, capsys, finished):
