@@ -2215,6 +2215,19 @@ def test_processes_share_a_batch_evenly(monkeypatch):
         assert_refused(f"cannot share a batch of {shared} ", train.refuse_wrong_data, args, objects)
 
 
+def test_processes_shuffle_alike_and_each_draws_its_own(monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "world_size", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(train, "rank", lambda: rank)
+        epoch = train.batches_of_epoch(3, data.sample_shapes(20, 0, points=8), 8, 64, options())
+        batches, parts, _ = zip(*epoch)
+        seen.append((torch.stack(batches), torch.stack(parts), torch.rand(1)))
+    (batches, first, drawn), (same_batches, second, also_drawn) = seen
+    assert torch.equal(batches, same_batches) and torch.equal(batches, torch.cat([first, second], dim=1))
+    assert drawn != also_drawn
+
+
 @pytest.mark.parametrize("asked, says", [
     ("--dataset shapenet55 --model ulip2", "shapenet55 is for making starts; add --stage pretrain"),
     ("--shares 0 0", "--shares are all 0"),
@@ -2302,6 +2315,24 @@ def test_a_loss_that_is_not_finite_is_named_and_the_last_checkpoint_stays(tmp_pa
     monkeypatch.setattr(train, "fairness_loss", spoilt)
     monkeypatch.setattr(train, "SAVE_EVERY", 0)
     says = "not finite at step 4: .*'self_image': [0-9].*'cross': [0-9]"
+    assert_refused(says, small_run, finished[0], "--out", out)
+    assert models.read_file(out / "last.pt")["epoch"] == 1
+    assert all(value.isfinite().all() for value in weights(out).values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch, finished):
+    """The last step of an epoch may spoil them, and no loss has shown it yet."""
+    out, real, steps = tmp_path / "out", train.train_step, []
+
+    def spoil_in_the_sixth(student, *given):  # the last of the second epoch
+        steps.append(1)
+        terms_and_labels = real(student, *given)
+        if len(steps) == 6:
+            student.pc_projection.data[0, 0] = math.inf
+        return terms_and_labels
+    monkeypatch.setattr(train, "train_step", spoil_in_the_sixth)
+    monkeypatch.setattr(train, "SAVE_EVERY", 0)
+    says = f"weights are not finite after epoch 2; lower --lr, .*{out / 'last.pt'} is of an earlier epoch"
     assert_refused(says, small_run, finished[0], "--out", out)
     assert models.read_file(out / "last.pt")["epoch"] == 1
     assert all(value.isfinite().all() for value in weights(out).values())
