@@ -687,6 +687,9 @@ def test_an_open_clip_model_lends_its_towers_to_a_file_without(tmp_path, small_c
     clip, text = models.open_clip_start(small_clip, None, **point)
     model = build_model(small_clip, ["mug"], models.TEMPLATES["3d"], None, tmp_path / "rgb.pt", **point)
     assert same(model.visual.state_dict(), clip.visual.state_dict()) and model.point_encoder.channels == 6
+    torch.manual_seed(0)  # which stands for trained weights
+    theirs = open_clip.create_model(small_clip, None, force_custom_text=True).visual.state_dict()
+    assert all(torch.equal(model.visual.state_dict()[name], value) for name, value in theirs.items())
     names = models.embed_names(text, ["mug"], models.TEMPLATES["3d"])
     assert torch.allclose(model.classifier.T, names, atol=1e-6)
     groups = model.group(inputs()[1])
