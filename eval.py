@@ -282,6 +282,7 @@ def plot_curves(picture: Path, log_path: Path, zero_shot: dict | None):
         left.plot([line["epoch"] for line in epochs], [line["teacher"][modality] for line in epochs],
                   color=colour, label=modality, marker="o", markersize=3)
     left.set(xlabel="epoch", ylabel="test top-1, %", title="teacher (dotted: zero-shot)")
+    left.xaxis.get_major_locator().set_params(integer=True)
 
     for key, colour in {"coverage": "#009E73", "label_accuracy": "#CC79A7"}.items():
         logged = [line for line in lines if line.get(key) is not None]
