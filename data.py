@@ -255,7 +255,7 @@ def random_yaw(points: Tensor) -> Tensor:
 
 def rotate_about_xyz(points: Tensor, angles: Tensor) -> Tensor:
     """Rotate clouds about x, then y, then z. points (B, P, 3), angles (B, 3) -> (B, P, 3)"""
-    # The three axes are turned, and each point is the same sum of them as before.
+    # Turn the three axes, not the points: one matrix product then turns all points.
     axes = torch.eye(3, dtype=angles.dtype, device=angles.device).expand(len(angles), 3, 3)
     for axis in range(3):
         sin, cos = angles[:, axis, None].sin(), angles[:, axis, None].cos()
@@ -269,7 +269,7 @@ PHOTOGRAPHS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 class Photographs(Dataset):
-    """Photographs or renderings of objects, decoded and cropped, as uint8.
+    """Photographs or renderings of objects, decoded and cropped, as uint8; depth views may be floats.
 
     Item i with a `seed` is a pair (3, size, size) of one photograph of object i: the weak image (random crop
     [joint-label]) and the strong one (crop of 0.3 to 1, flip, RandAugment of magnitude 9 [self-training];
