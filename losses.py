@@ -317,7 +317,7 @@ def transduced_labels(probs: Tensor, image_features: Tensor, point_features: Ten
             z = (probs.log() + (density + votes) / temperature).softmax(dim=-1)  # p = 0 stays 0
 
         bearers = F.one_hot(z.argmax(dim=-1), len(texts)).sum(dim=0)
-        trust = (bearers / (alpha + bearers))[:, None]  # b, (C, 1): moves are trusted by their objects
+        trust = (bearers / (alpha + bearers))[:, None]  # b, (C, 1): how far each name moves
         weights = z / z.sum(dim=0).clamp(min=1e-30)  # columns sum to 1, or to 0 for a name that nobody bears
         centres = F.normalize(weights.T @ features, dim=-1)  # (2, C, E)
         means = F.normalize(trust * centres + (1 - trust) * texts, dim=-1)
