@@ -646,7 +646,8 @@ def load_shapenet55(root: Path, split: str, _points, _download) -> Objects:
 
 def load_folder(folder: Path, split: str) -> Objects:
     """A folder of the user's own: classes.txt, {train,test}/[CLASS/]OBJECT.EXT, views/OBJECT/*.jpg if any.
-    Without class folders there are no labels.
+    Without class folders there are no labels. An object is called OBJECT, or CLASS/OBJECT where objects of
+    two classes have one name.
     """
     listed, inside = folder / "classes.txt", folder / split
     class_names = clean_class_names(read_lines(listed), str(listed))
@@ -662,14 +663,22 @@ def load_folder(folder: Path, split: str) -> Objects:
                         f"expected folders named as in {listed}, or none at all")
     labels = torch.tensor([label_of[class_key(owner)] for owner in owners]) if owners else None
 
+    has_views = (folder / "views").is_dir()
     names = [printable(file.stem) for file in files]
+    if labels is not None and not has_views and len(set(names)) < len(names):
+        # They are numbered anew in each class.
+        names = [f"{printable(file.parent.name)}/{name}" for file, name in zip(files, names)]
     repeated = [name for name, count in Counter(map(composed, names)).items() if count > 1]
     if repeated:
         raise UserError(f"two objects of {inside} are called {repeated[0]}; rename one")
     images = None
-    if (folder / "views").is_dir():
+    if has_views:
         other = folder / {"train": "test", "test": "train"}[split]
         others = [file.stem for file in files_below(other) if file.suffix.lower() in CLOUDS + MESHES]
+        shared = sorted({*map(composed, names)} & {*map(composed, others)})
+        if shared:
+            raise UserError(f"{shared[0]} is an object of {inside} and of {other}, so its pictures could be "
+                            "of either; rename one")
         images = find_photographs(folder / "views", names, others)
     return Objects(files, labels, class_names, names=names, images=images)
 
@@ -824,6 +833,7 @@ def read_object(path: Path, points: int, max_points: int | None = None, up: str 
             cloud = read_mesh(path, max_points, random)
         else:
             cloud = read_npy(path) if suffix == ".npy" else read_text(path)
+            refuse_coarse_steps(cloud)
         if len(cloud) == 0:
             raise ValueError("it holds no points")
         if not (np.abs(cloud) < 1e30).all():  # float32 ends at 3e38, the squares of a norm at 1e19
@@ -831,12 +841,39 @@ def read_object(path: Path, points: int, max_points: int | None = None, up: str 
             raise ValueError(f"{count} of its {len(cloud)} points have NaN or infinite coordinates")
         if (cloud == cloud[0]).all():
             raise ValueError("it has all its points in one place")
+        refuse_points_that_mark_gaps(cloud)
     if len(cloud) < points:
         raise UserError(f"{path} has {len(cloud)} points, --points is {points}; lower it")
 
     cloud = cloud - cloud.mean(axis=0)
     cloud = to_z_up(torch.from_numpy(cloud), "y" if suffix in GLTF else up).numpy().astype(np.float32)
     return cloud if len(cloud) <= max_points else cloud[random.choice(len(cloud), max_points, replace=False)]
+
+
+def refuse_coarse_steps(points: np.ndarray):
+    """Raises: ValueError where coordinates (N, 3) far from 0 went through float32, which left a staircase."""
+    if len(points) == 0 or not (np.abs(points) < 1e30).all():
+        return  # refused later, for what it is
+    extent = np.ptp(points, axis=0).max()
+    step = np.spacing(np.float32(np.abs(points).max()))  # between two numbers of float32
+    if 0 < extent < 100 * step and (points == points.astype(np.float32)).all():
+        raise ValueError(f"it is {extent:.3g} long, and its coordinates have steps of {step:.3g}: float32 is "
+                         "too coarse so far from 0; subtract an offset before saving")
+
+
+def refuse_points_that_mark_gaps(cloud: np.ndarray):
+    """Raises: ValueError where points (N, 3) are none of the object's: 0 0 0, or -9999, where a sensor saw
+    nothing. In the unit sphere they would shrink the object.
+    """
+    zeros = (cloud == 0).all(axis=1).sum()
+    if zeros > max(1, len(cloud) / 100):
+        raise ValueError(f"{zeros} of its {len(cloud)} points are 0 0 0, as where a sensor saw nothing; "
+                         "remove them")
+    distance = np.linalg.norm(cloud - np.median(cloud, axis=0), axis=1)
+    strays = (distance > 50 * np.median(distance)).sum()
+    if 0 < np.median(distance) and strays:
+        raise ValueError(f"{strays} of its {len(cloud)} points lie fifty times as far from its middle as "
+                         "half of them; remove them")
 
 
 def read_npy(path: Path) -> np.ndarray:
@@ -852,6 +889,8 @@ def read_npy(path: Path) -> np.ndarray:
         array = array.reshape(-1, 3)
     if array.dtype.kind not in "fiu":
         raise ValueError(f"it holds {array.dtype}, expected numbers")
+    if array.dtype == np.uint8:
+        raise ValueError("it holds bytes, as colours and pictures do; save coordinates as float32")
 
     shape, cloud = array.shape, array.astype(np.float64)
     if len(shape) == 3 and (1 in shape[:2] or shape[2] >= 3 and is_one_cloud(cloud[..., :3])):
@@ -860,6 +899,8 @@ def read_npy(path: Path) -> np.ndarray:
         raise ValueError(f"its shape is {shape}, expected one cloud (N, 3); save each of several to a file")
     if 3 <= len(cloud) < cloud.shape[1]:
         raise ValueError(f"its shape is {shape}, expected (N, 3): it looks transposed")
+    if cloud.shape[1] > 32:
+        raise ValueError(f"its shape is {shape}, expected (N, 3) and a few more columns")
     if cloud.shape[1] > 3:
         refuse_other_columns(cloud[:, :3], cloud.shape[1])
     return cloud[:, :3]
@@ -888,6 +929,9 @@ def is_one_cloud(grid: np.ndarray) -> bool:
 # A number with commas between thousands, and one with a decimal comma.
 ENGLISH = re.compile(r"[-+]?(\d+|[1-9]\d{0,2}(,\d{3})+)?(\.\d*)?(e[-+]?\d+)?", re.IGNORECASE)
 GERMAN = re.compile(r"[-+]?(\d+|[1-9]\d{0,2}(\.\d{3})+)?(,\d*)?(e[-+]?\d+)?", re.IGNORECASE)
+# First names of three columns that are no x, y, z: angles, normals, colours, numbers, or a mirrored map.
+NOT_X = {"n", "north", "northing", "lat", "latitude", "lon", "longitude", "r", "range", "azimuth", "theta",
+         "nx", "red", "i", "id", "index"}
 NUMBER = re.compile(r"[-+]?[\d.,]*\d[\d.,]*(e[-+]?\d+)?|nan|[-+]?inf", re.IGNORECASE)
 
 
@@ -908,6 +952,10 @@ def read_text(path: Path) -> np.ndarray:
     start = next((k for k, line in enumerate(table) if is_row(split_row(line, between), width)), None)
     if start is None:
         raise ValueError("it has no line of three numbers")
+    above = [split_row(line, between) for line in table[:start]]
+    above = [cells for cells in above if len(cells) >= 3 and all(map(NUMBER.fullmatch, cells))]
+    if len(above) > 1 or any("." in cell for cells in above for cell in cells):  # one line may hold counts
+        raise ValueError(f"its first rows have {len(above[0])} columns, later ones have {width}")
     headers = lines[:lines.index(table[start])]
     body = table[start:]
     while is_remark(split_row(body[-1], between), width):
@@ -984,18 +1032,28 @@ def named_columns(headers: list[str], between: str, width: int) -> list[int] | N
     """Which columns the header calls x, y, z; None where there is no header, so that the first three count.
     Raises: ValueError where a header names other things, or one of these twice.
     """
-    names = []
-    for line in reversed(headers):
-        line = line.lstrip("#/% ")
-        for names in (split_row(line, between), re.split(r"[,;\s]+", line)):
-            names = [re.sub(r"\s*[\[(].*", "", name).strip("\"' ").lower() for name in names]  # x [m]: x
+    unknown = None
+    for place, line in enumerate(reversed(headers)):
+        line = re.sub(r"^fields\s+", "", line.lstrip("#/% "), flags=re.IGNORECASE)  # as .pcd writes it
+        line = re.sub(r"\s*(\[[^]]*\]|\([^)]*\))", "", line)  # x [m]: x
+        cells, words = split_row(line, between), re.split(r"[,;\s]+", line)
+        for names in (cells, words):
+            names = [name.strip("\"' ").lower() for name in names]
+            if len(names) == width + 1 and not names[-1]:
+                names.pop()
             if len(names) == width and {"x", "y", "z"} <= set(names):
                 if any(names.count(axis) > 1 for axis in "xyz"):
                     raise ValueError(f"its header names x, y or z twice: {', '.join(names)}")
                 return [names.index(axis) for axis in "xyz"]
-    names = split_row(headers[-1].lstrip("#/% "), between) if headers else []
-    if len(names) == width > 3:
-        raise ValueError(f"its header names {', '.join(names)}; call the columns of coordinates x, y, z")
+            if names == ["x", "y", "z"] and between == "," and width == 6:
+                raise ValueError("its header names 3 columns, its rows have 6; write decimal points, or name "
+                                 "all columns")
+            # Further up, words may be those of a title. With commas between them they are names.
+            is_header = width > 3 and (place == 0 or between != " " and len(cells) == width)
+            if len(names) == width and (is_header or names[0] in NOT_X):
+                unknown = unknown or names
+    if unknown:
+        raise ValueError(f"its header names {', '.join(unknown)}; call the columns of coordinates x, y, z")
     return None
 
 
@@ -1053,6 +1111,8 @@ def refuse_other_columns(first: np.ndarray, width: int):
         raise ValueError(f"its first three columns look like colours, whole numbers from 0 to 255{advice}")
     if width >= 6 and np.allclose(np.linalg.norm(first, axis=1), 1, atol=1e-3):
         raise ValueError(f"its first three columns look like normals, of length 1{advice}")
+    if count > 3 and (np.ptp(column) == 0 or whole[0] and not whole[1:].any()):
+        raise ValueError(f"its first column looks like a label{advice}")
 
 
 # ------ Meshes
@@ -1073,9 +1133,8 @@ def read_mesh(path: Path, count: int, random) -> np.ndarray:
     if len(faces) == 0:
         return np.concatenate([vertices, loose])
 
-    if not 0 <= faces.min() <= faces.max() < len(vertices):
-        wrong = faces.min() if faces.min() < 0 else faces.max()
-        raise ValueError(f"a face names vertex {wrong} (from 0), but there are {len(vertices)}")
+    refuse_wrong_vertices(faces, len(vertices))
+    refuse_coarse_steps(vertices)
     is_joined = np.zeros(len(vertices), bool)
     is_joined[faces] = True
     joined = is_joined.sum()
@@ -1111,6 +1170,10 @@ def read_gltf(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if not name.startswith(harmless):
             raise ValueError(f"it needs the glTF extension {name}, which is not read; export it without "
                              "compression, quantisation and instances")
+    posed = [mesh for mesh in tree.get("meshes", []) if any(mesh.get("weights", []))]
+    if tree.get("skins") or posed or "EXT_mesh_gpu_instancing" in tree.get("extensionsUsed", []):
+        raise ValueError("it holds a skeleton, morph targets or instances; export it as it stands, as one "
+                         "mesh")
     for mesh in tree.get("meshes", []):
         for primitive in mesh["primitives"]:
             used = [primitive["attributes"]["POSITION"], primitive.get("indices")]
@@ -1138,7 +1201,7 @@ def read_stl(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if not is_binary:
         is_text = b"\0" not in raw or raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         text = decode(raw, "replace") if is_text else ""
-        if "endsolid" not in text.lower():
+        if not text.rstrip().rpartition("\n")[2].lstrip().lower().startswith("endsolid"):
             raise ValueError("it has not the length it declares, nor endsolid at its end; it was cut off")
         raw = text.encode("ascii", "replace")  # names of solids come in all encodings
     mesh = trimesh.load(io.BytesIO(raw), file_type="stl", process=False)
@@ -1165,8 +1228,12 @@ def read_ply(raw: bytes) -> tuple[np.ndarray, np.ndarray]:
     if counts.get("edge") and not counts.get("face"):
         raise ValueError("it holds edges and no faces; export it as triangles")
     try:
-        mesh = trimesh.load(io.BytesIO(raw), file_type="ply", process=False, skip_materials=True)
+        # fix_texture: it would split vertices where the corners of faces have texture coordinates.
+        mesh = trimesh.load(io.BytesIO(raw), file_type="ply", process=False, skip_materials=True,
+                            fix_texture=False)
         vertices, faces = mesh.vertices, getattr(mesh, "faces", np.empty((0, 3), np.int64))
+        if len(faces) > counts.get("face", 0):  # cut up by trimesh, which does not look for notches
+            vertices, faces = read_mixed_ply(raw)
     except Exception:  # triangles and quads mixed, or a file that plyfile's message names better
         vertices, faces = read_mixed_ply(raw)
     if len(vertices) != counts.get("vertex", 0) or len(faces) < counts.get("face", 0):
@@ -1181,7 +1248,7 @@ def read_mixed_ply(raw: bytes) -> tuple[np.ndarray, np.ndarray]:
     vertices = np.stack([file["vertex"][axis] for axis in "xyz"], axis=-1).astype(np.float64)
     names = [one.name for element in file.elements if element.name == "face" for one in element.properties]
     name = next((name for name in ("vertex_indices", "vertex_index") if name in names), None)
-    return vertices, fan(file["face"][name] if name else [])
+    return vertices, fan(list(file["face"][name]) if name else [], vertices)
 
 
 def read_obj(text: str) -> tuple[np.ndarray, np.ndarray]:
@@ -1202,7 +1269,8 @@ def read_obj(text: str) -> tuple[np.ndarray, np.ndarray]:
             has_lines = True
     if has_lines and not polygons:
         raise ValueError("it holds lines or curves and no faces; export it as triangles")
-    return coordinates(vertices), fan(polygons)
+    vertices = coordinates(vertices)
+    return vertices, fan(polygons, vertices)
 
 
 def read_off(text: str) -> tuple[np.ndarray, np.ndarray]:
@@ -1222,7 +1290,8 @@ def read_off(text: str) -> tuple[np.ndarray, np.ndarray]:
         is_whole = is_whole and len(words) >= int(corners)
     if not is_whole:
         raise ValueError(f"it declares {count} points and {faces} faces, but holds fewer; it was cut off")
-    return coordinates(lines[:count]), fan(polygons)
+    vertices = coordinates(lines[:count])
+    return vertices, fan(polygons, vertices)
 
 
 def coordinates(lines: list[str]) -> np.ndarray:
@@ -1230,13 +1299,37 @@ def coordinates(lines: list[str]) -> np.ndarray:
     return np.loadtxt(lines, usecols=(0, 1, 2), ndmin=2) if lines else np.empty((0, 3))
 
 
-def fan(polygons: list) -> np.ndarray:
-    """Triangles (F, 3) of polygons: the first corner with each two that follow one another."""
+def fan(polygons: list, vertices: np.ndarray) -> np.ndarray:
+    """Triangles (F, 3) of polygons: one corner with each two that follow one another.
+
+    It is the first corner from which no triangle is turned over, so that a notch stays open.
+    Raises: ValueError where there is no such corner, or a corner is no vertex.
+    """
     if all(len(polygon) == 3 for polygon in polygons):
         return np.array(polygons, np.int64).reshape(-1, 3)
-    triangles = [(polygon[0], polygon[k], polygon[k + 1])
-                 for polygon in polygons for k in range(1, len(polygon) - 1)]
-    return np.array(triangles, np.int64).reshape(-1, 3)
+    refuse_wrong_vertices(np.array([i for polygon in polygons for i in polygon]), len(vertices))
+    triangles = [np.empty((0, 3), np.int64)]
+    for corners in sorted({len(polygon) for polygon in polygons} - {0, 1, 2}):
+        left = np.array([polygon for polygon in polygons if len(polygon) == corners], np.int64)
+        for _ in range(corners):
+            fans = np.stack([left[:, [0, k, k + 1]] for k in range(1, corners - 1)], axis=1)
+            first, second, third = np.moveaxis(vertices[fans], 2, 0)  # each (F, corners - 2, 3)
+            normals = np.cross(second - first, third - first)
+            normal = normals.sum(axis=1, keepdims=True)  # the polygon's, the same from every corner
+            along = (normals * normal).sum(axis=-1) / (normal**2).sum(axis=-1).clip(min=1e-300)
+            is_right = ~(along < -1e-6).any(axis=1)  # NaN is refused later, for what it is
+            triangles.append(fans[is_right].reshape(-1, 3))
+            left = np.roll(left[~is_right], -1, axis=1)
+        if len(left):
+            raise ValueError(f"a face of {corners} corners has notches; export triangles")
+    return np.concatenate(triangles)
+
+
+def refuse_wrong_vertices(corners: np.ndarray, count: int):
+    """Raises: ValueError where corners of faces name none of `count` vertices."""
+    if not 0 <= corners.min() <= corners.max() < count:
+        wrong = corners.min() if corners.min() < 0 else corners.max()
+        raise ValueError(f"a face names vertex {wrong} (from 0), but there are {count}")
 
 
 # ------ Many files
@@ -1304,8 +1397,8 @@ def find_photographs(folder: Path, names: list[str], others: list[str] = ()) -> 
 
     A picture belongs to the object that one of the folders around it is called, or else to that with the
     longest name that its own name begins with: Chair.001.png to Chair.001, not to Chair. `others` are names
-    of objects of the other split, whose pictures may lie there, too. Folders of depth maps and masks beside
-    the photographs are skipped.
+    of objects of the other split, whose pictures may lie there, too. Maps of depth, masks and normals beside
+    the photographs are skipped, where a folder or file is called so.
     """
     if not folder.is_dir():
         return None
@@ -1330,14 +1423,24 @@ def find_photographs(folder: Path, names: list[str], others: list[str] = ()) -> 
     return [paths_of[composed(name)] for name in names]
 
 
+# What pictures show that are no photographs, in the names of folders and files.
+MAPS = {"depth", "depths", "mask", "masks", "normal", "normals", "albedo", "seg", "segmentation", "alpha"}
+
+
 def owner_of(path: Path, names) -> str | None:
     """Which of these objects a picture belongs to; None for pictures of others and for maps beside them."""
     *folders, file = [composed(part) for part in path.parts]
     ends = [match.start() for match in re.finditer(r"[._ -]|$", file)]
     candidates = [*reversed(folders), *(file[:end] for end in reversed(ends))]
     owner = next((name for name in candidates if name in names), None)
-    kinds = {folder.lower() for folder in folders if folder != owner}
-    return None if kinds & {"depth", "depths", "mask", "masks", "depth_masks"} else owner
+    stem = Path(file).stem
+    rest = stem.removeprefix(owner or "")
+    kinds = re.split("[._ -]", rest.lower())
+    if rest == stem and len(kinds) == 1:
+        kinds = []  # a picture that is only called mask.png may be of a mask
+    for folder in folders:
+        kinds += re.split("[._ -]", folder.lower()) if folder != owner else []
+    return None if MAPS & {*kinds} else owner
 
 
 def composed(name: str) -> str:
@@ -1361,8 +1464,10 @@ def clean_class_names(names: list[str], where: str) -> list[str]:
         seen = "".join(mark for mark in composed(name) if unicodedata.category(mark) != "Cf")  # as a BOM
         cleaned.append(" ".join(seen.replace("_", " ").split()))
     wrong = [name for name, as_given in zip(cleaned, names)
-             if not name or name.startswith("#") or name[0] == name[-1] == '"' or "\t" in as_given.strip()]
-    if wrong or all(re.match(r"\d+[.,:;)]?\s", name) for name in cleaned):
+             if not name or name[0] in "#['\"" or name[-1] in ",;]'\"" or name.startswith("- ")
+             or " #" in name or "\t" in as_given.strip()]
+    numbered = r"\d+[.,:;)\s].*|.*[,;:]\s*\d+"
+    if wrong or all(re.fullmatch(numbered, name) for name in cleaned):
         raise UserError(f"{where} has {(wrong or cleaned)[0]!r}; expected a class name alone, without "
                         "quotes, numbers, columns and comments")
     keys = [class_key(name) for name in cleaned]

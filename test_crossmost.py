@@ -1224,6 +1224,7 @@ MILLI = [[f"{1e4 * value + 5e4:,.3f}" for value in row] for row in SOME]  # 51,2
 SWAPPED = [[cell.translate(str.maketrans(",.", ".,")) for cell in row] for row in MILLI]
 COLOURS = [[str(7 * i % 256), "180", "20"] for i in range(60)]
 COUNTED = [[str(i)] for i in range(60)]
+CLOCK = [[f"{i + math.sin(i) / 3:.3f}"] for i in range(60)]
 
 
 def table_of(*columns, between=",", head="", tail=""):
@@ -1263,6 +1264,10 @@ def table_of(*columns, between=",", head="", tail=""):
         table_of(COMMA, between=" "),
         table_of(COMMA, between=";", head="X;Y;Z").encode("utf-16"),
         table_of(POINT).encode("utf-16-le"),
+        table_of(POINT, POINT[::-1], head="X [m] Y [m] Z [m] a (1/s) b c", between=" "),
+        table_of([["7"]] * 60, POINT, head="FIELDS i x y z\nSIZE 4 4 4 4\nCOUNT 1 1 1 1", between=" "),
+        table_of([["7"]] * 60, POINT, head="i,x,y,z,\n# exported"),
+        table_of(POINT, [["1"]] * 60, head="# made by a program of 2024\n60 4 1", between=" "),
         b"\xef\xbb\xbf" + table_of(COUNTED, POINT, head="id,x,y,z").encode(),
         table_of(POINT, head="Gr\xf6\xdfe").encode("latin1"),
         table_of(MILLI, between=" "),
@@ -1293,6 +1298,17 @@ def test_tables_of_numbers_are_read_as_their_authors_meant_them(tmp_path, text):
         (table_of([["0.0", "0.0", "1.0"]] * 60, POINT), "look like"),
         (table_of([["0.0", "0.6", "-0.8"]] * 60, POINT), "look like normals"),
         (table_of([["0.5"]] * 60, POINT, head="t,px,py,pz"), "its header names t, px, py, pz; call"),
+        (table_of(CLOCK, POINT, head="# t px py pz"), "its header names t, px, py, pz; call"),
+        (table_of(CLOCK, POINT, head="t,px,py,pz\n60"), "its header names t, px, py, pz; call"),
+        (table_of(CLOCK, POINT, head="t,px,py,pz,"), "its header names t, px, py, pz; call"),
+        (table_of(POINT, head="Northing,Easting,Height"), "its header names northing, easting, height; call"),
+        (table_of(POINT, head="nx ny nz", between=" "), "its header names nx, ny, nz; call"),
+        (table_of(POINT, POINT, head="x,y,z"), "header names 3 columns, its rows have 6; write"),
+        (table_of(POINT[:29]) + table_of(POINT, POINT), "first rows have 3 columns, later ones have 6"),
+        (table_of([["3"]] * 60, POINT), "first column looks like a label"),
+        (table_of([[str(i // 20)] for i in range(60)], POINT), "first column looks like a label"),
+        (table_of([["0.0"] * 3] * 2 + POINT), "2 of its 62 points are 0 0 0"),
+        (table_of(POINT + [["-9999"] * 3]), "1 of its 61 points lie fifty times as far"),
         (table_of(POINT, POINT, head="x,y,z,x,y,z"), "names x, y or z twice"),
         (table_of(COMMA), "commas stand within numbers and between them; separate"),
         (table_of([["1,234", "5,678", "9,012"]] * 60, between=" "), "may be decimal or of thousands"),
@@ -1344,6 +1360,11 @@ def test_arrays_are_clouds_by_their_shape_or_fields_and_whole_sets_are_refused(t
         (SOME > 1, "bool, expected numbers"),
         (SOME + 1j, "complex128"),
         (SOME.astype(str), "<U32"),
+        ((255 * LEANING).astype(np.uint8), "bytes, as colours and pictures do"),
+        (np.random.default_rng(0).random((60, 40)), r"shape is \(60, 40\), expected \(N, 3\) and a few"),
+        (np.vstack([SOME, 0 * SOME[:2]]), "2 of its 62 points are 0 0 0"),
+        (np.vstack([SOME + 9e5, 0 * SOME[:1]]), "1 of its 61 points lie fifty times"),
+        ((SOME + [3e5, 5e6, 0]).astype(np.float32), "steps of 0.5: float32 is too coarse"),
         (record[["X", "Y"]], "fields X, Y, expected x, y, z"),
         (np.zeros((0, 3)), "holds no points"),
         (np.hstack([COUNTED, SOME]).astype(float), "counts the rows"),
@@ -1461,6 +1482,9 @@ def change_glb(path, change):
         ),
         (lambda tree: [a.pop("bufferView") for a in tree["accessors"]], "compressed or sparse"),
         (lambda tree: tree["meshes"][0]["primitives"][0].update(mode=6), "triangle fans"),
+        (lambda tree: tree.update(skins=[{"joints": [0]}]), "skeleton"),
+        (lambda tree: tree["meshes"][0].update(weights=[0.0, 0.5]), "morph targets"),
+        (lambda tree: tree.update(extensionsUsed=["EXT_mesh_gpu_instancing"]), "instances"),
         (lambda tree: tree["nodes"].clear() or tree.update(scenes=[{"nodes": []}]), "holds no points"),
         (
             lambda tree: tree.update(extensionsRequired=["KHR_texture_transform", "KHR_materials_unlit"]),
@@ -1474,6 +1498,37 @@ def test_gltf_that_would_be_read_as_zeros_is_refused_by_the_extensions_name(tmp_
         assert len(data.read_object(tmp_path / "box.glb", 100)) == 100
     else:
         assert_refused(f"cannot read .*box.glb: .*{says}", data.read_object, tmp_path / "box.glb", 100)
+
+
+def test_a_notch_of_a_polygon_stays_open_or_is_refused(tmp_path):
+    """A dart, an L, and a U, whose two notched corners do not see each other."""
+    dart = [[0, 0], [2, 1], [0, 2], [0.5, 1]]
+    ell = [[0, 0], [3, 0], [3, 1], [1, 1], [1, 3], [0, 3]]
+    for corners, area in ((dart, 1.5), (ell, 5.0)):
+        for turn in range(len(corners)):
+            vertices = np.pad(np.roll(corners, turn, axis=0), [(0, 0), (0, 1)])
+            face = [list(range(len(corners)))]
+            rows = ["{} {} {}".format(*vertex) for vertex in vertices]
+            text = "\n".join(f"v {row}" for row in rows) + "\nf " + " ".join(str(i + 1) for i in face[0])
+            write_ply(tmp_path / "x.ply", face, vertices=vertices)
+            for read, given in ((data.read_obj, text), (data.read_ply, (tmp_path / "x.ply").read_bytes())):
+                points, faces = read(given)
+                mesh = trimesh.Trimesh(points, faces, process=False)
+                assert mesh.area == pytest.approx(area), (corners, turn, read)
+    u = [[0, 0, 0], [3, 0, 0], [3, 3, 0], [2, 3, 0], [2, 1, 0], [1, 1, 0], [1, 3, 0], [0, 3, 0]]
+    write_ply(tmp_path / "x.ply", [list(range(8))], vertices=np.array(u, float))
+    assert_refused("face of 8 corners has notches; export triangles", data.read_object, tmp_path / "x.ply", 9)
+
+
+def test_corners_of_faces_may_have_coordinates_of_a_texture(tmp_path):
+    head = "property list uchar int vertex_indices\n"
+    write_ply(tmp_path / "x.ply", [[*face] for face in BOX.faces], "ascii", vertices=BOX.vertices)
+    text = (tmp_path / "x.ply").read_text().replace(head, head + "property list uchar float texcoord\n")
+    rows = text.splitlines()
+    rows[-12:] = [f"{row} 6 {k / 9} 0 0 1 1 {k / 20}" for k, row in enumerate(rows[-12:])]
+    (tmp_path / "x.ply").write_text("\n".join(rows) + "\n")
+    vertices, faces = data.read_ply((tmp_path / "x.ply").read_bytes())
+    assert len(vertices) == 8 and len(faces) == 12
 
 
 def test_what_is_no_surface_is_not_sampled_as_one(tmp_path):
@@ -1512,6 +1567,7 @@ def test_what_is_no_surface_is_not_sampled_as_one(tmp_path):
         ("x.off", off[:-20]),
         ("x.stl", BOX.export(file_type="stl")[:400]),
         ("y.stl", BOX.export(file_type="stl_ascii")[:600]),
+        ("z.stl", BOX.export(file_type="stl_ascii") + "\n" + BOX.export(file_type="stl_ascii")[:600]),
     ):
         (tmp_path / name).write_bytes(text.encode() if isinstance(text, str) else text)
         assert_refused(f"cannot read .*{name}: .*cut off", data.read_object, tmp_path / name, 50)
@@ -1530,6 +1586,9 @@ def test_coordinates_on_a_map_keep_their_digits_in_every_format(tmp_path):
         assert np.allclose(
             data.read_object(path, 60), 0.2 * (SOME - SOME.mean(axis=0)), atol=2e-6
         ), path.suffix
+    box = BOX.copy().apply_translation([356789.4, 5812345.6, 0])  # STL holds float32 only
+    box.export(tmp_path / "a.stl")
+    assert_refused("a.stl: it is 1 long, .*steps of 0.5: float32", data.read_object, tmp_path / "a.stl", 60)
 
 
 def test_one_folder_of_y_up_obj_and_gltf_has_one_meaning(tmp_path):
@@ -1667,6 +1726,10 @@ def test_a_picture_belongs_to_the_object_whose_whole_name_it_begins_with(tmp_pat
         "0001/masks/1.png": None,
         "0001/._1.jpg": None,
         "door/depth.png": 4,
+        "door/r_0_depth_0001.png": None,
+        "door/normals/1.png": None,
+        "0001/0001_mask.png": None,
+        "Chair_normal.png": None,
         "door/rgb/Chair.png": 4,
     }
     for picture in pictures:
@@ -1796,6 +1859,11 @@ def fail(error):
         (b"0 mug\n1 cup", "'0 mug'; expected"),
         (b"mug\t1\ncup\t2", "'mug 1'; expected"),
         (b'"mug"\n"cup"', "expected a class name alone"),
+        (b"0,mug\n1,cup", "'0,mug'; expected a class name alone"),
+        (b"mug,0\ncup,1", "'mug,0'; expected"),
+        (b"- mug\n- cup", "'- mug'; expected"),
+        (b"mug,\ncup,", "'mug,'; expected"),
+        (b"mug # with a handle\ncup", "'mug # with a handle'; expected"),
         (b"mug, cup", "two or more different"),
         ("K\xfchlschrank\nmug".encode("latin1"), "saved as UTF-8"),
     ],
@@ -1871,7 +1939,6 @@ def test_missing_data_sets_are_fetched_checked_unpacked_and_read(tmp_path, monke
     ("own", "classes.txt", b"mug\nmug\n", "two or more different names"),
     ("own", "test/cup/a.npy", LEANING, r"objects in \['cup'\]; expected folders"),
     ("own", "test/a.npy", LEANING, "objects in .*folders and outside"),
-    ("own", "test/bed/test0.npy", LEANING, "two objects .*called test0;"),
     ("own", "test/bed/test1.npy", LEANING[:20], "test1.npy has 20 points, --points is 64; lower"),
     ("own", "test/bed/test1.npy", LEANING * np.inf, "test1.npy: 500 of its 500 points have NaN or infinite"),
     ("own", "test/bed/test1.npy", LEANING * 0 + 1, "test1.npy: it has all its points in one"),
@@ -1893,6 +1960,27 @@ def test_bad_data_is_refused_by_its_name_and_with_advice(tmp_path, name, file, c
         (folder / file).write_bytes(content)
     name = str(folder) if name in ("own", "empty") else name
     assert_refused(says, data.load_dataset, name, tmp_path, "test", 64, download=False)
+
+
+def test_objects_of_one_name_are_told_apart_by_class_or_refused_where_pictures_could_be_of_either(tmp_path):
+    for split in ("train", "test"):
+        for name in ("mug", "cup"):
+            (tmp_path / split / name).mkdir(parents=True)
+            np.save(tmp_path / split / name / f"{split}1.npy", LEANING)
+    (tmp_path / "classes.txt").write_text("mug\ncup")
+    assert data.load_folder(tmp_path, "test").names == ["cup/test1", "mug/test1"]
+
+    write_pictures(tmp_path / "views/test1", "a.png")
+    assert_refused("two objects of .*test are called test1", data.load_folder, tmp_path, "test")
+    for path in (tmp_path / "test/cup/test1.npy", tmp_path / "train/cup/train1.npy"):
+        path.unlink()
+    assert len(data.load_folder(tmp_path, "test").images[0]) == 1
+    (tmp_path / "train/mug/train1.npy").rename(tmp_path / "train/mug/test1.npy")
+    assert_refused("test1 is an object of .*test and of .*train", data.load_folder, tmp_path, "test")
+
+    (tmp_path / "test/mug/test1.xyz").write_text(table_of(POINT))
+    shutil.rmtree(tmp_path / "views")
+    assert_refused("two objects of .*test are called mug/test1", data.load_folder, tmp_path, "test")
 
 
 # ------ training --------------------------------------------------------------------------------------------
