@@ -103,7 +103,7 @@ def classify(model: CrossMoST, clouds, points: int = 1024, views: int | None = N
 
     Args:
         clouds: (P, 3) arrays or tensors, z up: a list of any numbers of points, or a batch (N, P, 3).
-        points: a cloud of more points is thinned to as many; best what the model was trained with.
+        points: a cloud of more points is thinned to this many; best the number the model was trained with.
         views: how many depth views are rendered of each; None: six.
     Returns:
         The N names, and the joint probabilities (N, C) in the order of model.class_names.
@@ -130,12 +130,9 @@ def classify(model: CrossMoST, clouds, points: int = 1024, views: int | None = N
     return [model.class_names[k] for k in probs.argmax(dim=-1).tolist()], probs
 
 
-def evaluate(model: CrossMoST, objects: Objects, views: int | None = None,
-             predictions_path: Path | None = None) -> dict:
-    """What `assess` says of the model's probabilities; with a path also a file by `write_predictions`."""
-    probs = to_probs(embed(model, objects, views))
-    write_whole(predictions_path, write_predictions, objects, probs)
-    return assess(probs, objects)
+def evaluate(model: CrossMoST, objects: Objects, views: int | None = None) -> dict:
+    """What `assess` says of the model's probabilities."""
+    return assess(to_probs(embed(model, objects, views)), objects)
 
 
 def assess(probs: dict[str, Tensor], objects: Objects) -> dict:
@@ -401,7 +398,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.set_defaults(data_root=None, precision=None)  # to know what is given
 
     group = parser.add_argument_group("into").add_argument
-    group("--predictions", type=Path, help="FILE.csv: every object's name, confidence, either opinion")
+    group("--predictions", type=Path, help="FILE.csv: each object's name, and those of image and point")
     group("--embeddings", type=Path, help="FILE.npz: features, logits, classifier")
     group("--confusion", type=Path, help="FILE.png: the confusion matrix")
     group("--gallery", type=Path, help="FILE.png: objects named wrongly or in two ways")
@@ -472,7 +469,8 @@ def as_trained(args, trained: dict) -> dict:
     - always: model, data set, points, views;
     - only on the data set it was trained on: domain, up;
     - only of a checkpoint: data root and precision, because a start was perhaps made on another machine.
-    Without it the data set is `shapes`, for single files, too: they get its upright axis and its points.
+    Where neither the command line nor the file names a data set, it is `shapes`, for single files, too: they
+    get its upright axis and its points.
     """
     dataset = args.dataset or trained.get("dataset", "shapes")
     row = dataset_row(dataset)

@@ -66,7 +66,8 @@ def fairness_loss(logits: Tensor, shares: list[float] | None = None) -> Tensor:
 
     Args:
         logits: (B, C) of the student.
-        shares: q, times any number. Without it all names are expected alike, q = 1/C (the method).
+        shares: how many objects of each name are expected, in any unit. q is made from it; without it
+            q = 1/C, as in the method.
     """
     # log(mean) through log-sum-exp: a class nobody predicts then costs much, but not infinity.
     log_mean = logits.float().log_softmax(dim=-1).logsumexp(dim=0) - math.log(len(logits))  # (C,)
@@ -227,7 +228,7 @@ def label_where_they_agree(evidence: Evidence) -> dict:
 
 def label_separately(evidence: Evidence) -> dict:
     """Each modality's own argmax, kept where it exceeds the modality's threshold (Deviation D14)."""
-    image_threshold, point_threshold = evidence.thresholds[0], evidence.thresholds[-1]  # one serves both
+    image_threshold, point_threshold = evidence.thresholds[0], evidence.thresholds[-1]  # the same if one
     labelled = {}
     if evidence.image_probs is not None:
         confidence, labels = evidence.image_probs.max(dim=-1)

@@ -436,8 +436,8 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float):
 def teacher_momentum(step: int, total_steps: int, final: float) -> float:
     """m = 0.99 + (final - 0.99) min(1, step / 400) [ema]. final: the momentum from step 400 on.
 
-    The teacher is slow from the first step on: it names the classes then already, and where it followed the
-    student at once, both learnt their own mistakes. 0.99 and 400 are the original's, however long the run;
+    The teacher is slow from the first step on, because its labels count from the first step on: a fast one
+    would copy the student's first mistakes. 0.99 and 400 are the original's, however long the run;
     total_steps is for a fork's own schedule.
     """
     return 0.99 + (final - 0.99) * min(1, step / 400)
@@ -596,7 +596,7 @@ MEASURED_BY_ULIP = {
     "source": "README of huggingface.co/datasets/SFXX/ulip",
 }
 # What is known of each start: how it cut clouds in its training, and what its authors report of it.
-# Files of our own say it themselves. Any other name is a plain vision transformer of open_clip.
+# Files made here store it. Any other name is a plain vision transformer of open_clip.
 STARTS = {
     "tiny": dict(groups=32, group_size=16),
     "ulip2": dict(groups=512, group_size=32, reported=dict(MEASURED_BY_ULIP, point="about 74")),
@@ -605,7 +605,7 @@ STARTS = {
 }
 USUAL_GROUPS = STARTS["crossmost"]  # of a file that does not say
 
-# A CLIP and a Point-BERT small enough to pre-train on a CPU in a minute or two.
+# A CLIP and a Point-BERT small enough to pre-train on one CPU core in a quarter of an hour.
 TINY = {
     "embed_dim": 128,
     "image": dict(image_size=64, patch_size=16, width=96, layers=4, heads=3),

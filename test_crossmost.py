@@ -2300,6 +2300,13 @@ def test_processes_end_together_and_with_one_line_of_ours(tmp_path, finished):
     assert sum("another of torchrun's processes has ended" in line for line in lines) == 1
 
 
+def test_more_processes_than_gpus_are_one_line(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert_refused("process 2, but there are 1 GPUs; use --nproc-per-node=1", train.join_processes)
+
+
 def test_processes_share_a_batch_evenly(monkeypatch):
     monkeypatch.setattr(train, "world_size", lambda: 3)
     objects = data.sample_shapes(20, 0, points=8)
@@ -2691,7 +2698,7 @@ def test_what_a_start_s_authors_report_is_said_on_their_data_set(capsys):
 
 def test_only_the_largest_changes_of_a_thousand_names_are_listed(capsys):
     start = {"agreement": 80.0, "shares": {f"name {i}": 0.1 for i in range(1000)}}
-    train.print_opinions(start, {"agreement": 80.0, "shares": start["shares"] | {"name 7": 9.0}}, 300)
+    train.print_changes(start, {"agreement": 80.0, "shares": start["shares"] | {"name 7": 9.0}}, 300)
     line, = [line for line in capsys.readouterr().out.splitlines() if "->" in line]
     assert line.count("->") == 21 and "name 7 0 -> 9" in line  # one in the heading
 
@@ -2745,7 +2752,7 @@ def test_predictions_say_who_holds_what_and_a_warning_why_training_may_have_done
             (80, 80, 50, 300, None, None), (60, 70, 50, 300, None, "few objects before training"),
             (80, 80, 50, 40, None, "40 objects make few steps"), (80, 70, 50, 300, "fewer objects", None),
             (80, 85, 90, 300, "a few names have taken", None)):
-        train.print_opinions({"agreement": agreed, "shares": {"a": 50, "b": 50}},
+        train.print_changes({"agreement": agreed, "shares": {"a": 50, "b": 50}},
                              {"agreement": agree, "shares": {"a": share, "b": 100 - share}}, objects)
         printed = capsys.readouterr()
         assert f"a 50 -> {share}" in printed.out and (warns in printed.err if warns else printed.err == "")

@@ -40,10 +40,10 @@ from model import (CODE, STARTS, TEMPLATES, CrossMoST, PointEncoder, build_model
                    teacher_momentum, train_mode, update_teacher)
 
 # ------ Recipes: which values hold for a data set and a start -----------------------------------------------
-# The small start is trained for hundreds of steps instead of 10^5, so its learning rate is larger. Its
+# The small start is trained for hundreds of steps instead of thousands, so its learning rate is larger. Its
 # confidences are low, so the threshold is lower. It has 4 x 4 patches: few are hidden, and painting them back
 # weighs little. The temperature is CLIP's. The other weights and the momentum were chosen by measuring on
-# `shapes`.
+# `shapes` and ModelNet10.
 SMALL = dict(epochs=3, batch_size=32, lr=2e-3, layer_decay=1.0, momentum=0.999, points=1024, views=12,
              threshold=[0.6], mask_ratio=0.1, w_fair=2.0, w_mim=0.1, w_mpm=0.1, w_gl=0.02,
              cross_temperature=0.07, precision="fp32", eval_every=2)
@@ -53,15 +53,15 @@ SMALL_ON_SCANS = dict(SMALL, epochs=6, momentum=0.98, w_fair=4.0)
 # A user's folder mostly holds a few hundred objects: more passes make enough steps.
 SMALL_ON_FOLDER = dict(SMALL, epochs=20)
 
-# `together`: epochs between two namings of all training objects. A run that goes on in between uses the names
-# in last.pt.
+# `together`: epochs between two namings of all training objects. A run that continues in between takes the
+# names from last.pt.
 RENEW_EVERY = 5
 
 # Options that do not change what is computed: a run may continue with other values of these.
 NO_EFFECT_ON_RESULTS = ("out", "cache", "data_root", "download", "resume", "device", "log_every",
                         "eval_every", "compile", "grad_checkpointing", "stage")
-# Options that say what is trained on what. The tables of results show them beside a row's options.
-TABLE_COLUMNS = ("dataset", "domain", "model", "pretrained", "start_checkpoint", "pretrain_epochs",
+# Options that name the data, the start and the seed. They are no changes of the method.
+DATA_AND_START = ("dataset", "domain", "model", "pretrained", "start_checkpoint", "pretrain_epochs",
                  "precision", "seed")
 SAVE_EVERY = 60  # seconds between two saves, at the ends of epochs
 # What a run writes into OUT; one that starts over removes it first.
@@ -133,7 +133,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     differing = {option: value for option, value in plain_options(args).items()
                  if option in given and value != parser.get_default(option)
                  and option not in NO_EFFECT_ON_RESULTS}
-    args.changed = {option: value for option, value in differing.items() if option not in TABLE_COLUMNS}
+    args.changed = {option: value for option, value in differing.items() if option not in DATA_AND_START}
     args.changes = ", ".join(f"{flag(option)} {words(args.changed[option])} instead of "
                              f"{words(parser.get_default(option))}" for option in args.changed)
     if args.out is None:
@@ -275,7 +275,7 @@ def train_step(student, teacher, views, optimizer, step, total_steps, args, trut
     labels = teacher_labels(teacher, views, step, args, truth, transduced)
 
     # The student must agree from the strong, masked views, align its modalities and repaint what was hidden.
-    # A term without a weight is a KeyError; one of weight 0 is not computed into the loss.
+    # A term of weight 0 is left out of the sum, but still logged. One without a weight here is an error.
     weights = {"self_image": 1, "self_point": 1, "fair_image": args.w_fair, "fair_point": args.w_fair,
                "mim": args.w_mim, "mpm": args.w_mpm, "gl_image": args.w_gl, "gl_point": args.w_gl,
                "cross": args.w_cross}
@@ -295,7 +295,7 @@ def train_step(student, teacher, views, optimizer, step, total_steps, args, trut
 @torch.no_grad()
 def teacher_labels(teacher: CrossMoST, views: dict, step: int, args, truth: Tensor | None = None,
                    transduced: Tensor | None = None) -> dict[str, tuple[Tensor, Tensor]]:
-    """The rule of `--labels` applied to the teacher's view of the weak images and clouds [joint-label].
+    """The rule of `--labels` applied to the teacher's predictions for weak images and clouds.
 
     Returns {modality: (labels (B,), keep (B,))} of the whole batch. A modality that is not trained gives no
     probabilities, and the teacher is asked only by rules that need it.
@@ -501,7 +501,7 @@ def evaluate_all(model: CrossMoST, objects: Objects, args, predictions: Path | N
 
 
 def name_together(teacher: CrossMoST, objects: Objects, args) -> Tensor:
-    """What transduced_labels makes of the teacher's view of all training objects [together].
+    """What transduced_labels makes of the teacher's predictions for all training objects [together].
 
     Returns (N, C) probabilities, on the CPU.
     """
@@ -513,7 +513,7 @@ def name_together(teacher: CrossMoST, objects: Objects, args) -> Tensor:
 
 # ------ What a run needs to go on ---------------------------------------------------------------------------
 class TrainingState:
-    """What OUT/last.pt holds: all that a run needs to go on to the bit (Deviation D16).
+    """What OUT/last.pt holds: all that a run needs to continue bit by bit as if it had not stopped (D16).
 
     student, teacher, optimizer; epoch: how many are done; zero_shot: what assess() said of the start;
     transduced: what name_together said last, or None; seconds: run time so far, with that of the processes
@@ -716,7 +716,7 @@ def train_and_score(state: TrainingState, objects: Objects, test: Objects, args,
     write_whole(args.out / "curves.png", plot_curves, state.log_path, results["zero_shot"])
     write_whole(args.out / "results.json", Path.write_text, json.dumps(results, indent=1))
     print(f"\n{table(results)}\npseudo-labels of the last epoch, %: {results['pseudo_label']}")
-    print_opinions(state.zero_shot, teacher, len(objects))
+    print_changes(state.zero_shot, teacher, len(objects))
     print(f"a name for each object: {args.out / 'predictions.csv'}\n{headline}")
     return results
 
@@ -742,7 +742,7 @@ def print_reported(args):
               f"{reported['source']}); far below that, look at eval.py --preview, and at --up")
 
 
-def print_opinions(start: dict, teacher: dict, objects: int):
+def print_changes(start: dict, teacher: dict, objects: int):
     """Say without labels what training changed, and warn where that was seen to do harm.
 
     In the runs on folders the two signs of the warning were rare, and most harm came without them.
@@ -792,7 +792,7 @@ def provenance(device: str) -> dict:
 
 def peak_memory(device: str) -> float | None:
     """GiB of GPU memory at most, None on a CPU."""
-    return round(torch.cuda.max_memory_allocated() / 2 ** 30, 1) if "cuda" in device else None
+    return round(torch.cuda.max_memory_allocated(device) / 2 ** 30, 1) if "cuda" in device else None
 
 
 # ------ Pre-training of a start -----------------------------------------------------------------------------
@@ -977,11 +977,17 @@ def pretrain_loss(model, text, points, labels, class_names) -> Tensor:
 
 # ------ Several GPUs: torchrun's processes share each batch -------------------------------------------------
 def join_processes():
-    """Started by torchrun: become one of its processes, with a GPU of its own."""
+    """Started by torchrun: become one of its processes, with a GPU of its own.
+    Raises: UserError where there are fewer GPUs than processes.
+    """
     if "LOCAL_RANK" not in os.environ:
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # `cuda` is this one from now on
+        number, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= gpus:
+            raise UserError(f"torchrun started process {number + 1}, but there are {gpus} GPUs; use "
+                            f"--nproc-per-node={gpus}")
+        torch.cuda.set_device(number)  # `cuda` is this one from now on
     dist.init_process_group(timeout=timedelta(hours=1))  # a full-size evaluation takes minutes
     atexit.register(dist.destroy_process_group)
     if not leader():

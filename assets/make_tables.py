@@ -143,7 +143,7 @@ def train_all(runs: list[Run], folder: Path, jobs: int) -> list[str]:
         while waiting or running:
             while waiting and len(running) < jobs:
                 run = waiting.pop(0)
-                running[run] = start(run, folder, max(1, torch.get_num_threads() // jobs))
+                running[run] = launch(run, folder, max(1, torch.get_num_threads() // jobs))
             time.sleep(0.2)
 
             for run, process in list(running.items()):
@@ -162,7 +162,7 @@ def train_all(runs: list[Run], folder: Path, jobs: int) -> list[str]:
     return failed
 
 
-def start(run: Run, folder: Path, threads: int) -> subprocess.Popen:
+def launch(run: Run, folder: Path, threads: int) -> subprocess.Popen:
     """train.py with the run's options. What it prints goes into output.txt in the run's folder."""
     out = folder / run.name
     out.mkdir(parents=True, exist_ok=True)
