@@ -3076,10 +3076,10 @@ def test_stopping_the_tables_stops_their_runs(tmp_path, monkeypatch):
     def interrupted(_):
         raise KeyboardInterrupt
 
-    def start(run, *_):
+    def launch(run, *_):
         started.append(subprocess.Popen(["sleep", "60"]))
         return started[-1]
-    monkeypatch.setattr(make_tables, "start", start)
+    monkeypatch.setattr(make_tables, "launch", launch)
     monkeypatch.setattr(make_tables.time, "sleep", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make_tables.train_all(make_tables.planned_runs()[:3], tmp_path, 2)
