@@ -929,7 +929,8 @@ def is_one_cloud(grid: np.ndarray) -> bool:
 # A number with commas between thousands, and one with a decimal comma.
 ENGLISH = re.compile(r"[-+]?(\d+|[1-9]\d{0,2}(,\d{3})+)?(\.\d*)?(e[-+]?\d+)?", re.IGNORECASE)
 GERMAN = re.compile(r"[-+]?(\d+|[1-9]\d{0,2}(\.\d{3})+)?(,\d*)?(e[-+]?\d+)?", re.IGNORECASE)
-# First names of three columns that are no x, y, z: angles, normals, colours, numbers, or a mirrored map.
+# A header that begins with one of these names angles, normals, colours, a number, or north before east, which
+# would be a mirror image; not x, y, z.
 NOT_X = {"n", "north", "northing", "lat", "latitude", "lon", "longitude", "r", "range", "azimuth", "theta",
          "nx", "red", "i", "id", "index"}
 NUMBER = re.compile(r"[-+]?[\d.,]*\d[\d.,]*(e[-+]?\d+)?|nan|[-+]?inf", re.IGNORECASE)

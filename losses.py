@@ -228,7 +228,8 @@ def label_where_they_agree(evidence: Evidence) -> dict:
 
 def label_separately(evidence: Evidence) -> dict:
     """Each modality's own argmax, kept where it exceeds the modality's threshold (Deviation D14)."""
-    image_threshold, point_threshold = evidence.thresholds[0], evidence.thresholds[-1]  # the same if one
+    # Where only one threshold is given, it serves both modalities.
+    image_threshold, point_threshold = evidence.thresholds[0], evidence.thresholds[-1]
     labelled = {}
     if evidence.image_probs is not None:
         confidence, labels = evidence.image_probs.max(dim=-1)

@@ -2753,7 +2753,7 @@ def test_predictions_say_who_holds_what_and_a_warning_why_training_may_have_done
             (80, 80, 50, 40, None, "40 objects make few steps"), (80, 70, 50, 300, "fewer objects", None),
             (80, 85, 90, 300, "a few names have taken", None)):
         train.print_changes({"agreement": agreed, "shares": {"a": 50, "b": 50}},
-                             {"agreement": agree, "shares": {"a": share, "b": 100 - share}}, objects)
+                            {"agreement": agree, "shares": {"a": share, "b": 100 - share}}, objects)
         printed = capsys.readouterr()
         assert f"a 50 -> {share}" in printed.out and (warns in printed.err if warns else printed.err == "")
         assert says in printed.out if says else len(printed.out.splitlines()) == 2

@@ -62,7 +62,7 @@ NO_EFFECT_ON_RESULTS = ("out", "cache", "data_root", "download", "resume", "devi
                         "eval_every", "compile", "grad_checkpointing", "stage")
 # Options that name the data, the start and the seed. They are no changes of the method.
 DATA_AND_START = ("dataset", "domain", "model", "pretrained", "start_checkpoint", "pretrain_epochs",
-                 "precision", "seed")
+                  "precision", "seed")
 SAVE_EVERY = 60  # seconds between two saves, at the ends of epochs
 # What a run writes into OUT; one that starts over removes it first.
 LEFT_BY_A_RUN = ("last.pt", "log.jsonl", "results.json", "curves.png", "predictions.csv",
@@ -513,7 +513,7 @@ def name_together(teacher: CrossMoST, objects: Objects, args) -> Tensor:
 
 # ------ What a run needs to go on ---------------------------------------------------------------------------
 class TrainingState:
-    """What OUT/last.pt holds: all that a run needs to continue bit by bit as if it had not stopped (D16).
+    """What OUT/last.pt holds: all that a run needs to continue exactly (Deviation D16).
 
     student, teacher, optimizer; epoch: how many are done; zero_shot: what assess() said of the start;
     transduced: what name_together said last, or None; seconds: run time so far, with that of the processes
