@@ -195,6 +195,7 @@ class PointEncoder(nn.Module):
         self.lm_head = nn.Linear(width, width if target == "tokens" else 3 * group_size)
         for parameter in (self.cls_token, self.cls_pos, self.mask_token):
             nn.init.trunc_normal_(parameter, std=0.02)
+        self.through_block = point_block  # or compiled, see CrossMoST.compile_blocks
 
     def forward(self, groups: Groups, hidden: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Returns features (B, 2D) = [CLS, max over tokens], tokens (B, G, D), and tokens before masking."""
@@ -209,10 +210,22 @@ class PointEncoder(nn.Module):
         position = torch.cat([self.cls_pos.expand(len(x), -1, -1), self.pos_embed(groups.centres)], dim=1)
 
         for block in self.blocks["blocks"]:
-            x = block(x + position)  # before every block, as the published weights were trained
+            keep = [drop(torch.ones_like(x[:, :1, :1])) for drop in (block.drop_path1, block.drop_path2)]
+            # The position is added before every block, as the published weights were trained.
+            x = self.through_block(block, x + position, *keep)
         x = self.norm(x)
         features = torch.cat([x[:, 0], x[:, 1:].amax(dim=1)], dim=-1)
         return features, x[:, 1:], group_tokens
+
+
+def point_block(block: nn.Module, x: Tensor, keep_attention: Tensor, keep_mlp: Tensor) -> Tensor:
+    """Compute one of timm's blocks. (B, 1 + G, D) -> the same
+
+    keep_attention, keep_mlp: (B, 1, 1) factors of the two branches; one that is dropped has 0. They are drawn
+    outside, because each block has a rate of its own and would otherwise be compiled on its own.
+    """
+    x = x + keep_attention * block.attn(block.norm1(x))
+    return x + keep_mlp * block.mlp(block.norm2(x))
 
 
 # ------ The image encoder -----------------------------------------------------------------------------------
@@ -310,7 +323,7 @@ class CrossMoST(nn.Module):
             token; tokens (B, G, D); tokens before masking, which are what is to be predicted. Attributes:
             groups, group_size and target, as given; proj (D, E); lm_head: tokens -> prediction; out_width;
             frozen_by_default, names of its modules that are not trained unless asked for.
-        For --compile also visual.through_block and point_encoder.blocks["blocks"].
+        For --compile also through_block of either, and the module point_encoder.encoder.
     """
 
     def __init__(self, embed_dim: int, image: dict, point: dict, class_names: list[str] = (),
@@ -401,10 +414,13 @@ class CrossMoST(nn.Module):
         return Outputs(**vars(out))
 
     def compile_blocks(self):
-        """Compile the blocks of both encoders. Equal ones compile once; a whole encoder takes minutes."""
+        """Compile the mini-PointNet and the blocks of both encoders.
+
+        Equal blocks compile once, in seconds; a whole encoder takes minutes.
+        """
         self.visual.through_block = torch.compile(image_block)
-        for block in self.point_encoder.blocks["blocks"]:
-            block.compile()
+        self.point_encoder.through_block = torch.compile(point_block)
+        self.point_encoder.encoder.compile()
 
     def in_precision(self):
         """The context the encoders compute in. Grouping and logits leave it, and losses stand outside."""
