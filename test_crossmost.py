@@ -392,6 +392,32 @@ def test_on_a_gpu_one_launch_chooses_the_points_the_loop_chooses(monkeypatch, to
 
 
 # ------ encoders, teacher, starts ---------------------------------------------------------------------------
+def test_equal_blocks_are_compiled_once_and_compute_the_same(monkeypatch):
+    """Though each block of the point encoder has a drop-path rate of its own."""
+    torch.manual_seed(0)
+    image = dict(image_size=32, patch_size=8, width=64, layers=12, heads=2)
+    point = dict(width=64, layers=12, heads=2, groups=8, group_size=4, stem=(8, 8, 8), token_width=8)
+    model = models.CrossMoST(16, image, point, NAMES).train()
+    model.set_classifier(torch.randn(len(NAMES), 16), NAMES)
+    images, points = torch.rand(4, 3, 32, 32), torch.randn(4, 64, 3)
+    torch.manual_seed(1)
+    before = model(images, points)
+
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    model.compile_blocks()
+    torch.manual_seed(1)
+    after = model(images, points)
+    assert len(graphs) == 3  # an image block, a point block, the mini-PointNet
+    assert torch.allclose(before.image_logits, after.image_logits, atol=1e-4)
+    assert torch.allclose(before.point_logits, after.point_logits, atol=1e-4)
+
+
 @pytest.mark.parametrize("quick_gelu, theirs, ours", [
     (False, {}, {}), (True, {}, {}),
     (False, dict(no_ln_pre=True, norm_kwargs=dict(eps=1e-6)), dict(ln_pre=False, eps=1e-6))])  # SLIP's
@@ -1997,7 +2023,7 @@ def photographed(tmp_path_factory):
 
 
 def weights(out, which="student"):
-    return torch.load(out / "last.pt", weights_only=True)[which]
+    return torch.load(out / "last.pt", map_location="cpu", weights_only=True)[which]
 
 
 def outcome(out):
@@ -2648,15 +2674,18 @@ def test_a_stopped_run_on_a_gpu_nearly_equals_one_that_was_not(tmp_path, monkeyp
     assert moved > 100 * apart
 
 
-@needs_gpu
-def test_bfloat16_names_objects_on_a_gpu_as_float32_does():
-    objects = data.load_dataset("shapes", "", "test")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_bfloat16_names_nearly_all_objects_as_float32_does(device):
+    objects = data.load_dataset("shapes", "", "test").pick(torch.arange(200))
     start = models.start_file("tiny", None)
-    model = build_model("tiny", NAMES, models.TEMPLATES["depth"], None, start, device="cuda")
-    exact = evaluation.evaluate(model, objects)
+    model = build_model("tiny", NAMES, models.TEMPLATES["depth"], None, start, device=device)
+    exact = evaluation.to_probs(evaluation.embed(model, objects, views=2))
     model.precision = torch.bfloat16
-    fast = evaluation.evaluate(model, objects)
-    assert all(abs(fast[modality] - exact[modality]) <= 0.5 for modality in evaluation.MODALITIES)
+    fast = evaluation.to_probs(evaluation.embed(model, objects, views=2))
+    for modality in evaluation.MODALITIES:
+        assert (fast[modality] - exact[modality]).abs().mean() < 0.003, modality
+        others = fast[modality].argmax(1) != exact[modality].argmax(1)
+        assert others.sum() <= 6, modality
 
 
 def test_a_commit_is_a_commit_or_unknown(monkeypatch):
