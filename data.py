@@ -1034,28 +1034,41 @@ def named_columns(headers: list[str], between: str, width: int) -> list[int] | N
     Raises: ValueError where a header names other things, or one of these twice.
     """
     unknown = None
-    for place, line in enumerate(reversed(headers)):
-        line = re.sub(r"^fields\s+", "", line.lstrip("#/% "), flags=re.IGNORECASE)  # as .pcd writes it
-        line = re.sub(r"\s*(\[[^]]*\]|\([^)]*\))", "", line)  # x [m]: x
-        cells, words = split_row(line, between), re.split(r"[,;\s]+", line)
-        for names in (cells, words):
-            names = [name.strip("\"' ").lower() for name in names]
-            if len(names) == width + 1 and not names[-1]:
-                names.pop()
-            if len(names) == width and {"x", "y", "z"} <= set(names):
-                if any(names.count(axis) > 1 for axis in "xyz"):
-                    raise ValueError(f"its header names x, y or z twice: {', '.join(names)}")
-                return [names.index(axis) for axis in "xyz"]
+    for lines_below, line in enumerate(reversed(headers)):
+        by_cells, by_words = header_readings(line, between, width)
+        # Further up, words may be those of a title. With commas between them they are names.
+        is_header = lines_below == 0 or between != " " and len(by_cells) == width
+        for names in (by_cells, by_words):
             if names == ["x", "y", "z"] and between == "," and width == 6:
                 raise ValueError("its header names 3 columns, its rows have 6; write decimal points, or name "
                                  "all columns")
-            # Further up, words may be those of a title. With commas between them they are names.
-            is_header = width > 3 and (place == 0 or between != " " and len(cells) == width)
-            if len(names) == width and (is_header or names[0] in NOT_X):
+            if len(names) != width:
+                continue
+            if {"x", "y", "z"} <= set(names):
+                if any(names.count(axis) > 1 for axis in "xyz"):
+                    raise ValueError(f"its header names x, y or z twice: {', '.join(names)}")
+                return [names.index(axis) for axis in "xyz"]
+            if is_header and width > 3 or names[0] in NOT_X:
                 unknown = unknown or names
     if unknown:
         raise ValueError(f"its header names {', '.join(unknown)}; call the columns of coordinates x, y, z")
     return None
+
+
+def header_readings(line: str, between: str, width: int) -> list[list[str]]:
+    """The names in a line above the points, split as its rows are, and split at blanks and any separator.
+
+    '# X [m]; "Y" [m]; Z [m]' -> x, y, z.
+    """
+    line = re.sub(r"^fields\s+", "", line.lstrip("#/% "), flags=re.IGNORECASE)  # as .pcd writes it
+    line = re.sub(r"\s*(\[[^]]*\]|\([^)]*\))", "", line)  # units
+    readings = []
+    for words in (split_row(line, between), re.split(r"[,;\s]+", line)):
+        names = [word.strip("\"' ").lower() for word in words]
+        if len(names) == width + 1 and not names[-1]:  # a separator at the end
+            names.pop()
+        readings.append(names)
+    return readings
 
 
 def read_cells(lines: list[str], between: str, width: int, columns: list[int]) -> np.ndarray:
