@@ -449,12 +449,11 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float):
         teacher_buffer.copy_(student_buffer)
 
 
-def teacher_momentum(step: int, total_steps: int, final: float) -> float:
+def teacher_momentum(step: int, final: float) -> float:
     """m = 0.99 + (final - 0.99) min(1, step / 400) [ema]. final: the momentum from step 400 on.
 
     The teacher is slow from the first step on, because its labels count from the first step on: a fast one
-    would copy the student's first mistakes. 0.99 and 400 are the original's, however long the run;
-    total_steps is for a fork's own schedule.
+    would copy the student's first mistakes. 0.99 and 400 are the original's, however long the run.
     """
     return 0.99 + (final - 0.99) * min(1, step / 400)
 

@@ -286,7 +286,7 @@ def train_step(student, teacher, views, optimizer, step, total_steps, args, trut
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
-    update_teacher(teacher, without_ddp(student), teacher_momentum(step, total_steps, args.momentum))
+    update_teacher(teacher, without_ddp(student), teacher_momentum(step, args.momentum))
 
     detached = {name: term.detach() for name, term in terms.items()}
     return {"loss": loss.detach(), **detached, "lr": rate}, labels
