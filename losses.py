@@ -167,7 +167,8 @@ def masked_terms(out, images: Tensor, image_hidden: Tensor | None,
         terms["gl_image"] = global_local_alignment_loss(out.image_features, out.image_tokens, image_hidden)
     if point_hidden is not None:
         terms["mpm"] = masked_point_loss(out.point_prediction, out.point_target, point_hidden)
-        # Clouds are compared by CLS alone, through a projection of their own, as in the original.
+        # A cloud's global feature is CLS alone here, without the maximum over tokens, and has its own
+        # projection (point_encoder.proj), as in the original.
         terms["gl_point"] = global_local_alignment_loss(out.point_cls, out.point_tokens, point_hidden)
     return terms
 
@@ -198,9 +199,8 @@ class Evidence(NamedTuple):
     point_probs: Tensor | None  # (B, C) the same of the weak clouds
     thresholds: list[float]  # confidence to exceed; two where images and points are judged apart
     point_weight: float = 1.0  # w_P
-    step: int = 0  # of the run; unused here, for a fork's rule that changes on the way
-    truth: Tensor | None = None  # (B,) true labels, for the oracle only
-    transduced: Tensor | None = None  # (B, C) of transduced_labels, for `together` only
+    truth: Tensor | None = None  # (B,) true labels, for rules that need them: the oracle only
+    transduced: Tensor | None = None  # (B, C) of transduced_labels, for rules that need them
 
 
 def label_jointly(evidence: Evidence) -> dict:
@@ -260,6 +260,8 @@ class Rule(NamedTuple):
     purpose: str
     needs_both: bool = False  # both modalities must be trained
     needs_teacher: bool = True  # the teacher is asked at every step
+    needs_transduced: bool = False  # all objects are named at once, every few epochs
+    needs_truth: bool = False  # the training objects must have labels
 
 
 RULES = {
@@ -267,8 +269,10 @@ RULES = {
     "mean": Rule(label_by_mean, "the label of the mean probabilities", needs_both=True),
     "agree": Rule(label_where_they_agree, "joint, kept only where both say the same", needs_both=True),
     "separate": Rule(label_separately, "each modality its own"),
-    "together": Rule(label_together, "from all objects named at once", needs_both=True, needs_teacher=False),
-    "truth": Rule(label_truly, "the true labels: an oracle, the ceiling", needs_teacher=False),
+    "together": Rule(label_together, "from all objects named at once", needs_both=True, needs_teacher=False,
+                     needs_transduced=True),
+    "truth": Rule(label_truly, "the true labels: an oracle, the ceiling", needs_teacher=False,
+                  needs_truth=True),
 }
 
 
@@ -320,7 +324,7 @@ def transduced_labels(probs: Tensor, image_features: Tensor, point_features: Ten
 
         bearers = F.one_hot(z.argmax(dim=-1), len(texts)).sum(dim=0)
         trust = (bearers / (alpha + bearers))[:, None]  # b, (C, 1): how far each name moves
-        weights = z / z.sum(dim=0).clamp(min=1e-30)  # columns sum to 1, or to 0 for a name that nobody bears
+        weights = z / z.sum(dim=0).clamp(min=1e-30)  # columns sum to 1, or to less where all z are nearly 0
         centres = F.normalize(weights.T @ features, dim=-1)  # (2, C, E)
         means = F.normalize(trust * centres + (1 - trust) * texts, dim=-1)
         variances = (trust * weighted_square(features, weights, means)

@@ -163,10 +163,11 @@ def conv_as_linear(conv: nn.Conv1d, rows: Tensor) -> Tensor:
 class PointEncoder(nn.Module):
     """Point-BERT [point-encoder] (arXiv 2111.14819), with what masked modelling adds to it.
 
-    Hidden groups are replaced by mask_token. lm_head predicts what was hidden [mpm]: with target "tokens" the
-    group's token, with "points" its points. proj maps CLS and tokens into the joint space [gl-align].
-    CrossMoST.forward applies both. width is D; token_width is the mini-PointNet's output, which reduce_dim
-    maps to D.
+    Hidden groups are replaced by mask_token. lm_head predicts what was hidden [mpm]: with target "points" the
+    group's points; with "tokens" its token after reduce_dim. No gradient reaches that token, but it moves as
+    reduce_dim is trained; only the mini-PointNet is frozen. proj maps CLS and tokens into the joint space
+    [gl-align]. CrossMoST.forward applies both. width is D; token_width is the mini-PointNet's output, which
+    reduce_dim maps to D.
     """
 
     frozen_by_default = ("encoder",)  # the mini-PointNet, as in the original (Deviation D12)
@@ -210,22 +211,24 @@ class PointEncoder(nn.Module):
         position = torch.cat([self.cls_pos.expand(len(x), -1, -1), self.pos_embed(groups.centres)], dim=1)
 
         for block in self.blocks["blocks"]:
-            keep = [drop(torch.ones_like(x[:, :1, :1])) for drop in (block.drop_path1, block.drop_path2)]
+            # Drop-path is drawn here instead of in the block, see point_block.
+            factors = [drop(torch.ones_like(x[:, :1, :1])) for drop in (block.drop_path1, block.drop_path2)]
             # The position is added before every block, as the published weights were trained.
-            x = self.through_block(block, x + position, *keep)
+            x = self.through_block(block, x + position, *factors)
         x = self.norm(x)
         features = torch.cat([x[:, 0], x[:, 1:].amax(dim=1)], dim=-1)
         return features, x[:, 1:], group_tokens
 
 
-def point_block(block: nn.Module, x: Tensor, keep_attention: Tensor, keep_mlp: Tensor) -> Tensor:
-    """Compute one of timm's blocks. (B, 1 + G, D) -> the same
+def point_block(block: nn.Module, x: Tensor, attention_factor: Tensor, mlp_factor: Tensor) -> Tensor:
+    """Compute one of timm's blocks, without layer scale. (B, 1 + G, D) -> the same
 
-    keep_attention, keep_mlp: (B, 1, 1) factors of the two branches; one that is dropped has 0. They are drawn
-    outside, because each block has a rate of its own and would otherwise be compiled on its own.
+    Drop-path leaves out a branch of random objects: the factors (B, 1, 1) are 0 there, 1 / (1 - rate) for the
+    others, and 1 in eval mode. They are arguments because every block has its own rate. A compiler takes the
+    rate for a constant, and would compile each block separately.
     """
-    x = x + keep_attention * block.attn(block.norm1(x))
-    return x + keep_mlp * block.mlp(block.norm2(x))
+    x = x + attention_factor * block.attn(block.norm1(x))
+    return x + mlp_factor * block.mlp(block.norm2(x))
 
 
 # ------ The image encoder -----------------------------------------------------------------------------------
@@ -321,9 +324,12 @@ class CrossMoST(nn.Module):
             set_grad_checkpointing(bool).
         point_encoder(groups, hidden) -> features (B, out_width), of which the first D are the global (CLS)
             token; tokens (B, G, D); tokens before masking, which are what is to be predicted. Attributes:
-            groups, group_size and target, as given; proj (D, E); lm_head: tokens -> prediction; out_width;
-            frozen_by_default, names of its modules that are not trained unless asked for.
-        For --compile also through_block of either, and the module point_encoder.encoder.
+            groups, group_size and target, as given; proj (D, E); lm_head: tokens -> prediction; out_width.
+            Of its class: frozen_by_default, names of modules that are not trained unless asked for; train.py
+            reads it from the class called PointEncoder. It is built with embed_dim, its sizes, which TINY or
+            a start's file gives, groups, group_size and target.
+        For --compile also through_block of either, the function that computes a block, and the module
+            point_encoder.encoder.
     """
 
     def __init__(self, embed_dim: int, image: dict, point: dict, class_names: list[str] = (),
@@ -414,16 +420,17 @@ class CrossMoST(nn.Module):
         return Outputs(**vars(out))
 
     def compile_blocks(self):
-        """Compile the mini-PointNet and the blocks of both encoders.
+        """Compile the mini-PointNet, and the function through_block of either encoder.
 
-        Equal blocks compile once, in seconds; a whole encoder takes minutes.
+        Equal blocks share one compilation, so the first step is half a minute slower at most. Compiling whole
+        encoders would take minutes.
         """
-        self.visual.through_block = torch.compile(image_block)
-        self.point_encoder.through_block = torch.compile(point_block)
+        self.visual.through_block = torch.compile(self.visual.through_block)
+        self.point_encoder.through_block = torch.compile(self.point_encoder.through_block)
         self.point_encoder.encoder.compile()
 
     def in_precision(self):
-        """The context the encoders compute in. Grouping and logits leave it, and losses stand outside."""
+        """The autocast context of the encoders. Grouping and logits switch it off; losses are outside."""
         if self.precision == torch.float32:
             return nullcontext()
         return torch.autocast(self.logit_scale.device.type, self.precision)
@@ -610,8 +617,8 @@ MEASURED_BY_ULIP = {
     "measured": "zero-shot top-1 in percent, on 8,192 points of modelnet40_normal_resampled",
     "source": "README of huggingface.co/datasets/SFXX/ulip",
 }
-# What is known of each start: how it cut clouds in its training, and what its authors report of it.
-# Files made here store it. Any other name is a plain vision transformer of open_clip.
+# Each start by its --model name: how clouds were cut into groups in its training, which a file made here says
+# itself, and what its authors report of it. Any other name is a plain vision transformer of open_clip.
 STARTS = {
     "tiny": dict(groups=32, group_size=16),
     "ulip2": dict(groups=512, group_size=32, reported=dict(MEASURED_BY_ULIP, point="about 74")),

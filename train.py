@@ -154,7 +154,8 @@ def make_parser() -> argparse.ArgumentParser:
     group("--model", help=f"zero-shot start: {', '.join(STARTS)}, or an open_clip name")
     group("--pretrained", help="open_clip's weights of --model: a tag or a file")
     group("--start-checkpoint", type=Path, help="the start's file, of any family, instead of its own")
-    group("--pretrain-epochs", type=COUNT, help="make a start of one's own: passes over the objects")
+    group("--pretrain-epochs", type=COUNT,
+          help="make a new start instead of taking a finished one: passes over its objects")
     group("--groups", type=COUNT, help="point groups per cloud")
     group("--group-size", type=COUNT, help="points per group")
     group("--cache", type=Path, default=Path("cache"), help="folder of fetched and pre-trained starts")
@@ -166,7 +167,7 @@ def make_parser() -> argparse.ArgumentParser:
           help=f"joint-label: who names the objects. {rules}")
     group("--threshold", type=SHARE, nargs="+", help="joint-label: confidence to exceed; two if separate")
     group("--point-weight", type=WEIGHT, help="joint-label: factor on the point confidence")
-    group("--w-fair", type=WEIGHT, default=1.0, help="fairness: weight; 0 removes it, as for all weights")
+    group("--w-fair", type=WEIGHT, default=1.0, help="fairness: weight; a weight of 0 leaves its term out")
     group("--shares", type=WEIGHT, nargs="+", help="fairness: roughly how many objects of each class")
     group("--w-mim", type=WEIGHT, default=1.0, help="mim: weight")
     group("--w-mpm", type=WEIGHT, default=1.0, help="mpm: weight")
@@ -175,7 +176,8 @@ def make_parser() -> argparse.ArgumentParser:
     group("--cross-temperature", type=number(1e-3), default=1.0, help="cross-align: divisor of similarities")
     group("--point-target", choices=("tokens", "points"), default="tokens", help="mpm: what is reconstructed")
     group("--mask-ratio", type=SHARE, default=0.3, help="share of patches and groups hidden; 0 hides nothing")
-    group("--momentum", type=SHARE, default=0.9998, help="ema: after 400 steps, from 0.99 at the first")
+    group("--momentum", type=SHARE, default=0.9998,
+          help="ema: the teacher's momentum from step 400 on; 0.99 at the first step")
 
     group = parser.add_argument_group("optimisation").add_argument
     group("--epochs", type=COUNT, default=200, help="passes over the training objects")
@@ -186,7 +188,7 @@ def make_parser() -> argparse.ArgumentParser:
     group("--layer-decay", type=SHARE, default=0.65, help="factor on lr per image block, from the last on")
     group("--warmup-epochs", type=WEIGHT, default=1.0, help="epochs of linear warm-up")
     group("--freeze", nargs="*", default=[f"point_encoder.{name}" for name in PointEncoder.frozen_by_default],
-          help="modules or parameters that are not trained, in place of the default: the mini-PointNet")
+          help="modules or parameters that are not trained; without a name all are")
 
     group = parser.add_argument_group("run").add_argument
     group("--stage", choices=("pretrain", "train"), default="train", help="pretrain: only make the start")
@@ -272,7 +274,7 @@ def train_step(student, teacher, views, optimizer, step, total_steps, args, trut
         group["lr"] = group["lr_scale"] * rate
 
     # The teacher sees the weak views and names the objects [joint-label].
-    labels = teacher_labels(teacher, views, step, args, truth, transduced)
+    labels = teacher_labels(teacher, views, args, truth, transduced)
 
     # The student must agree from the strong, masked views, align its modalities and repaint what was hidden.
     # A term of weight 0 is left out of the sum, but still logged. One without a weight here is an error.
@@ -293,7 +295,7 @@ def train_step(student, teacher, views, optimizer, step, total_steps, args, trut
 
 
 @torch.no_grad()
-def teacher_labels(teacher: CrossMoST, views: dict, step: int, args, truth: Tensor | None = None,
+def teacher_labels(teacher: CrossMoST, views: dict, args, truth: Tensor | None = None,
                    transduced: Tensor | None = None) -> dict[str, tuple[Tensor, Tensor]]:
     """The rule of `--labels` applied to the teacher's predictions for weak images and clouds.
 
@@ -309,7 +311,7 @@ def teacher_labels(teacher: CrossMoST, views: dict, step: int, args, truth: Tens
             image_probs = whole_batch(out.image_logits).softmax(dim=-1)
         if points is not None:
             point_probs = whole_batch(out.point_logits).softmax(dim=-1)
-    evidence = Evidence(image_probs, point_probs, args.threshold, args.point_weight, step, truth=truth,
+    evidence = Evidence(image_probs, point_probs, args.threshold, args.point_weight, truth=truth,
                         transduced=transduced)
     return RULES[args.labels].label(evidence)
 
@@ -355,8 +357,8 @@ def learning_rate(step: int, total_steps: int, args) -> float:
 
     The peak is lr x --batch-size / 256, also where there are fewer objects than that: the original's 2e-5 is
     4e-5 for its 512 objects, and 1e-5 for our 128 (Deviation D25). The first step uses peak / warm-up steps,
-    because a rate of 0 would waste it (Deviation D26). A run no longer than its warm-up ends at the peak.
-    peak / 20 is the original's ratio, 1e-6 of 2e-5.
+    because a rate of 0 would waste it (Deviation D26). A run as long as its warm-up ends at the peak, a
+    shorter one below it. peak / 20 is the original's ratio, 1e-6 of 2e-5.
     """
     peak = args.lr * args.batch_size / 256
     warmup_steps = int(args.warmup_epochs * total_steps / args.epochs)
@@ -383,7 +385,7 @@ def self_train(state: "TrainingState", objects: Objects, test: Objects, args):
                unit="object", unit_scale=True, disable=not leader())
     interval, interval_began, last_save = [], time.perf_counter(), time.perf_counter()
     for epoch in range(state.epoch, args.epochs):
-        if args.labels == "together" and epoch % RENEW_EVERY == 0:
+        if RULES[args.labels].needs_transduced and epoch % RENEW_EVERY == 0:
             state.transduced = name_together(state.teacher, objects, args)
             interval_began = time.perf_counter()  # naming is not training
 
@@ -392,7 +394,7 @@ def self_train(state: "TrainingState", objects: Objects, test: Objects, args):
             views = draw_views(points[part.to(args.device)], image_size, pictures)
             truth = None if objects.labels is None else objects.labels[batch].to(args.device)
             transduced = None if state.transduced is None else state.transduced[batch].to(args.device)
-            oracle = truth if args.labels == "truth" else None
+            oracle = truth if RULES[args.labels].needs_truth else None
             terms, labels = train_step(student, state.teacher, views, state.optimizer, step, total_steps,
                                        args, oracle, transduced)
             interval.append((step, terms, labels, truth))
@@ -503,7 +505,8 @@ def evaluate_all(model: CrossMoST, objects: Objects, args, predictions: Path | N
 def name_together(teacher: CrossMoST, objects: Objects, args) -> Tensor:
     """What transduced_labels makes of the teacher's predictions for all training objects [together].
 
-    Returns (N, C) probabilities, on the CPU.
+    In place of the names' texts stand the columns of the teacher's classifier. They are the texts at first,
+    and are trained like all other weights. Returns (N, C) probabilities, on the CPU.
     """
     embedded = embed_all(teacher, objects, args)
     texts = F.normalize(teacher.classifier.detach().float(), dim=0).T.cpu()
@@ -642,8 +645,9 @@ def refuse_contradictions(args):
 def refuse_wrong_data(args, objects: Objects):
     """Raises: UserError for options that do not go with these objects. Warns where they fit badly."""
     classes = objects.class_names
-    if args.labels == "truth" and objects.labels is None:
-        raise UserError(f"--labels truth needs labels, {objects.name} has none; use --labels joint")
+    if RULES[args.labels].needs_truth and objects.labels is None:
+        raise UserError(f"--labels {args.labels} needs true labels, {objects.name} has none; use --labels "
+                        "joint")
     if args.shares and len(args.shares) != len(classes):
         raise UserError(f"--shares has {len(args.shares)} numbers; expected {len(classes)}, for "
                         f"{', '.join(classes)}")
@@ -745,9 +749,10 @@ def print_reported(args):
 def print_changes(start: dict, teacher: dict, objects: int):
     """Say without labels what training changed, and warn where that was seen to do harm.
 
-    In assets/folders.md it is right where `fairness` was missed (`joint`: 8 of 11 warnings, 10 runs did
-    harm), and blind to wrong shares. The default of a folder did little harm, 5 of 90 runs, all unwarned.
-    Little agreement before training means many errors, but training rarely added to them.
+    How far to trust the warning (measured: assets/folders.md): with `--labels joint` and no `fairness` 10 of
+    30 runs did harm and 11 were warned, 8 of these rightly. Wrong --shares do harm that it does not see. Of
+    90 runs with a folder's defaults 5 did a little harm, and none of these was warned. Little agreement
+    before training means many errors, but training rarely added to them.
     """
     print(f"image and point agree on {start['agreement']} % of the objects before training, "
           f"{teacher['agreement']} % after")
@@ -827,8 +832,7 @@ def pretraining_key(args, objects: Objects) -> str:
                                                       "group_size", "seed", "points", "precision")}
     if args.model != "tiny" or args.dataset == "shapenet55":
         clouds = hashlib.sha256(objects.points.contiguous().numpy()).hexdigest()
-        made_by |= {"templates": args.templates, "up": args.up, "data_root": str(args.data_root.resolve()),
-                    "objects": objects.name, "clouds": clouds}
+        made_by |= {"templates": args.templates, "objects": objects.name, "clouds": clouds}
     return hashlib.sha256(json.dumps([PRETRAIN, made_by]).encode()).hexdigest()[:16]
 
 
@@ -984,11 +988,11 @@ def join_processes():
     if "LOCAL_RANK" not in os.environ:
         return
     if torch.cuda.is_available():
-        number, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if number >= gpus:
-            raise UserError(f"torchrun started process {number + 1}, but there are {gpus} GPUs; use "
+        local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise UserError(f"torchrun started process {local_rank + 1}, but there are {gpus} GPUs; use "
                             f"--nproc-per-node={gpus}")
-        torch.cuda.set_device(number)  # `cuda` is this one from now on
+        torch.cuda.set_device(local_rank)  # `cuda` is this one from now on
     dist.init_process_group(timeout=timedelta(hours=1))  # a full-size evaluation takes minutes
     atexit.register(dist.destroy_process_group)
     if not leader():
@@ -1032,9 +1036,9 @@ def my_part(batch: Tensor) -> Tensor:
 class GatherBatch(torch.autograd.Function):
     """The whole batch (B, ...) of the processes' equal parts, in order, with gradient (Deviation D25).
 
-    Each process computes the same loss from the whole batch. Backward sums what all of them want
-    of a part, so a part's gradient is that of one process times their number;
-    DistributedDataParallel's mean takes it out again.
+    Each process computes the same loss from the whole batch. Backward adds up the processes' gradients of a
+    part, which makes them (number of processes) times too large. DistributedDataParallel takes the mean over
+    the processes, which divides by that number again.
     """
 
     @staticmethod

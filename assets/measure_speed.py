@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from data import draw_views, load_dataset, training_photographs
 from eval import embed, one_line_errors
+from losses import RULES
 from model import STARTS, hide_groups, hide_patches, train_mode, update_teacher
 
 REPEATS = 10  # of which the median counts; one before them compiles and fills caches
@@ -68,9 +69,9 @@ def whole_step(state, points, photographs, args) -> float:
     began = now(args.device)
     views = draw_views(points, state.student.visual.image_size[0], photographs)
     truth = transduced = None
-    if args.labels == "truth":
+    if RULES[args.labels].needs_truth:
         truth = torch.zeros(len(points), dtype=torch.long, device=args.device)
-    if args.labels == "together":
+    if RULES[args.labels].needs_transduced:
         transduced = torch.ones(len(points), len(state.student.class_names), device=args.device)
     train.train_step(state.student, state.teacher, views, state.optimizer, 1, 1000, args, truth, transduced)
     return now(args.device) - began
