@@ -586,8 +586,8 @@ def option_parser(purpose: str) -> argparse.ArgumentParser:
 def add_data_options(add):
     """What both scripts ask of the data; `add` is the add_argument of a parser or a group."""
     add("--data-root", type=Path, default=Path("data"), help="folder that holds the data sets")
-    add("--no-download", dest="download", action="store_false",
-        help="fetch nothing: what is missing is then an error (fetching without this option: %(default)s)")
+    add("--download", action=argparse.BooleanOptionalAction, default=True,
+        help="fetch data sets and starts that are missing")
     add("--domain", choices=("source", "target"), help="objects as they are, or as a scanner sees them")
     add("--up", choices=sorted(UP),
         help="axis that points upwards in the files, but for glTF, whose standard says y (--up=-y: y down)")

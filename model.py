@@ -820,8 +820,8 @@ def print_origin(path: str | Path, options: dict):
         print(f"start {path}: --pretrain-epochs {options['pretrain_epochs']} --seed {options['seed']}, "
               f"commit {options['commit']}, torch {options['torch']}")
         if options.get("code") != CODE:
-            print(f"note: other code made this start ({options.get('code', 'unknown')}, now {CODE}); to make "
-                  "it anew, remove it from --cache, or see README, Starts", file=sys.stderr)
+            print(f"note: other code made this start ({options.get('code', 'unknown')}, now {CODE}); README, "
+                  "Starts, says how to make it anew", file=sys.stderr)
 
 
 # ------ Files of starts: each family's layout ---------------------------------------------------------------

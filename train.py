@@ -164,7 +164,7 @@ def make_parser() -> argparse.ArgumentParser:
     group("--modalities", choices=("both", "image", "point"), default="both", help="what is trained")
     rules = "; ".join(f"{name}: {rule.purpose}" for name, rule in RULES.items())
     group("--labels", choices=tuple(RULES), default="joint",
-          help=f"joint-label: who names the objects. {rules}")
+          help=f"joint-label: who names the objects; in a folder of your own `together`. {rules}")
     group("--threshold", type=SHARE, nargs="+", help="joint-label: confidence to exceed; two if separate")
     group("--point-weight", type=WEIGHT, help="joint-label: factor on the point confidence")
     group("--w-fair", type=WEIGHT, default=1.0, help="fairness: weight; a weight of 0 leaves its term out")
