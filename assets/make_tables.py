@@ -267,7 +267,7 @@ HEADING = """# Results
 
 Made by `python -m assets.make_tables`. Top-1 accuracy in percent, zero-shot start -> teacher after the last
 epoch, mean ± standard deviation over seeds. gap: the share of the gap between the start and the same
-training with true labels (`--labels truth`) that was closed, joint.
+training with true labels (`--labels truth`) that was closed, joint, the mean of the seeds' shares.
 """
 
 
