@@ -2066,6 +2066,15 @@ def test_the_oracle_trains_with_true_labels_and_cannot_without(tmp_path, monkeyp
     assert_refused("truth needs true labels, own has none", run, lambda labels: None, *oracle)
 
 
+@pytest.mark.parametrize("like, given", [("together", "transduced"), ("truth", "truth")])
+def test_a_forks_rule_is_given_what_its_row_says_it_needs(tmp_path, monkeypatch, finished, like, given):
+    label = Mock(wraps=RULES[like].label)
+    monkeypatch.setitem(RULES, "mine", RULES[like]._replace(label=label))
+    small_run(finished[0], "--labels", "mine", "--epochs", 1, "--out", tmp_path)
+    evidence = label.call_args.args[0]
+    assert {name for name in ("transduced", "truth") if getattr(evidence, name) is not None} == {given}
+
+
 def stop_in_step(monkeypatch, number, seen=None):
     """Ctrl-C in the step of this number; strong images go into `seen`. A save after every epoch."""
     real, calls = train.train_step, []
