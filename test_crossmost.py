@@ -362,7 +362,8 @@ def test_the_gpus_kernel_chooses_the_points_the_loop_chooses(tmp_path):
                 assert torch.equal(chosen, farthest_point_sample(points, count)), size
         print("equal")
     """))
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE)}
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     command = [sys.executable, tmp_path / "compare.py"]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ran.stdout == "equal\n" and "warning" not in ran.stderr, ran.stderr[-2000:]
