@@ -1037,7 +1037,7 @@ def named_columns(headers: list[str], between: str, width: int) -> list[int] | N
     for lines_below, line in enumerate(reversed(headers)):
         by_cells, by_words = header_readings(line, between, width)
         # Further up, words may be those of a title. With commas between them they are names.
-        is_header = lines_below == 0 or between != " " and len(by_cells) == width
+        is_header = lines_below == 0 or (between != " " and len(by_cells) == width)
         for names in (by_cells, by_words):
             if names == ["x", "y", "z"] and between == "," and width == 6:
                 raise ValueError("its header names 3 columns, its rows have 6; write decimal points, or name "
@@ -1048,7 +1048,8 @@ def named_columns(headers: list[str], between: str, width: int) -> list[int] | N
                 if any(names.count(axis) > 1 for axis in "xyz"):
                     raise ValueError(f"its header names x, y or z twice: {', '.join(names)}")
                 return [names.index(axis) for axis in "xyz"]
-            if is_header and width > 3 or names[0] in NOT_X:
+            # Just three columns are x, y, z whatever they are called, but for what NOT_X lists.
+            if (is_header and width > 3) or names[0] in NOT_X:
                 unknown = unknown or names
     if unknown:
         raise ValueError(f"its header names {', '.join(unknown)}; call the columns of coordinates x, y, z")

@@ -2693,6 +2693,8 @@ def test_bfloat16_names_nearly_all_objects_as_float32_does(device):
     exact = evaluation.to_probs(evaluation.embed(model, objects, views=2))
     model.precision = torch.bfloat16
     fast = evaluation.to_probs(evaluation.embed(model, objects, views=2))
+    # On a CPU probabilities differ by 0.0015 in the mean, and 1 name of 200 differs. With coordinates rounded
+    # before they are grouped it is 0.009, and 14 names.
     for modality in evaluation.MODALITIES:
         assert (fast[modality] - exact[modality]).abs().mean() < 0.003, modality
         others = fast[modality].argmax(1) != exact[modality].argmax(1)

@@ -266,8 +266,8 @@ RIVALS = {"cache": predict_by_cache, "named together": predict_together}
 HEADING = """# Results
 
 Made by `python -m assets.make_tables`. Top-1 accuracy in percent, zero-shot start -> teacher after the last
-epoch, mean ± standard deviation over seeds. gap: the share of the gap between the start and the same
-training with true labels (`--labels truth`) that was closed, joint, the mean of the seeds' shares.
+epoch, mean ± standard deviation over seeds. gap: how much of the gap in joint accuracy between the start and
+the same training with true labels (`--labels truth`) was closed; the mean of the seeds' shares.
 """
 
 
