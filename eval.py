@@ -7,7 +7,6 @@
 import argparse
 import csv
 import json
-import math
 import os
 import statistics
 import sys
@@ -16,22 +15,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from data import (DATASETS, UP, Objects, UserError, class_key, clean_class_names, dataset_row, draw_views,
-                  fixed_images, load_dataset, load_files, read_lines, to_unit_sphere, training_photographs)
-from model import (CODE, STARTS, TEMPLATES, CrossMoST, build_model, load_checkpoint, precision_for,
-                   read_start, start_file, whole_file)
+from data import (DATASETS, Objects, dataset_row, draw_views, fixed_images, load_dataset, to_unit_sphere,
+                  training_photographs)
+from model import TEMPLATES, CrossMoST, build_model, load_checkpoint, precision_for
+from support import UserError, write_whole
+from support.command_line import add_data_options, add_device_options, one_line_errors, option_parser
+from support.files import class_key, clean_class_names, printable, read_lines, read_object
+from support.pictures import draw_grid, plot_confusion
+from support.resume import CODE
+from support.starts import STARTS, read_start, start_file
 
 # The three predictions in every table: either modality's own, and "joint", the mean of the two probabilities.
 # How training merges the two into a pseudo-label is in losses.py.
 MODALITIES = ("image", "point", "joint")
 
-
-# ------ Embed, predict, accuracy ----------------------------------------------------------------------------
+# ------ Embed, predict, accuracy ---------------------------------------------------------------------------
 @torch.no_grad()
 def embed(model: CrossMoST, objects: Objects, views: int | None = None, batch_size: int = 64) -> dict:
     """Logits and features of all objects, on the CPU.
@@ -170,9 +171,16 @@ def top_one(figures: dict) -> dict | None:
     return {modality: figures[modality] for modality in MODALITIES} if "joint" in figures else None
 
 
-def pseudo_label_quality(log_path: Path, epochs: int) -> dict:
-    """Coverage and accuracy of the last epoch's pseudo-labels, percent; accuracy None without labels."""
-    lines = [json.loads(line) for line in log_path.read_text(encoding="utf-8").splitlines()]
+def read_log(path: Path) -> list[dict]:
+    """The lines of a run's log.jsonl."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def pseudo_label_quality(lines: list[dict], epochs: int) -> dict:
+    """Coverage and accuracy of the last epoch's pseudo-labels, percent; accuracy None without labels.
+
+    lines: of log.jsonl.
+    """
     lines = [line for line in lines if line.get("epoch") == epochs and "coverage" in line]
     # A line is a mean over its steps, which are fewer in an epoch's last line.
     steps = [line["steps"] for line in lines]
@@ -184,8 +192,7 @@ def pseudo_label_quality(log_path: Path, epochs: int) -> dict:
         accuracy = round(100 * correct / coverage, 2)
     return {"coverage": round(100 * coverage, 2), "accuracy": accuracy}
 
-
-# ------ The closing table -----------------------------------------------------------------------------------
+# ------ The closing table ----------------------------------------------------------------------------------
 def table(results: dict, every_class_of: str | None = None) -> str:
     """The closing table: a row for each of zero_shot, student and teacher that `results` has accuracy of.
 
@@ -212,8 +219,7 @@ def table(results: dict, every_class_of: str | None = None) -> str:
         lines.append(label.ljust(44) + "".join(f"{accuracy[modality]:8.1f}" for modality in MODALITIES))
     return "\n".join(lines)
 
-
-# ------ Predictions and embeddings --------------------------------------------------------------------------
+# ------ Predictions and embeddings -------------------------------------------------------------------------
 def name_objects(objects: Objects, probs: dict[str, Tensor]) -> list[dict]:
     """The line of predictions.csv for each object: joint class and probability, either modality's, whether
     these two agree, and the true class where there are labels."""
@@ -255,71 +261,7 @@ def write_embeddings(path: Path, embedded: dict, model: CrossMoST, objects: Obje
         np.savez_compressed(file, **embedded, classifier=model.classifier.detach().cpu(), labels=labels,
                             class_names=np.array(objects.class_names), names=np.array(objects.names))
 
-
-def write_whole(path: Path | None, write, *given):
-    """Make the file `path`, whole or not at all, by write(temporary name, *given). Nothing for None."""
-    if path:
-        with whole_file(path) as temporary:
-            write(temporary, *given)
-
-
-# ------ Pictures --------------------------------------------------------------------------------------------
-# Class names are anybody's: parse_math=False keeps matplotlib from reading "$5 and $10" as a formula.
-def plot_curves(picture: Path, log_path: Path, zero_shot: dict | None):
-    """Accuracy of the teacher by epoch with its zero-shot lines; coverage and accuracy of pseudo-labels."""
-    lines = [json.loads(line) for line in log_path.read_text(encoding="utf-8").splitlines()]
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-
-    # Okabe and Ito's colours, safe for colour-blind eyes.
-    epochs = [line for line in lines if "teacher" in line]
-    for modality, colour in {"image": "#0072B2", "point": "#D55E00", "joint": "#000000"}.items():
-        if zero_shot:
-            left.axhline(zero_shot[modality], color=colour, linestyle=":", linewidth=1)
-        left.plot([line["epoch"] for line in epochs], [line["teacher"][modality] for line in epochs],
-                  color=colour, label=modality, marker="o", markersize=3)
-    left.set(xlabel="epoch", ylabel="test top-1, %", title="teacher (dotted: zero-shot)")
-    left.xaxis.get_major_locator().set_params(integer=True)
-
-    for key, colour in {"coverage": "#009E73", "label_accuracy": "#CC79A7"}.items():
-        logged = [line for line in lines if line.get(key) is not None]
-        right.plot([line["step"] for line in logged], [100 * line[key] for line in logged],
-                   color=colour, label=key.replace("_", " "))
-    right.set(xlabel="step", ylabel="%", ylim=(0, 102), title="pseudo-labels")
-
-    for axes in (left, right):
-        axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))
-    figure.savefig(picture, format="png", dpi=100)
-
-
-def plot_confusion(picture: Path, probs: Tensor, objects: Objects):
-    """Percent of each class (row) that was given each name (column), from probabilities (N, C).
-
-    Of up to 100 classes every name and every number is written. Of more the picture stays as large (3,500
-    pixels), cells shrink, and every n-th name is written.
-    """
-    names, count = objects.class_names, len(objects.class_names)
-    # Each pair of true and predicted class is one number, so that all pairs are counted at once.
-    cells = torch.bincount(objects.labels * count + probs.argmax(dim=-1), minlength=count * count)
-    matrix = 100 * F.normalize(cells.view(count, count).double(), p=1)
-
-    side = 0.32 * min(count, 100)  # inches: 0.32 hold a number of two digits
-    figure = Figure(figsize=(2.5 + side, 2 + side), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=100)
-    ticks = range(0, count, math.ceil(count / 100))
-    axes.set_xticks(ticks, [names[k] for k in ticks], rotation=90, parse_math=False)
-    axes.set_yticks(ticks, [names[k] for k in ticks], parse_math=False)
-    axes.set(xlabel="predicted", ylabel="true")
-    axes.set_title(f"{objects.name} {objects.split}, joint, % of a class", parse_math=False)
-
-    if count <= 100:
-        for i, j in (matrix >= 0.5).nonzero().tolist():
-            axes.text(j, i, f"{matrix[i, j]:.0f}", ha="center", va="center", fontsize=7,
-                      color="white" if matrix[i, j] > 55 else "black")
-    figure.savefig(picture, format="png", dpi=100)
-
-
+# ------ What the models see --------------------------------------------------------------------------------
 def plot_gallery(picture: Path, probs: dict[str, Tensor], objects: Objects, count: int = 12):
     """View and cloud of objects that are named wrongly or in two ways, evenly spaced over all of these."""
     lines = name_objects(objects, probs)
@@ -335,25 +277,6 @@ def plot_gallery(picture: Path, probs: dict[str, Tensor], objects: Objects, coun
         cells.append((objects.points[i], ""))
     title = f"{len(doubtful)} of {len(objects)} objects are named wrongly or in two ways"
     draw_grid(picture, cells, 8, title)
-
-
-def draw_grid(picture: Path, cells: list, columns: int, title: str | None = None):
-    """Images (3, H, W) and clouds (P, 3), each with its title, row by row."""
-    rows = math.ceil(len(cells) / columns)
-    figure = Figure(figsize=(1.9 * columns, 2.3 * rows + 0.4), layout="constrained")
-    figure.suptitle(title)
-    for place, (item, text) in enumerate(cells, start=1):
-        is_cloud = item.dim() == 2
-        axes = figure.add_subplot(rows, columns, place, projection="3d" if is_cloud else None)
-        if is_cloud:
-            axes.scatter(*item.T, s=1, c=item[:, 2], linewidths=0)
-            axes.set(aspect="equal")
-        else:
-            axes.imshow(item.permute(1, 2, 0).clamp(0, 1).numpy())
-        axes.axis("off")
-        drawable = text.encode("utf-8", "replace").decode()  # names of files need not be UTF-8
-        axes.set_title(drawable, fontsize=8, loc="left", parse_math=False)
-    figure.savefig(picture, format="png", dpi=100)
 
 
 def preview(picture: Path, objects: Objects, size: int = 224, count: int = 8):
@@ -373,8 +296,7 @@ def preview(picture: Path, objects: Objects, size: int = 224, count: int = 8):
             cells.append((items[i], f"{name}\n{title}" if title == "cloud" else title))
     draw_grid(picture, cells, len(columns))
 
-
-# ------ The command line ------------------------------------------------------------------------------------
+# ------ The command line -----------------------------------------------------------------------------------
 def parse_args(argv=None) -> argparse.Namespace:
     parser = option_parser(__doc__.splitlines()[0])
 
@@ -505,6 +427,21 @@ def load_objects(args, chosen: dict, trained_names: list[str]) -> Objects:
     return objects
 
 
+def load_files(files: list[Path], points: int, up: str) -> Objects:
+    """Single objects without labels. Of each file that cannot be read a line on stderr says why."""
+    clouds, names = [], []
+    for path in files:
+        try:
+            cloud = torch.from_numpy(read_object(path, points, up=up))[None]
+            clouds.append(to_unit_sphere(cloud, [path]))
+            names.append(printable(str(path)))
+        except (UserError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+    if not clouds:
+        raise UserError(f"none of {len(files)} files could be read")
+    return Objects(torch.cat(clouds), None, [], "files", names=names)
+
+
 def rename(objects: Objects, names: list[str]):
     """Give the objects' classes other names. Labels stay where every true class is among the names.
 
@@ -542,92 +479,11 @@ def report(args, results: dict, which: str, objects: Objects, probs: dict[str, T
     else:
         print(table(results, every_class_of=which))
     write_whole(args.predictions, write_predictions, objects, probs)
-    write_whole(args.confusion, plot_confusion, probs["joint"], objects)
+    title = f"{objects.name} {objects.split}, joint, % of a class"
+    write_whole(args.confusion, plot_confusion, objects.labels, probs["joint"].argmax(dim=-1),
+                objects.class_names, title)
     write_whole(args.gallery, plot_gallery, probs, objects)
     write_whole(args.json, Path.write_text, json.dumps(results, indent=1) + "\n")
-
-
-# ------ Command lines, train.py's as well -------------------------------------------------------------------
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@contextmanager
-def one_line_errors():
-    """`with one_line_errors():` ends a script with one line and exit code 2 where a user can put it right.
-
-    That is at UserError, OSError and too little memory. Every other error is a bug, and keeps its traceback.
-    Ctrl-C ends it with one line, too: the KeyboardInterrupt's text, if it has one.
-    """
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be in the terminal's alphabet
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        print(f"\n{stop}" if str(stop) else "\nstopped", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        message = " ".join(str(error).split())
-        # By type, or by what torch's CPU allocator says: other errors that speak of memory are bugs.
-        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if out_of_memory or "DefaultCPUAllocator: can't" in message:
-            message = ("out of memory; lower --points, and in train.py also --batch-size or --groups, or add "
-                       f"--grad-checkpointing there: {message}")
-        elif not isinstance(error, (UserError, OSError)):
-            raise
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
-
-
-def option_parser(purpose: str) -> argparse.ArgumentParser:
-    """A parser that shows defaults, and says what is wrong in one line, without forty options before it."""
-    return argparse.ArgumentParser(description=purpose, usage=argparse.SUPPRESS,
-                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-
-
-def add_data_options(add):
-    """What both scripts ask of the data; `add` is the add_argument of a parser or a group."""
-    add("--data-root", type=Path, default=Path("data"), help="folder that holds the data sets")
-    add("--download", action=argparse.BooleanOptionalAction, default=True,
-        help="fetch data sets and starts that are missing")
-    add("--domain", choices=("source", "target"), help="objects as they are, or as a scanner sees them")
-    add("--up", choices=sorted(UP),
-        help="axis that points upwards in the files, but for glTF, whose standard says y (--up=-y: y down)")
-    add("--points", type=COUNT, help="points per cloud")
-    add("--views", type=COUNT, help="evaluation: depth views (6) or photographs (all) averaged")
-
-
-def add_device_options(add):
-    """Where and how both scripts compute."""
-    add("--device", type=usable_device, default=DEVICE, help="where to compute")
-    add("--precision", choices=("auto", "bf16", "fp32"), default="auto",
-        help="of the networks; auto: bf16 on a GPU that has it, else fp32. Some CPUs are fast in bf16, too")
-
-
-def number(low: float, high: float = math.inf, convert: type = float):
-    """An argparse type: a finite number in [low, high]."""
-    def parse(text: str):
-        value = convert(text)
-        if not low <= value <= high or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
-        return value
-
-    parse.__name__ = convert.__name__  # argparse prints it
-    return parse
-
-
-COUNT = number(1, convert=int)
-SHARE = number(0, 1)
-WEIGHT = number(0)
-
-
-def usable_device(name: str) -> str:
-    """An argparse type: cpu, cuda or cuda:N, where torch can compute here."""
-    try:
-        if torch.device(name).type not in ("cpu", "cuda"):  # Apple's mps has no float64, for one
-            raise argparse.ArgumentTypeError(f"{name!r} is not supported; use cpu or cuda")
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"cannot compute on {name!r}: {str(error).split('. ')[0][:100]}")
-    return name
 
 
 if __name__ == "__main__":

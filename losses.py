@@ -190,8 +190,7 @@ def name_alignment_loss(features: Tensor, texts: Tensor, labels: Tensor, logit_s
     name_to_object = -logits.log_softmax(dim=0).gather(1, labels[:, None]).mean()
     return (object_to_name + name_to_object) / 2
 
-
-# ------ Label rules: `--labels` -----------------------------------------------------------------------------
+# ------ Label rules: `--labels` ----------------------------------------------------------------------------
 class Evidence(NamedTuple):
     """What a label rule may look at, of one batch."""
 
@@ -274,103 +273,3 @@ RULES = {
     "truth": Rule(label_truly, "the true labels: an oracle, the ceiling", needs_teacher=False,
                   needs_truth=True),
 }
-
-
-# ------ Names from all objects together ---------------------------------------------------------------------
-@torch.no_grad()
-def transduced_labels(probs: Tensor, image_features: Tensor, point_features: Tensor, texts: Tensor,
-                      neighbours: int = 3, alpha: float = 1.0, temperature: float = 100.0,
-                      rounds: int = 10, part: int = 1024) -> Tensor:
-    """Name all objects at once, from what the teacher says of each [together] (StatA, arXiv 2501.03729).
-
-    Each name has a Gaussian in each modality. It begins at the name's text and moves towards the objects that
-    bear the name, as far as there are any. An absent name has no objects and stays at its text, so no shares
-    of the names are assumed.
-
-    start:   z = p,  mu_mk = t_k,  v_mk = v_m = sum_ik p_ik (f_mi - t_k)^2 / N
-    names:   z_ik ~ p_ik exp( (1/T) [ sum_m sum_d ( -(f_mid - mu_mkd)^2 / (2 v_mkd) - log(v_mkd) / 2 )
-                       + 50 / (2 neighbours) sum_j (w_ij + w_ji) z_jk ] ),  rows sum to 1; five times
-    moves:   n_k = number of objects whose largest z is k;  b_k = n_k / (alpha + n_k)
-             mu_mk = norm( b_k norm(mean_k f_m) + (1 - b_k) t_k )
-             v_mk = b_k mean_k (f_m - mu_mk)^2 + (1 - b_k) (v_m + (t_k - mu_mk)^2)
-
-    mean_k f = sum_i z_ik f_i / sum_i z_ik. w_ij is the similarity of object i and its nearest j, the mean of
-    both modalities, else 0. Squares are by dimension d. 50 and five are the paper's.
-
-    Args:
-        probs: p, (N, C), the teacher's joint probabilities.
-        image_features, point_features: f, (N, E), unit norm.
-        texts: t, (C, E), unit norm.
-        neighbours: how many nearest objects vote; 0 leaves the votes out.
-        alpha: how many objects a name needs until they and its text weigh alike.
-        temperature: T. Twice the paper's 50, because two modalities' densities are added. Infinite T gives p.
-        rounds: how often names and moves take turns.
-        part: objects that are compared with all others at a time; part x N similarities are in memory.
-    Returns z (N, C), rows sum to 1. An object's label and confidence are its largest entry.
-    """
-    probs, texts = probs.float(), texts.float()
-    features = torch.stack([image_features, point_features]).float()  # (2, N, E)
-    neighbours = min(neighbours, len(probs) - 1)
-    similarity = similar_objects(features, neighbours, part) if neighbours > 0 else None
-
-    spread = weighted_square(features, probs / len(probs), texts).sum(dim=1, keepdim=True)  # v_m, (2, 1, E)
-    spread = spread.clamp(min=1e-8)  # a dimension in which all objects are alike
-    z, means, variances = probs, texts, spread
-    for _ in range(rounds):
-        density = log_density(features, means, variances).sum(dim=0)  # (N, C)
-        for _ in range(5):  # names: what fits an object, and what its neighbours are called
-            votes = 0.0 if similarity is None else similarity @ z * 50 / (2 * neighbours)
-            z = (probs.log() + (density + votes) / temperature).softmax(dim=-1)  # p = 0 stays 0
-
-        bearers = F.one_hot(z.argmax(dim=-1), len(texts)).sum(dim=0)
-        trust = (bearers / (alpha + bearers))[:, None]  # b, (C, 1): how far each name moves
-        weights = z / z.sum(dim=0).clamp(min=1e-30)  # columns sum to 1, or to less where all z are nearly 0
-        centres = F.normalize(weights.T @ features, dim=-1)  # (2, C, E)
-        means = F.normalize(trust * centres + (1 - trust) * texts, dim=-1)
-        variances = (trust * weighted_square(features, weights, means)
-                     + (1 - trust) * (spread + (texts - means).square()))
-    return z
-
-
-def similar_objects(features: Tensor, neighbours: int, part: int) -> Tensor:
-    """w_ij + w_ji of transduced_labels as a sparse matrix (N, N), from features (2, N, E)."""
-    # The product of two such rows is the sum of the similarities in both modalities.
-    both = torch.cat(features.unbind(), dim=1)
-    values, nearest = [], []
-    for start in range(0, len(both), part):
-        similarity = both[start:start + part] @ both.T / 2
-        itself = torch.arange(len(similarity), device=both.device)
-        similarity[itself, start + itself] = -torch.inf
-        of_part = similarity.topk(neighbours, dim=1)
-        values.append(of_part.values.flatten())
-        nearest.append(of_part.indices.flatten())
-
-    row = torch.arange(len(both), device=both.device).repeat_interleave(neighbours)
-    index = torch.stack([row, torch.cat(nearest)])
-    w = torch.sparse_coo_tensor(index, torch.cat(values), (len(both), len(both)), check_invariants=False)
-    return (w + w.T).coalesce()
-
-
-def weighted_square(features: Tensor, weights: Tensor, centres: Tensor) -> Tensor:
-    """sum_i weights_ik (f_mi - centre_k)^2 by dimension, (2, C, E), without an N x C x E tensor.
-
-    features (2, N, E), weights (N, C), centres (2, C, E) or (C, E).
-    Expanded: sum w f^2 - 2 c sum w f + c^2 sum w.
-    """
-    square = (weights.T @ features.square()
-              - 2 * centres * (weights.T @ features)
-              + centres.square() * weights.sum(dim=0)[:, None])
-    return square.clamp(min=0)  # rounding
-
-
-def log_density(features: Tensor, means: Tensor, variances: Tensor) -> Tensor:
-    """Log density, less a constant, of features (2, N, E) under each name's Gaussian (2, C, E).
-
-    -> (2, N, C)
-    """
-    means = means.expand(2, -1, -1)
-    precision = (1 / variances).expand(2, *means.shape[-2:])
-    distance = (features.square() @ precision.mT
-                - 2 * features @ (means * precision).mT
-                + (means.square() * precision).sum(dim=-1)[:, None])
-    return -(distance - precision.log().sum(dim=-1)[:, None]) / 2

@@ -6,19 +6,13 @@ Dimensions: B batch, P points, G point groups, S points per group, L image patch
 transformer's tokens, E joint embedding, C classes, V views.
 Masks are bool; True = hidden: the token is replaced by a learnt one.
 
-Parameters have the names of the published checkpoints, so that these load strictly. published_start renames
+Parameters have the names of the published checkpoints, so that these load strictly. support.starts renames
 the few that differ: the image tower of SLIP (in ULIP's files), the image projection, the text tower.
 """
-import argparse
-import ast
-import codecs
-import hashlib
 import math
-import os
-import re
 import sys
-from contextlib import contextmanager, nullcontext
-from functools import cache, partial
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -27,18 +21,18 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.transformer import LayerNorm, QuickGELU, TextTransformer, VisionTransformer
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data import UserError, fetch_published
+from support import UserError
+from support.farthest_points import farthest_point_kernel, launch_farthest_points
+from support.resume import CODE
+from support.starts import STARTS, TINY, read_start
 
-
-# ------ Groups and masks ------------------------------------------------------------------------------------
-
-
+# ------ Groups and masks -----------------------------------------------------------------------------------
 class Groups(NamedTuple):
     """Clouds cut into local groups: neighbourhoods (B, G, S, 3) relative to their centres (B, G, 3)."""
 
@@ -116,10 +110,7 @@ def hide_groups(centres: Tensor, ratio: float) -> Tensor:
     is_near = torch.arange(total, device=centres.device) < count.long()  # (B, G), in the order by_distance
     return torch.zeros_like(is_near).scatter(1, by_distance, is_near)
 
-
-# ------ The point encoder -----------------------------------------------------------------------------------
-
-
+# ------ The point encoder ----------------------------------------------------------------------------------
 class MiniPointNet(nn.Module):
     """Turns each group of points into a token: MLP, max, [global, local], MLP, max.
 
@@ -230,10 +221,7 @@ def point_block(block: nn.Module, x: Tensor, attention_factor: Tensor, mlp_facto
     x = x + attention_factor * block.attn(block.norm1(x))
     return x + mlp_factor * block.mlp(block.norm2(x))
 
-
-# ------ The image encoder -----------------------------------------------------------------------------------
-
-
+# ------ The image encoder ----------------------------------------------------------------------------------
 class ImageEncoder(VisionTransformer):
     """CLIP's vision transformer [image-encoder] (open_clip's) with MUST's additions (arXiv 2206.02967).
 
@@ -287,10 +275,7 @@ def image_block(block: nn.Module, x: Tensor) -> Tensor:
     x = x + attention.out_proj(attended.transpose(1, 2).flatten(2))
     return x + block.mlp(block.ln_2(x))
 
-
-# ------ The model -------------------------------------------------------------------------------------------
-
-
+# ------ The model ------------------------------------------------------------------------------------------
 class Outputs(NamedTuple):
     """What CrossMoST returns, None where a modality is not given, nothing is hidden or no class is named."""
 
@@ -444,10 +429,7 @@ def precision_for(name: str, device: str | torch.device) -> torch.dtype:
             "bf16": torch.bfloat16,
             "fp32": torch.float32}[name]
 
-
-# ------ Training: the teacher, and what the optimizer is given ----------------------------------------------
-
-
+# ------ Training: the teacher, and what the optimizer is given ---------------------------------------------
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float):
     """theta_T <- m theta_T + (1 - m) theta_S for parameters; buffers are copied [ema]."""
@@ -521,9 +503,7 @@ def train_mode(student: CrossMoST, freeze: list[str]):
         if is_below(name, freeze):
             module.eval()
 
-
-# ------ Class names to classifier ---------------------------------------------------------------------------
-
+# ------ Class names to classifier --------------------------------------------------------------------------
 TEMPLATES = {
     "depth": ("a depth map of a {}.", "a depth image of one {}.", "a {} seen by a depth camera.",
               "a grey rendering of a {}.", "a photo of a {}."),
@@ -608,47 +588,7 @@ def refuse_equal_tokens(class_names: list[str], tokens: Tensor):
                             "it out")
         names_by_tokens[key] = name
 
-
-# ------ Starts: a model without classifier, and the text tower that names classes for it --------------------
-
-# What the authors of two starts measured. The figures are theirs, and none of this code's.
-MEASURED_BY_ULIP = {
-    "dataset": "modelnet40",
-    "measured": "zero-shot top-1 in percent, on 8,192 points of modelnet40_normal_resampled",
-    "source": "README of huggingface.co/datasets/SFXX/ulip",
-}
-# Each start by its --model name: how clouds were cut into groups in its training, which a file made here says
-# itself, and what its authors report of it. Any other name is a plain vision transformer of open_clip.
-STARTS = {
-    "tiny": dict(groups=32, group_size=16),
-    "ulip2": dict(groups=512, group_size=32, reported=dict(MEASURED_BY_ULIP, point="about 74")),
-    "ulip1": dict(groups=512, group_size=32, reported=dict(MEASURED_BY_ULIP, point="60.3")),
-    "crossmost": dict(groups=64, group_size=32),
-}
-USUAL_GROUPS = STARTS["crossmost"]  # of a file that does not say
-
-# A CLIP and a Point-BERT small enough to pre-train on one CPU core in a quarter of an hour.
-TINY = {
-    "embed_dim": 128,
-    "image": dict(image_size=64, patch_size=16, width=96, layers=4, heads=3),
-    "point": dict(STARTS["tiny"], width=96, layers=4, heads=3, stem=[32, 64, 96], token_width=64,
-                  drop_path=0.0),
-    "text": dict(fixed_tokens=True, context_length=20, width=64, heads=2, layers=2),
-}
-
-
-def start_file(name: str, cache: Path, allowed: bool = True) -> Path:
-    """Find a start's file: tiny's is in the repository, crossmost's is put there by hand, others are fetched.
-
-    allowed: whether a file that is missing may be fetched.
-    """
-    if name == "tiny":
-        return Path(__file__).parent / "assets" / "tiny.pt"
-    if name == "crossmost":
-        return cache / "ulip-june11-checkpoint_best.pt"
-    return fetch_published(name, cache, allowed)
-
-
+# ------ Starts: a model without classifier, and the text tower that names classes for it -------------------
 def build_model(name: str, class_names: list[str], templates: tuple[str, ...], pretrained: str | None = None,
                 start_checkpoint: str | Path | None = None, seed: int = 0, device: str | torch.device = "cpu",
                 **point) -> CrossMoST:
@@ -822,289 +762,3 @@ def print_origin(path: str | Path, options: dict):
         if options.get("code") != CODE:
             print(f"note: other code made this start ({options.get('code', 'unknown')}, now {CODE}); README, "
                   "Starts, says how to make it anew", file=sys.stderr)
-
-
-# ------ Files of starts: each family's layout ---------------------------------------------------------------
-
-
-def read_start(path: str | Path, which: str = "teacher") -> dict:
-    """Read a file of any family into the layout of our own starts.
-
-    Families: our own starts and `last.pt`; ULIP-1 and ULIP-2 (image tower of SLIP, text tower, Point-BERT);
-    ULIP-2 with colours (Point-BERT only); Cross-MoST's start and its trained file.
-    Returns:
-        model, architecture: of the CrossMoST; architecture["image"] is None where there is no image tower.
-        text, text_architecture: of the TextEncoder; most files have one.
-        may_be_missing: beginnings of parameters that the family lacks.
-        options: "model", "groups", "group_size"; of a file of our own all that made it ("points" ...).
-    Raises: UserError for any other file.
-    """
-    content = read_file(path)
-    try:
-        if "architecture" not in content:
-            content = published_start(content, which, path)
-        point = content["architecture"]["point"]
-        options = {"model": "tiny", **content.get("options", {})}
-        point |= {**USUAL_GROUPS, **point}  # what the file does not say
-        options |= {key: point[key] for key in USUAL_GROUPS}
-        state = content["model"] if "model" in content else content[which]
-        return {"may_be_missing": (), **content, "options": options, "model": state}
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is broken, or of no known family: {error!r}, found {list(content)[:4]}; "
-                        "get or make it again") from error
-
-
-# What self-training adds to published towers: random where a file lacks it.
-MAY_BE_MISSING = ("visual.mask_token_embedding", "visual.ln_patch.", "visual.decoder.",
-                  "point_encoder.mask_token", "point_encoder.proj", "point_encoder.lm_head.")
-TEXT_KEYS = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
-
-
-def published_start(content: dict, which: str, path: str | Path) -> dict:
-    """Another family's file for read_start: keys are renamed, sizes are read off the shapes."""
-    # Files nest their weights under one of these names; get() leaves a dict without the name as it is.
-    for name in ("model_ema" if which == "teacher" else "model", "model", "state_dict"):
-        content = content.get(name, content)
-    state = {key.removeprefix("module."): value for key, value in content.items()}
-    for family, sign in {"OpenShape": "ppat.", "Uni3D": "trans2embed"}.items():
-        if any(sign in key for key in state):
-            raise UserError(f"{path} is {family}'s, another network than Point-BERT; see README, Starts")
-
-    text = {f"tower.{key}": state.pop(key) for key in list(state) if key.startswith(TEXT_KEYS)}
-    slip = "visual.cls_token" in state  # SLIP's image tower, so the file is one of ULIP's
-    if slip:
-        state = from_timm(state)
-    if "image_projection" in state:
-        state["visual.proj"] = state.pop("image_projection")
-
-    embed_dim = state["pc_projection"].shape[1]
-    image = image_sizes(state, slip) if "visual.conv1.weight" in state else None
-    of_ulip = slip or image is None
-    cut = {key: STARTS["ulip2" if of_ulip else "crossmost"][key] for key in ("groups", "group_size")}
-    classes = state["classifier"].shape[1] if "classifier" in state else 0
-    pixels = dict(mean=IMAGENET_MEAN, std=IMAGENET_STD) if slip else {}
-    start = {
-        "model": state,
-        "architecture": dict(embed_dim=embed_dim, image=image, point={**point_sizes(state), **cut}, up="y",
-                             class_names=[str(k) for k in range(classes)], **pixels),
-        "may_be_missing": MAY_BE_MISSING,
-        "options": {"model": "ulip2" if slip else "crossmost"},
-    }
-    if text:
-        start |= {"text": text, "text_architecture": text_sizes(text, embed_dim)}
-    return start
-
-
-def image_sizes(state: dict, slip: bool) -> dict:
-    """Arguments of the ImageEncoder, of a published file's shapes."""
-    width, _, _, patch = state["visual.conv1.weight"].shape
-    grid = math.isqrt(len(state["visual.positional_embedding"]) - 1)  # without the position of CLS
-    return dict(image_size=patch * grid, patch_size=patch, quick_gelu=not slip, ln_pre=not slip,
-                eps=1e-6 if slip else 1e-5, **block_sizes(state, "visual.transformer.resblocks.", width))
-
-
-def point_sizes(state: dict) -> dict:
-    """Arguments of the PointEncoder, of a published file's shapes."""
-    first, local, second = (state[f"point_encoder.encoder.{layer}.weight"]
-                            for layer in ("first_conv.0", "first_conv.3", "second_conv.0"))
-    width, token_width = state["point_encoder.reduce_dim.weight"].shape
-    return dict(stem=[len(first), len(local), len(second)], channels=first.shape[1], token_width=token_width,
-                **block_sizes(state, "point_encoder.blocks.blocks.", width))
-
-
-def text_sizes(state: dict, embed_dim: int) -> dict:
-    """Arguments of the TextEncoder, of a published file's shapes."""
-    words, width = state["tower.token_embedding.weight"].shape
-    return dict(embed_dim=embed_dim, quick_gelu=True, vocab_size=words,
-                context_length=len(state["tower.positional_embedding"]),
-                **block_sizes(state, "tower.transformer.resblocks.", width))
-
-
-def block_sizes(state: dict, prefix: str, width: int) -> dict:
-    """Sizes of a transformer whose numbered blocks have this prefix; published heads are 64 wide."""
-    blocks = {key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)}
-    return dict(width=width, layers=len(blocks), heads=width // 64)
-
-
-TIMM_NAMES = {
-    "patch_embed.proj.weight": "conv1.weight", "cls_token": "class_embedding",
-    "pos_embed": "positional_embedding", "visual.norm.": "visual.ln_post.",
-    "visual.blocks.": "visual.transformer.resblocks.", ".norm1.": ".ln_1.", ".norm2.": ".ln_2.",
-    ".qkv.": ".in_proj_", ".attn.proj.": ".attn.out_proj.", ".fc1.": ".c_fc.", ".fc2.": ".c_proj.",
-}
-
-
-def from_timm(state: dict) -> dict:
-    """Rename SLIP's image tower from timm's names to open_clip's.
-
-    open_clip's patch embedding has no bias, so SLIP's is added to the patches' positions. Hidden patches have
-    these positions, too, so the mask token starts at minus the bias: together they are the plain position.
-    """
-    renamed = {}
-    for key, value in state.items():
-        if key.startswith("visual."):
-            for timm_name, open_clip_name in TIMM_NAMES.items():
-                key = key.replace(timm_name, open_clip_name)
-        renamed[key] = value
-
-    bias = renamed.pop("visual.patch_embed.proj.bias")
-    renamed["visual.class_embedding"] = renamed["visual.class_embedding"].flatten()
-    renamed["visual.positional_embedding"] = renamed["visual.positional_embedding"][0]
-    renamed["visual.positional_embedding"][1:] += bias
-    renamed["visual.mask_token_embedding"] = -bias.view(1, 1, -1)
-    return renamed
-
-
-# ------ Files -----------------------------------------------------------------------------------------------
-
-
-def save_start(model: CrossMoST, text: TextEncoder | None, options: dict, path: Path):
-    """Write a start's file: model and text tower in half precision, and the options that made them."""
-    content = {"architecture": {**model.architecture, "class_names": []}, "model": halved(model)}
-    if text:
-        content |= {"text_architecture": text.architecture, "text": halved(text)}
-    save_file({**content, "options": options}, path)
-
-
-def halved(module: nn.Module) -> dict:
-    """A module's state in half precision, without token embeddings that TextEncoder makes again."""
-    is_remade = isinstance(module, TextEncoder) and module.architecture["fixed_tokens"]
-    return {key: value.half() if value.is_floating_point() else value
-            for key, value in module.state_dict().items()
-            if not (is_remade and key.startswith("tower.token_embedding."))}
-
-
-def save_file(content: dict, path: Path):
-    """torch.save, whole or not at all. Raises: OSError, where the disk is full."""
-    with whole_file(path) as temporary:
-        try:
-            with open(temporary, "wb") as file:
-                torch.save(content, file)
-        except (OSError, RuntimeError) as error:
-            # When a write fails, torch's writer misses bytes, and raises an error that hides the OSError.
-            refusal = error if isinstance(error, OSError) else error.__context__
-            if isinstance(refusal, OSError):
-                raise OSError(refusal.errno, refusal.strerror, str(path)) from error
-            raise
-
-
-@contextmanager
-def whole_file(path: Path):
-    """Gives a temporary name to write to. `path` is then the whole new file, or what it was before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")  # what a killed process left is overwritten by the next
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_file(path: str | Path) -> dict:
-    """Read tensors and plain values of a checkpoint. Nothing in it is run (weights_only).
-
-    Raises: FileNotFoundError, or UserError if it is no such file.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint {path}; README, Starts, says where to get which")
-
-    # Published files hold options and accuracies: a Namespace and NumPy scalars, of NumPy 1 or 2.
-    codes = "?" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]
-    scalar, _ = np.float64(0).__reduce__()
-    harmless = [argparse.Namespace, codecs.encode, np.dtype, *(type(np.dtype(code)) for code in codes),
-                (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
-    try:
-        with torch.serialization.safe_globals(harmless):
-            return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (OSError, MemoryError):  # of the disk, or forbidden: it names the file; or too little memory
-        raise
-    except Exception as error:  # torch raises a different type for each way a file can be broken
-        if "DefaultCPUAllocator: can't" in str(error):  # too little memory, too: the file may be whole
-            raise
-        # torch's own message advises to load such a file unsafely.
-        foreign = re.search(r"(?i:unsupported).* GLOBAL ([\w.]+)", str(error))
-        if foreign:
-            raise UserError(f"{path} holds {foreign[1]}, which could run code; only tensors and plain values "
-                            "are read: get the checkpoint from its authors") from error
-        raise UserError(f"{path} is no checkpoint, or only a part of one; expected a file that torch.save "
-                        "wrote: get or make it again") from error
-
-
-def code_hash(*modules: str) -> str:
-    """Eight hexadecimal digits that change with what these modules beside this file do.
-
-    Comments, docstrings and layout do not change it. (A new Python version might.)
-    """
-    digest = hashlib.sha256()
-    for module in modules:
-        tree = ast.parse(Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-            if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
-                node.body[0].value.value = ""
-        digest.update(ast.unparse(tree).encode())
-    return digest.hexdigest()[:8]
-
-
-# A run that other code began must not continue, and its figures are not ours. Hashed at import, because the
-# files may be edited while a run lasts.
-CODE = code_hash("losses", "model", "data", "train")
-
-
-# ------ The GPU's farthest points ---------------------------------------------------------------------------
-# farthest_point_sample's loop launches several small kernels a round, and a GPU mostly waits for them. One
-# H100 took 58 to 93 ms for a batch of 128 (512 of 2,048 points), twice in a step; one kernel with the loop
-# inside took 0.29 ms. The loop stays the reference: the kernel has to choose the same indices.
-
-
-@cache
-def farthest_point_kernel(device: torch.device):
-    """The kernel, or None where it cannot be had: Triton is missing on Windows, and needs a C compiler."""
-    try:
-        import triton
-        global tl  # the kernel looks for it among the globals
-        import triton.language as tl
-
-        @triton.jit
-        def kernel(points, chosen, total, count, BLOCK: tl.constexpr):
-            # One program a cloud; the points and their distances stay in registers.
-            cloud = tl.program_id(0).to(tl.int64)
-            points += cloud * total * 3
-            chosen += cloud * count
-            index = tl.arange(0, BLOCK)
-            real = index < total
-            x = tl.load(points + 3 * index, mask=real, other=0.0)
-            y = tl.load(points + 3 * index + 1, mask=real, other=0.0)
-            z = tl.load(points + 3 * index + 2, mask=real, other=0.0)
-            distance = tl.where(real, float("inf"), -1.0)  # squared; what fills up the block is never chosen
-
-            newest = 0
-            for i in range(1, count):
-                dx = x - tl.load(points + 3 * newest)
-                dy = y - tl.load(points + 3 * newest + 1)
-                dz = z - tl.load(points + 3 * newest + 2)
-                distance = tl.minimum(distance, dx * dx + dy * dy + dz * dz)
-                newest = tl.argmax(distance, axis=0, tie_break_left=True)
-                tl.store(chosen + i, newest)
-
-        launch_farthest_points(kernel, torch.zeros(1, 2, 3, device=device), 2)
-    except Exception as error:  # of the import, or whatever its compiler raises
-        print(f"warning: farthest points are found one launch at a time, which is slower ({error!r})",
-              file=sys.stderr)
-        return None
-    return kernel
-
-
-def launch_farthest_points(kernel, points: Tensor, count: int) -> Tensor:
-    """farthest_point_sample by the kernel."""
-    batch, total, _ = points.shape
-    chosen = torch.zeros(batch, count, dtype=torch.long, device=points.device)
-    block = 1 << (total - 1).bit_length()  # the next power of two
-    with torch.cuda.device_of(points):
-        # No fused multiply-add: it rounds differently from the loop, and might then choose another of two
-        # tied points. 8 points a thread, at most 16 warps.
-        kernel[(batch,)](points.contiguous(), chosen, total, count, BLOCK=block, enable_fp_fusion=False,
-                         num_warps=min(16, max(1, block // 256)))
-    return chosen

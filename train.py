@@ -4,7 +4,6 @@
     python train.py --dataset modelnet10 --model tiny
 """
 import argparse
-import atexit
 import copy
 import hashlib
 import json
@@ -14,7 +13,6 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 
 import open_clip
@@ -23,23 +21,30 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from filelock import Timeout
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
-from data import (DATASETS, MODELNET10, Objects, UserError, dataset_row, draw_views, load_dataset, lock,
-                  random_yaw, sample_shapes, training_photographs)
-from eval import (COUNT, SHARE, WEIGHT, add_data_options, add_device_options, assess, embed, number,
-                  one_line_errors, option_parser, plot_curves, pseudo_label_quality, table, to_probs, top_one,
-                  write_predictions, write_whole)
+from data import (DATASETS, MODELNET10, Objects, dataset_row, draw_views, load_dataset, random_yaw,
+                  sample_shapes, training_photographs)
+from eval import (assess, embed, pseudo_label_quality, read_log, table, to_probs, top_one,
+                  write_predictions)
 from losses import (RULES, Evidence, cross_modal_alignment_loss, fairness_loss, masked_terms,
-                    name_alignment_loss, self_training_loss, transduced_labels)
-from model import (CODE, STARTS, TEMPLATES, CrossMoST, PointEncoder, build_model, hide_groups,
-                   hide_patches, parameter_groups, plain_image_tower, precision_for, random_tiny,
-                   read_file, read_start, save_file, save_start, start_file,
-                   teacher_momentum, train_mode, update_teacher)
+                    name_alignment_loss, self_training_loss)
+from model import (TEMPLATES, CrossMoST, PointEncoder, build_model, hide_groups, hide_patches,
+                   parameter_groups, plain_image_tower, precision_for, random_tiny, teacher_momentum,
+                   train_mode, update_teacher)
+from support import UserError, write_whole
+from support.command_line import (COUNT, SHARE, WEIGHT, add_data_options, add_device_options, number,
+                                  one_line_errors, option_parser, words)
+from support.fetch import lock
+from support.parallel import (gather_embedded, join_processes, leader, my_part, rank, whole_batch, with_ddp,
+                              without_ddp, world_size)
+from support.pictures import plot_curves
+from support.resume import CODE, TrainingState, plain_options
+from support.starts import STARTS, read_file, read_start, save_file, save_start, start_file
+from support.transduction import transduced_labels
 
-# ------ Recipes: which values hold for a data set and a start -----------------------------------------------
+# ------ Recipes: which values hold for a data set and a start ----------------------------------------------
 # The small start is trained for hundreds of steps instead of thousands, so its learning rate is larger. Its
 # confidences are low, so the threshold is lower. It has 4 x 4 patches: few are hidden, and painting them back
 # weighs little. The temperature is CLIP's. The other weights and the momentum were chosen by measuring on
@@ -47,9 +52,11 @@ from model import (CODE, STARTS, TEMPLATES, CrossMoST, PointEncoder, build_model
 SMALL = dict(epochs=3, batch_size=32, lr=2e-3, layer_decay=1.0, momentum=0.999, points=1024, views=12,
              threshold=[0.6], mask_ratio=0.1, w_fair=2.0, w_mim=0.1, w_mpm=0.1, w_gl=0.02,
              cross_temperature=0.07, precision="fp32", eval_every=2)
+
 # Scans look unlike what the small start has seen. Therefore more epochs, a teacher that follows the student
 # faster, and a larger `fairness` weight: in the first epochs many names are wrong.
 SMALL_ON_SCANS = dict(SMALL, epochs=6, momentum=0.98, w_fair=4.0)
+
 # A user's folder mostly holds a few hundred objects: more passes make enough steps.
 SMALL_ON_FOLDER = dict(SMALL, epochs=20)
 
@@ -60,10 +67,12 @@ RENEW_EVERY = 5
 # Options that do not change what is computed: a run may continue with other values of these.
 NO_EFFECT_ON_RESULTS = ("out", "cache", "data_root", "download", "resume", "device", "log_every",
                         "eval_every", "compile", "grad_checkpointing", "stage")
+
 # Options that name the data, the start and the seed. They are no changes of the method.
 DATA_AND_START = ("dataset", "domain", "model", "pretrained", "start_checkpoint", "pretrain_epochs",
                   "precision", "seed")
 SAVE_EVERY = 60  # seconds between two saves, at the ends of epochs
+
 # What a run writes into OUT; one that starts over removes it first.
 LEFT_BY_A_RUN = ("last.pt", "log.jsonl", "results.json", "curves.png", "predictions.csv",
                  "predictions-start.csv")
@@ -227,20 +236,6 @@ def flag(option: str) -> str:
     return "--" + option.replace("_", "-")
 
 
-def words(value) -> str:
-    """An option's value as one types it: 0.0 -> 0, [0.5, 0.6] -> 0.5 0.6."""
-    if isinstance(value, (list, tuple)):
-        return " ".join(map(words, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def plain_options(args) -> dict:
-    """The options in the parser's order, as values that a file can keep."""
-    not_options = ("sources", "changed", "changes")
-    return {option: str(value) if isinstance(value, Path) else value for option, value in vars(args).items()
-            if option not in not_options}
-
-
 def print_settings(args):
     """One line per source: the values that hold for this run, and where they come from."""
     by_source = {"default": []}  # the original code's value, where it has one
@@ -252,8 +247,7 @@ def print_settings(args):
     for source, values in by_source.items():
         print(f"  {source}: {', '.join(values)}")
 
-
-# ------ One step --------------------------------------------------------------------------------------------
+# ------ One step -------------------------------------------------------------------------------------------
 def train_step(student, teacher, views, optimizer, step, total_steps, args, truth=None, transduced=None):
     """One update of the student, then of the teacher. Returns the detached terms and the labels used.
 
@@ -368,8 +362,7 @@ def learning_rate(step: int, total_steps: int, args) -> float:
     floor = peak / 20
     return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
 
-
-# ------ The loop --------------------------------------------------------------------------------------------
+# ------ The loop -------------------------------------------------------------------------------------------
 def self_train(state: "TrainingState", objects: Objects, test: Objects, args):
     """Train from the last saved epoch to the end; log, evaluate and save on the way."""
     batch_size = min(args.batch_size, len(objects))
@@ -496,7 +489,7 @@ def evaluate_all(model: CrossMoST, objects: Objects, args, predictions: Path | N
 
     predictions: a file, into which the leader writes a name for each object; None writes nothing.
     """
-    probs = to_probs(embed_all(model, objects, args))
+    probs = to_probs(gather_embedded(embed, model, objects, args.views))
     if leader() and predictions is not None:
         write_whole(predictions, write_predictions, objects, probs)
     return assess(probs, objects)
@@ -508,82 +501,12 @@ def name_together(teacher: CrossMoST, objects: Objects, args) -> Tensor:
     In place of the names' texts stand the columns of the teacher's classifier. They are the texts at first,
     and are trained like all other weights. Returns (N, C) probabilities, on the CPU.
     """
-    embedded = embed_all(teacher, objects, args)
+    embedded = gather_embedded(embed, teacher, objects, args.views)
     texts = F.normalize(teacher.classifier.detach().float(), dim=0).T.cpu()
     probs = to_probs(embedded)["joint"]
     return transduced_labels(probs, embedded["image_features"], embedded["point_features"], texts)
 
-
-# ------ What a run needs to go on ---------------------------------------------------------------------------
-class TrainingState:
-    """What OUT/last.pt holds: all that a run needs to continue exactly (Deviation D16).
-
-    student, teacher, optimizer; epoch: how many are done; zero_shot: what assess() said of the start;
-    transduced: what name_together said last, or None; seconds: run time so far, with that of the processes
-    that this one continues.
-    """
-
-    def __init__(self, student: CrossMoST, teacher: CrossMoST, optimizer, args, objects: Objects):
-        self.student, self.teacher, self.optimizer = student, teacher, optimizer
-        self.epoch, self.zero_shot, self.transduced = 0, None, None
-        self.path, self.log_path = args.out / "last.pt", args.out / "log.jsonl"
-        self.options = plain_options(args)
-        # What must not change when a run continues, besides the options.
-        self.identity = {option: value for option, value in self.options.items()
-                         if option not in NO_EFFECT_ON_RESULTS}
-        self.identity |= {"classes": objects.class_names, "objects": objects_hash(objects), "code": CODE,
-                          "precision": str(student.precision).removeprefix("torch.")}
-        self.began = time.perf_counter()
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self.began
-
-    def save(self):
-        """Write OUT/last.pt, whole or not at all. Raises: UserError where a weight is not finite."""
-        if not leader():
-            return
-        if not all(parameter.isfinite().all() for parameter in self.student.parameters()):
-            raise UserError(f"weights are not finite after epoch {self.epoch}; lower --lr, or look at the "
-                            f"data; {self.path} is of an earlier epoch, if there was one")
-        states = {name: getattr(self, name).state_dict() for name in ("student", "teacher", "optimizer")}
-        values = {name: getattr(self, name)
-                  for name in ("epoch", "zero_shot", "transduced", "options", "identity")}
-        save_file({**states, **values, "architecture": self.student.architecture,
-                   "seconds": self.seconds(), "log_bytes": self.log_path.stat().st_size}, self.path)
-
-    def load(self):
-        """Go back to OUT/last.pt. Raises: UserError where it is broken, or of other options, data or code."""
-        saved = read_file(self.path)
-        advice = "name another --out, or --no-resume to start over"
-        try:
-            changed = [f"{option}: {words(saved['identity'].get(option))} then, {words(value)} now"
-                       for option, value in self.identity.items() if saved["identity"].get(option) != value]
-            if changed:
-                raise UserError(f"{self.path} was made with other values: {'; '.join(changed)}; use those, "
-                                f"{advice}")
-            log_bytes = self.log_path.stat().st_size if self.log_path.exists() else 0
-            if log_bytes < saved["log_bytes"]:
-                raise UserError(f"{self.log_path} is shorter than when {self.path} was saved; {advice}")
-            for name in ("student", "teacher", "optimizer"):
-                getattr(self, name).load_state_dict(saved[name])
-            for name in ("epoch", "zero_shot", "transduced"):
-                setattr(self, name, saved[name])
-            self.began -= saved["seconds"]
-            os.truncate(self.log_path, saved["log_bytes"])  # forget lines written after the checkpoint
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"cannot continue {self.path}, it is broken: {error}; {advice}") from error
-
-
-def objects_hash(objects: Objects) -> str:
-    """A hash of clouds, names, labels and photographs' names; the clouds are not copied for it."""
-    digest = hashlib.sha256(objects.points.contiguous().numpy())
-    images = objects.images and [[path.name for path in paths] for paths in objects.images]
-    labels = None if objects.labels is None else objects.labels.tolist()
-    digest.update(json.dumps([objects.names, labels, images]).encode())
-    return digest.hexdigest()[:16]
-
-
-# ------ A whole run -----------------------------------------------------------------------------------------
+# ------ A whole run ----------------------------------------------------------------------------------------
 def main(argv=None) -> dict:
     """Run all of it. Returns what it writes to OUT/results.json."""
     join_processes()  # before anything opens a context on a GPU
@@ -679,7 +602,7 @@ def build_state(args, objects: Objects, start: Path) -> "TrainingState":
     if args.compile:
         student.compile_blocks()
         teacher.compile_blocks()
-    return TrainingState(student, teacher, optimizer, args, objects)
+    return TrainingState(student, teacher, optimizer, args, objects, NO_EFFECT_ON_RESULTS)
 
 
 def train_and_score(state: TrainingState, objects: Objects, test: Objects, args, start: Path) -> dict:
@@ -716,8 +639,9 @@ def train_and_score(state: TrainingState, objects: Objects, test: Objects, args,
                 "seconds": round(state.seconds(), 1), "gpu_gib": peak_memory(args.device)}
     if not leader():
         return results
-    results["pseudo_label"] = pseudo_label_quality(state.log_path, args.epochs)
-    write_whole(args.out / "curves.png", plot_curves, state.log_path, results["zero_shot"])
+    lines = read_log(state.log_path)
+    results["pseudo_label"] = pseudo_label_quality(lines, args.epochs)
+    write_whole(args.out / "curves.png", plot_curves, lines, results["zero_shot"])
     write_whole(args.out / "results.json", Path.write_text, json.dumps(results, indent=1))
     print(f"\n{table(results)}\npseudo-labels of the last epoch, %: {results['pseudo_label']}")
     print_changes(state.zero_shot, teacher, len(objects))
@@ -800,8 +724,7 @@ def peak_memory(device: str) -> float | None:
     """GiB of GPU memory at most, None on a CPU."""
     return round(torch.cuda.max_memory_allocated(device) / 2 ** 30, 1) if "cuda" in device else None
 
-
-# ------ Pre-training of a start -----------------------------------------------------------------------------
+# ------ Pre-training of a start ----------------------------------------------------------------------------
 # Of `tiny`, and of a point encoder beside an open_clip model (batch, lr and weight decay are ULIP's).
 PRETRAIN = {"tiny": dict(objects=12000, passes=10, batch=32, lr=1e-3, weight_decay=0.05),
             "clip": dict(objects=4000, passes=12, batch=64, lr=5e-4, weight_decay=0.1)}
@@ -978,96 +901,6 @@ def pretrain_loss(model, text, points, labels, class_names) -> Tensor:
     terms = masked_terms(out, images, image_hidden, point_hidden)
     weights = {"mim": 0.1, "mpm": 0.1, "gl_image": 0.02, "gl_point": 0.02}
     return alignment / 2 + sum(weights[name] * term for name, term in terms.items())
-
-
-# ------ Several GPUs: torchrun's processes share each batch -------------------------------------------------
-def join_processes():
-    """Started by torchrun: become one of its processes, with a GPU of its own.
-    Raises: UserError where there are fewer GPUs than processes.
-    """
-    if "LOCAL_RANK" not in os.environ:
-        return
-    if torch.cuda.is_available():
-        local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local_rank >= gpus:
-            raise UserError(f"torchrun started process {local_rank + 1}, but there are {gpus} GPUs; use "
-                            f"--nproc-per-node={gpus}")
-        torch.cuda.set_device(local_rank)  # `cuda` is this one from now on
-    dist.init_process_group(timeout=timedelta(hours=1))  # a full-size evaluation takes minutes
-    atexit.register(dist.destroy_process_group)
-    if not leader():
-        sys.stdout = open(os.devnull, "w")
-
-
-def rank() -> int:
-    """This process's number, 0 where it is the only one."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    """How many processes share a batch."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def leader() -> bool:
-    """Whether this process writes: the only one, or torchrun's first."""
-    return rank() == 0
-
-
-def with_ddp(student: CrossMoST):
-    """Under torchrun the student whose gradients are averaged over the processes during the backward pass."""
-    if not dist.is_initialized():
-        return student
-    # static_graph: the same parameters get a gradient at every step, and those of a term of
-    # weight 0 never do.
-    return DistributedDataParallel(student, static_graph=True)
-
-
-def without_ddp(student) -> CrossMoST:
-    """The model that with_ddp was given."""
-    return student.module if isinstance(student, DistributedDataParallel) else student
-
-
-def my_part(batch: Tensor) -> Tensor:
-    """This process's part of a batch of indices (B,) -> (B / processes,)."""
-    return batch.chunk(world_size())[rank()]
-
-
-class GatherBatch(torch.autograd.Function):
-    """The whole batch (B, ...) of the processes' equal parts, in order, with gradient (Deviation D25).
-
-    Each process computes the same loss from the whole batch. Backward adds up the processes' gradients of a
-    part, which makes them (number of processes) times too large. DistributedDataParallel takes the mean over
-    the processes, which divides by that number again.
-    """
-
-    @staticmethod
-    def forward(ctx, part: Tensor) -> Tensor:
-        gathered = [torch.empty_like(part) for _ in range(world_size())]
-        dist.all_gather(gathered, part.contiguous())
-        return torch.cat(gathered)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        return gradient.chunk(world_size())[rank()]
-
-
-def whole_batch(part: Tensor) -> Tensor:
-    """GatherBatch under torchrun; otherwise the part is the whole batch."""
-    return GatherBatch.apply(part) if dist.is_initialized() else part
-
-
-def embed_all(model: CrossMoST, objects: Objects, args) -> dict:
-    """What embed() returns of all objects; under torchrun each process embeds its part of them."""
-    if not dist.is_initialized():
-        return embed(model, objects, args.views)
-    # Consecutive parts, so that joining them restores the objects' order.
-    part = torch.arange(len(objects)).tensor_split(world_size())[rank()]
-    gathered = [None] * world_size()
-    dist.all_gather_object(gathered, embed(model, objects.pick(part), args.views))
-    return {name: torch.cat([embedded[name] for embedded in gathered]) for name in gathered[0]}
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
 """The runs behind the tables of README and assets/tables.md, more ablations, and the tables.
 
-    python -m assets.make_tables                              # hours; stop it at any time, the same goes on
-    python -m assets.make_tables --only shapes seed-0         # the runs whose names hold all these words
-    python -m assets.make_tables --jobs 0 --into assets       # no run, only the tables of those done
+    python -m tools.make_tables                               # hours; stop it at any time, the same goes on
+    python -m tools.make_tables --only shapes seed-0          # the runs whose names hold all these words
+    python -m tools.make_tables --jobs 0 --into assets        # no run, only the tables of those done
 
 A finished run is not run again, an unfinished one continues. tables.md and results.json are written beside
 the runs, into runs/tables.
 """
 import json
 import os
-import re
 import signal
 import statistics
 import subprocess
@@ -24,11 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import train
-from data import Objects, UserError, load_dataset, reading
-from eval import (MODALITIES, assess, embed, evaluate, number, one_line_errors, option_parser, to_probs,
-                  top_one, write_whole)
-from losses import transduced_labels
-from model import CODE, TEMPLATES, CrossMoST, build_model, precision_for
+from data import Objects, load_dataset
+from eval import MODALITIES, assess, embed, evaluate, to_probs, top_one
+from model import TEMPLATES, CrossMoST, build_model, precision_for
+from support import UserError, write_whole
+from support.command_line import number, one_line_errors, option_parser
+from support.files import reading
+from support.resume import CODE
+from support.transduction import transduced_labels
 
 # ------ What is run -----------------------------------------------------------------------------------------
 # Options of train.py for all runs. Each seed has a start of its own, of as many passes as assets/tiny.pt.
@@ -265,7 +267,7 @@ RIVALS = {"cache": predict_by_cache, "named together": predict_together}
 # ------ Tables ----------------------------------------------------------------------------------------------
 HEADING = """# Results
 
-Made by `python -m assets.make_tables`. Top-1 accuracy in percent, zero-shot start -> teacher after the last
+Made by `python -m tools.make_tables`. Top-1 accuracy in percent, zero-shot start -> teacher after the last
 epoch, mean ± standard deviation over seeds. gap: how much of the gap in joint accuracy between the start and
 the same training with true labels (`--labels truth`) was closed; the mean of the seeds' shares.
 """
@@ -295,16 +297,15 @@ def gather(folder: Path) -> list[dict]:
 def conditions(run: dict) -> dict:
     """What has to be equal, besides the options, for runs of several seeds to stand in one row.
 
-    A start that a run made itself is a file MODEL-HASH, and the hash is of the seed, too. Such starts count
-    as one where their model, passes and code are one. Any other start counts by its file's name.
+    A start that was made for a seed is a file MODEL-seed-SEED. Such starts count as one. Any other start
+    counts by its file's name. Which commit a run was made at does not count: what training computes has not
+    changed since the first of these runs, and the tests compare it.
     """
-    made_here = re.fullmatch(re.escape(run["model"].replace("/", "-")) + "-[0-9a-f]{16}", run["start"])
-    passes = run["pretrain_epochs"] or "the usual"
+    own = f"{run['model'].replace('/', '-')}-seed-{run['seed']}"
     return {
         "model": run["model"],
-        "start": f"each seed's own, of {passes} passes" if made_here else run["start"],
+        "start": "each seed's own" if run["start"] == own else run["start"],
         "precision": run["precision"],
-        "code": run["code"],
     }
 
 

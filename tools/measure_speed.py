@@ -1,7 +1,7 @@
 """The speed of a training step, whole and by part, with the options of train.py.
 
-    python -m assets.measure_speed                                                 # the default run's step
-    python -m assets.measure_speed --model ViT-B-16-quickgelu --batch-size 4       # full size, random weights
+    python -m tools.measure_speed                                                  # the default run's step
+    python -m tools.measure_speed --model ViT-B-16-quickgelu --batch-size 4        # full size, random weights
 """
 import resource
 import statistics
@@ -14,9 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from data import draw_views, load_dataset, training_photographs
-from eval import embed, one_line_errors
+from eval import embed
 from losses import RULES
-from model import STARTS, hide_groups, hide_patches, train_mode, update_teacher
+from model import hide_groups, hide_patches, train_mode, update_teacher
+from support.command_line import one_line_errors
+from support.starts import STARTS
 
 REPEATS = 10  # of which the median counts; one before them compiles and fills caches
 

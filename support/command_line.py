@@ -1,0 +1,99 @@
+"""What the command lines of all scripts share."""
+import argparse
+import math
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from support import UserError
+from support.files import UP
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def one_line_errors():
+    """`with one_line_errors():` ends a script with one line and exit code 2 where a user can put it right.
+
+    That is at UserError, OSError and too little memory. Every other error is a bug, and keeps its traceback.
+    Ctrl-C ends it with one line, too: the KeyboardInterrupt's text, if it has one.
+    """
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be in the terminal's alphabet
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop}" if str(stop) else "\nstopped", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        message = " ".join(str(error).split())
+        # By type, or by what torch's CPU allocator says: other errors that speak of memory are bugs.
+        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if out_of_memory or "DefaultCPUAllocator: can't" in message:
+            message = ("out of memory; lower --points, and in train.py also --batch-size or --groups, or add "
+                       f"--grad-checkpointing there: {message}")
+        elif not isinstance(error, (UserError, OSError)):
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def option_parser(purpose: str) -> argparse.ArgumentParser:
+    """A parser that shows defaults, and says what is wrong in one line, without forty options before it."""
+    return argparse.ArgumentParser(description=purpose, usage=argparse.SUPPRESS,
+                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+
+def add_data_options(add):
+    """What both scripts ask of the data; `add` is the add_argument of a parser or a group."""
+    add("--data-root", type=Path, default=Path("data"), help="folder that holds the data sets")
+    add("--download", action=argparse.BooleanOptionalAction, default=True,
+        help="fetch data sets and starts that are missing")
+    add("--domain", choices=("source", "target"), help="objects as they are, or as a scanner sees them")
+    add("--up", choices=sorted(UP),
+        help="axis that points upwards in the files, but for glTF, whose standard says y (--up=-y: y down)")
+    add("--points", type=COUNT, help="points per cloud")
+    add("--views", type=COUNT, help="evaluation: depth views (6) or photographs (all) averaged")
+
+
+def add_device_options(add):
+    """Where and how both scripts compute."""
+    add("--device", type=usable_device, default=DEVICE, help="where to compute")
+    add("--precision", choices=("auto", "bf16", "fp32"), default="auto",
+        help="of the networks; auto: bf16 on a GPU that has it, else fp32. Some CPUs are fast in bf16, too")
+
+
+def number(low: float, high: float = math.inf, convert: type = float):
+    """An argparse type: a finite number in [low, high]."""
+    def parse(text: str):
+        value = convert(text)
+        if not low <= value <= high or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
+        return value
+
+    parse.__name__ = convert.__name__  # argparse prints it
+    return parse
+
+
+COUNT = number(1, convert=int)
+SHARE = number(0, 1)
+WEIGHT = number(0)
+
+
+def usable_device(name: str) -> str:
+    """An argparse type: cpu, cuda or cuda:N, where torch can compute here."""
+    try:
+        if torch.device(name).type not in ("cpu", "cuda"):  # Apple's mps has no float64, for one
+            raise argparse.ArgumentTypeError(f"{name!r} is not supported; use cpu or cuda")
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"cannot compute on {name!r}: {str(error).split('. ')[0][:100]}")
+    return name
+
+
+def words(value) -> str:
+    """An option's value as one types it: 0.0 -> 0, [0.5, 0.6] -> 0.5 0.6."""
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(words, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

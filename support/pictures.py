@@ -1,0 +1,88 @@
+"""Pictures: curves, a confusion matrix, a grid of views and clouds.
+
+Class names are anybody's: parse_math=False keeps matplotlib from reading "$5 and $10" as a formula.
+"""
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
+
+
+# Class names are anybody's: parse_math=False keeps matplotlib from reading "$5 and $10" as a formula.
+def plot_curves(picture: Path, lines: list[dict], zero_shot: dict | None):
+    """Accuracy of the teacher by epoch with its zero-shot lines; coverage and accuracy of pseudo-labels.
+
+    lines: of log.jsonl.
+    """
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+
+    # Okabe and Ito's colours, safe for colour-blind eyes.
+    epochs = [line for line in lines if "teacher" in line]
+    for modality, colour in {"image": "#0072B2", "point": "#D55E00", "joint": "#000000"}.items():
+        if zero_shot:
+            left.axhline(zero_shot[modality], color=colour, linestyle=":", linewidth=1)
+        left.plot([line["epoch"] for line in epochs], [line["teacher"][modality] for line in epochs],
+                  color=colour, label=modality, marker="o", markersize=3)
+    left.set(xlabel="epoch", ylabel="test top-1, %", title="teacher (dotted: zero-shot)")
+    left.xaxis.get_major_locator().set_params(integer=True)
+
+    for key, colour in {"coverage": "#009E73", "label_accuracy": "#CC79A7"}.items():
+        logged = [line for line in lines if line.get(key) is not None]
+        right.plot([line["step"] for line in logged], [100 * line[key] for line in logged],
+                   color=colour, label=key.replace("_", " "))
+    right.set(xlabel="step", ylabel="%", ylim=(0, 102), title="pseudo-labels")
+
+    for axes in (left, right):
+        axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+    figure.savefig(picture, format="png", dpi=100)
+
+
+def plot_confusion(picture: Path, labels: Tensor, named: Tensor, names: list[str], title: str):
+    """Percent of each class (row) that was given each name (column), from numbers of classes (N,) and (N,).
+
+    Of up to 100 classes every name and every number is written. Of more the picture stays as large (3,500
+    pixels), cells shrink, and every n-th name is written.
+    """
+    count = len(names)
+    # Each pair of true and predicted class is one number, so that all pairs are counted at once.
+    cells = torch.bincount(labels * count + named, minlength=count * count)
+    matrix = 100 * F.normalize(cells.view(count, count).double(), p=1)
+
+    side = 0.32 * min(count, 100)  # inches: 0.32 hold a number of two digits
+    figure = Figure(figsize=(2.5 + side, 2 + side), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=100)
+    ticks = range(0, count, math.ceil(count / 100))
+    axes.set_xticks(ticks, [names[k] for k in ticks], rotation=90, parse_math=False)
+    axes.set_yticks(ticks, [names[k] for k in ticks], parse_math=False)
+    axes.set(xlabel="predicted", ylabel="true")
+    axes.set_title(title, parse_math=False)
+
+    if count <= 100:
+        for i, j in (matrix >= 0.5).nonzero().tolist():
+            axes.text(j, i, f"{matrix[i, j]:.0f}", ha="center", va="center", fontsize=7,
+                      color="white" if matrix[i, j] > 55 else "black")
+    figure.savefig(picture, format="png", dpi=100)
+
+
+def draw_grid(picture: Path, cells: list, columns: int, title: str | None = None):
+    """Images (3, H, W) and clouds (P, 3), each with its title, row by row."""
+    rows = math.ceil(len(cells) / columns)
+    figure = Figure(figsize=(1.9 * columns, 2.3 * rows + 0.4), layout="constrained")
+    figure.suptitle(title)
+    for place, (item, text) in enumerate(cells, start=1):
+        is_cloud = item.dim() == 2
+        axes = figure.add_subplot(rows, columns, place, projection="3d" if is_cloud else None)
+        if is_cloud:
+            axes.scatter(*item.T, s=1, c=item[:, 2], linewidths=0)
+            axes.set(aspect="equal")
+        else:
+            axes.imshow(item.permute(1, 2, 0).clamp(0, 1).numpy())
+        axes.axis("off")
+        drawable = text.encode("utf-8", "replace").decode()  # names of files need not be UTF-8
+        axes.set_title(drawable, fontsize=8, loc="left", parse_math=False)
+    figure.savefig(picture, format="png", dpi=100)

@@ -1,0 +1,241 @@
+"""Files of starts: every family's layout is turned into a dict in that of our own. No model is built here."""
+import argparse
+import codecs
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD
+from torch import nn
+
+from support import UserError, whole_file
+from support.fetch import fetch_published
+
+# ------ Starts and their files -----------------------------------------------------------------------------
+# What the authors of two starts measured. The figures are theirs, and none of this code's.
+MEASURED_BY_ULIP = {
+    "dataset": "modelnet40",
+    "measured": "zero-shot top-1 in percent, on 8,192 points of modelnet40_normal_resampled",
+    "source": "README of huggingface.co/datasets/SFXX/ulip",
+}
+
+# Each start by its --model name: how clouds were cut into groups in its training, which a file made here says
+# itself, and what its authors report of it. Any other name is a plain vision transformer of open_clip.
+STARTS = {
+    "tiny": dict(groups=32, group_size=16),
+    "ulip2": dict(groups=512, group_size=32, reported=dict(MEASURED_BY_ULIP, point="about 74")),
+    "ulip1": dict(groups=512, group_size=32, reported=dict(MEASURED_BY_ULIP, point="60.3")),
+    "crossmost": dict(groups=64, group_size=32),
+}
+USUAL_GROUPS = STARTS["crossmost"]  # of a file that does not say
+
+# A CLIP and a Point-BERT small enough to pre-train on one CPU core in a quarter of an hour.
+TINY = {
+    "embed_dim": 128,
+    "image": dict(image_size=64, patch_size=16, width=96, layers=4, heads=3),
+    "point": dict(STARTS["tiny"], width=96, layers=4, heads=3, stem=[32, 64, 96], token_width=64,
+                  drop_path=0.0),
+    "text": dict(fixed_tokens=True, context_length=20, width=64, heads=2, layers=2),
+}
+
+
+def start_file(name: str, cache: Path, allowed: bool = True) -> Path:
+    """Find a start's file: tiny's is in the repository, crossmost's is put there by hand, others are fetched.
+
+    allowed: whether a file that is missing may be fetched.
+    """
+    if name == "tiny":
+        return Path(__file__).parents[1] / "assets" / "tiny.pt"
+    if name == "crossmost":
+        return cache / "ulip-june11-checkpoint_best.pt"
+    return fetch_published(name, cache, allowed)
+
+
+def read_start(path: str | Path, which: str = "teacher") -> dict:
+    """Read a file of any family into the layout of our own starts.
+
+    Families: our own starts and `last.pt`; ULIP-1 and ULIP-2 (image tower of SLIP, text tower, Point-BERT);
+    ULIP-2 with colours (Point-BERT only); Cross-MoST's start and its trained file.
+    Returns:
+        model, architecture: of the CrossMoST; architecture["image"] is None where there is no image tower.
+        text, text_architecture: of the TextEncoder; most files have one.
+        may_be_missing: beginnings of parameters that the family lacks.
+        options: "model", "groups", "group_size"; of a file of our own all that made it ("points" ...).
+    Raises: UserError for any other file.
+    """
+    content = read_file(path)
+    try:
+        if "architecture" not in content:
+            content = published_start(content, which, path)
+        point = content["architecture"]["point"]
+        options = {"model": "tiny", **content.get("options", {})}
+        point |= {**USUAL_GROUPS, **point}  # what the file does not say
+        options |= {key: point[key] for key in USUAL_GROUPS}
+        state = content["model"] if "model" in content else content[which]
+        return {"may_be_missing": (), **content, "options": options, "model": state}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is broken, or of no known family: {error!r}, found {list(content)[:4]}; "
+                        "get or make it again") from error
+
+# ------ Each family's layout -------------------------------------------------------------------------------
+# What self-training adds to published towers: random where a file lacks it.
+MAY_BE_MISSING = ("visual.mask_token_embedding", "visual.ln_patch.", "visual.decoder.",
+                  "point_encoder.mask_token", "point_encoder.proj", "point_encoder.lm_head.")
+TEXT_KEYS = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
+
+
+def published_start(content: dict, which: str, path: str | Path) -> dict:
+    """Another family's file for read_start: keys are renamed, sizes are read off the shapes."""
+    # Files nest their weights under one of these names; get() leaves a dict without the name as it is.
+    for name in ("model_ema" if which == "teacher" else "model", "model", "state_dict"):
+        content = content.get(name, content)
+    state = {key.removeprefix("module."): value for key, value in content.items()}
+    for family, sign in {"OpenShape": "ppat.", "Uni3D": "trans2embed"}.items():
+        if any(sign in key for key in state):
+            raise UserError(f"{path} is {family}'s, another network than Point-BERT; see README, Starts")
+
+    text = {f"tower.{key}": state.pop(key) for key in list(state) if key.startswith(TEXT_KEYS)}
+    slip = "visual.cls_token" in state  # SLIP's image tower, so the file is one of ULIP's
+    if slip:
+        state = from_timm(state)
+    if "image_projection" in state:
+        state["visual.proj"] = state.pop("image_projection")
+
+    embed_dim = state["pc_projection"].shape[1]
+    image = image_sizes(state, slip) if "visual.conv1.weight" in state else None
+    of_ulip = slip or image is None
+    cut = {key: STARTS["ulip2" if of_ulip else "crossmost"][key] for key in ("groups", "group_size")}
+    classes = state["classifier"].shape[1] if "classifier" in state else 0
+    pixels = dict(mean=IMAGENET_MEAN, std=IMAGENET_STD) if slip else {}
+    start = {
+        "model": state,
+        "architecture": dict(embed_dim=embed_dim, image=image, point={**point_sizes(state), **cut}, up="y",
+                             class_names=[str(k) for k in range(classes)], **pixels),
+        "may_be_missing": MAY_BE_MISSING,
+        "options": {"model": "ulip2" if slip else "crossmost"},
+    }
+    if text:
+        start |= {"text": text, "text_architecture": text_sizes(text, embed_dim)}
+    return start
+
+
+def image_sizes(state: dict, slip: bool) -> dict:
+    """Arguments of the ImageEncoder, of a published file's shapes."""
+    width, _, _, patch = state["visual.conv1.weight"].shape
+    grid = math.isqrt(len(state["visual.positional_embedding"]) - 1)  # without the position of CLS
+    return dict(image_size=patch * grid, patch_size=patch, quick_gelu=not slip, ln_pre=not slip,
+                eps=1e-6 if slip else 1e-5, **block_sizes(state, "visual.transformer.resblocks.", width))
+
+
+def point_sizes(state: dict) -> dict:
+    """Arguments of the PointEncoder, of a published file's shapes."""
+    first, local, second = (state[f"point_encoder.encoder.{layer}.weight"]
+                            for layer in ("first_conv.0", "first_conv.3", "second_conv.0"))
+    width, token_width = state["point_encoder.reduce_dim.weight"].shape
+    return dict(stem=[len(first), len(local), len(second)], channels=first.shape[1], token_width=token_width,
+                **block_sizes(state, "point_encoder.blocks.blocks.", width))
+
+
+def text_sizes(state: dict, embed_dim: int) -> dict:
+    """Arguments of the TextEncoder, of a published file's shapes."""
+    words, width = state["tower.token_embedding.weight"].shape
+    return dict(embed_dim=embed_dim, quick_gelu=True, vocab_size=words,
+                context_length=len(state["tower.positional_embedding"]),
+                **block_sizes(state, "tower.transformer.resblocks.", width))
+
+
+def block_sizes(state: dict, prefix: str, width: int) -> dict:
+    """Sizes of a transformer whose numbered blocks have this prefix; published heads are 64 wide."""
+    blocks = {key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)}
+    return dict(width=width, layers=len(blocks), heads=width // 64)
+
+
+TIMM_NAMES = {
+    "patch_embed.proj.weight": "conv1.weight", "cls_token": "class_embedding",
+    "pos_embed": "positional_embedding", "visual.norm.": "visual.ln_post.",
+    "visual.blocks.": "visual.transformer.resblocks.", ".norm1.": ".ln_1.", ".norm2.": ".ln_2.",
+    ".qkv.": ".in_proj_", ".attn.proj.": ".attn.out_proj.", ".fc1.": ".c_fc.", ".fc2.": ".c_proj.",
+}
+
+
+def from_timm(state: dict) -> dict:
+    """Rename SLIP's image tower from timm's names to open_clip's.
+
+    open_clip's patch embedding has no bias, so SLIP's is added to the patches' positions. Hidden patches have
+    these positions, too, so the mask token starts at minus the bias: together they are the plain position.
+    """
+    renamed = {}
+    for key, value in state.items():
+        if key.startswith("visual."):
+            for timm_name, open_clip_name in TIMM_NAMES.items():
+                key = key.replace(timm_name, open_clip_name)
+        renamed[key] = value
+
+    bias = renamed.pop("visual.patch_embed.proj.bias")
+    renamed["visual.class_embedding"] = renamed["visual.class_embedding"].flatten()
+    renamed["visual.positional_embedding"] = renamed["visual.positional_embedding"][0]
+    renamed["visual.positional_embedding"][1:] += bias
+    renamed["visual.mask_token_embedding"] = -bias.view(1, 1, -1)
+    return renamed
+
+# ------ Reading and writing --------------------------------------------------------------------------------
+def save_start(model: nn.Module, text: nn.Module | None, options: dict, path: Path):
+    """Write a start's file: a CrossMoST and its TextEncoder in half precision, and what made them."""
+    content = {"architecture": {**model.architecture, "class_names": []}, "model": halved(model)}
+    if text:
+        # Fixed token embeddings are made again by TextEncoder.
+        remade = ("tower.token_embedding.",) if text.architecture["fixed_tokens"] else ()
+        content |= {"text_architecture": text.architecture, "text": halved(text, remade)}
+    save_file({**content, "options": options}, path)
+
+
+def halved(module: nn.Module, without: tuple[str, ...] = ()) -> dict:
+    """A module's state in half precision, without what begins with one of `without`."""
+    return {key: value.half() if value.is_floating_point() else value
+            for key, value in module.state_dict().items() if not key.startswith(without)}
+
+
+def save_file(content: dict, path: Path):
+    """torch.save, whole or not at all. Raises: OSError, where the disk is full."""
+    with whole_file(path) as temporary:
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(content, file)
+        except (OSError, RuntimeError) as error:
+            # When a write fails, torch's writer misses bytes, and raises an error that hides the OSError.
+            refusal = error if isinstance(error, OSError) else error.__context__
+            if isinstance(refusal, OSError):
+                raise OSError(refusal.errno, refusal.strerror, str(path)) from error
+            raise
+
+
+def read_file(path: str | Path) -> dict:
+    """Read tensors and plain values of a checkpoint. Nothing in it is run (weights_only).
+
+    Raises: FileNotFoundError, or UserError if it is no such file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint {path}; README, Starts, says where to get which")
+
+    # Published files hold options and accuracies: a Namespace and NumPy scalars, of NumPy 1 or 2.
+    codes = "?" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]
+    scalar, _ = np.float64(0).__reduce__()
+    harmless = [argparse.Namespace, codecs.encode, np.dtype, *(type(np.dtype(code)) for code in codes),
+                (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
+    try:
+        with torch.serialization.safe_globals(harmless):
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (OSError, MemoryError):  # of the disk, or forbidden: it names the file; or too little memory
+        raise
+    except Exception as error:  # torch raises a different type for each way a file can be broken
+        if "DefaultCPUAllocator: can't" in str(error):  # too little memory, too: the file may be whole
+            raise
+        # torch's own message advises to load such a file unsafely.
+        foreign = re.search(r"(?i:unsupported).* GLOBAL ([\w.]+)", str(error))
+        if foreign:
+            raise UserError(f"{path} holds {foreign[1]}, which could run code; only tensors and plain values "
+                            "are read: get the checkpoint from its authors") from error
+        raise UserError(f"{path} is no checkpoint, or only a part of one; expected a file that torch.save "
+                        "wrote: get or make it again") from error

@@ -1,0 +1,1 @@
+"""Commands that one runs by hand. Nothing imports them."""
