@@ -340,7 +340,7 @@ def fixed_images(objects: Objects, views: int | None, size: int, batch_size: int
 # A loader takes (root, split, points, download) and returns Objects as they lie in the files: their `points`
 # are clouds (N, P, 3), at least as large as asked for if there are such, or the list of the N files to read
 # them from. `download` allows it to fetch what is missing.
-# Classes in the order of the labels. Of CO3D: folder -> class. Of ShapeNet-55: WordNet number -> class.
+# Classes in the order of the labels. Of CO3D: folder -> class.
 MODELNET10 = (
     "bathtub", "bed", "chair", "desk", "dresser", "monitor", "night stand", "sofa", "table", "toilet")
 SCANOBJECTNN = [
@@ -355,21 +355,6 @@ CO3D_NAMES = [
     "toy truck", "handbag", "broccoli", "wine glass", "microwave", "baseball glove", "book", "carrot", "ball",
     "bicycle", "chair", "stop sign", "vase", "plant"]
 CO3D = {name.removesuffix(" control").replace(" ", ""): name for name in CO3D_NAMES}
-SHAPENET55 = {
-    "02691156": "airplane", "02747177": "trash bin", "02773838": "bag", "02801938": "basket",
-    "02808440": "bathtub", "02818832": "bed", "02828884": "bench", "02843684": "birdhouse",
-    "02871439": "bookshelf", "02876657": "bottle", "02880940": "bowl", "02924116": "bus",
-    "02933112": "cabinet", "02942699": "camera", "02946921": "can", "02954340": "cap", "02958343": "car",
-    "02992529": "cell phone", "03001627": "chair", "03046257": "clock", "03085013": "keyboard",
-    "03207941": "dishwasher", "03211117": "display", "03261776": "earphone", "03325088": "faucet",
-    "03337140": "file cabinet", "03467517": "guitar", "03513137": "helmet", "03593526": "jar",
-    "03624134": "knife", "03636649": "lamp", "03642806": "laptop", "03691459": "loudspeaker",
-    "03710193": "mailbox", "03759954": "microphone", "03761084": "microwave", "03790512": "motorbike",
-    "03797390": "mug", "03928116": "piano", "03938244": "pillow", "03948459": "pistol",
-    "03991062": "flowerpot", "04004475": "printer", "04074963": "remote control", "04090263": "rifle",
-    "04099429": "rocket", "04225987": "skateboard", "04256520": "sofa", "04330267": "stove",
-    "04379243": "table", "04401088": "telephone", "04460130": "tower", "04468005": "train",
-    "04530566": "watercraft", "04554684": "washer"}
 
 
 def load_modelnet(root: Path, split: str, points: int, download: bool, classes=None,
@@ -580,17 +565,6 @@ def load_co3d(root: Path, split: str, _points, _download) -> Objects:
                    names=[file.parent.name for file in files], images=images if any(images) else None)
 
 
-def load_shapenet55(root: Path, split: str, _points, _download) -> Objects:
-    """Point-BERT's ShapeNet-55, for pre-training: ShapeNet-55/{train,test}.txt, shapenet_pc/*.npy."""
-    listed = root / "ShapeNet-55" / f"{split}.txt"
-    names = read_lines(listed, "needs ShapeNet's form: https://huggingface.co/datasets/ShapeNet/ShapeNetCore")
-    label_of = {synset: label for label, synset in enumerate(SHAPENET55)}
-    with reading(listed, "expected names that begin with the WordNet number of one of the 55 classes"):
-        labels = torch.tensor([label_of[name.split("-")[0]] for name in names])
-    files = [root / "shapenet_pc" / name for name in names]
-    return Objects(files, labels, list(SHAPENET55.values()), names=names)
-
-
 def in_split(name: str, split: str) -> bool:
     """Whether a fixed split, 80 % train and 20 % test by a hash of the name, puts an object there. The lists
     of the paper are not published.
@@ -619,7 +593,6 @@ DATASETS = {
     "redwood": dict(PHOTO, load=load_redwood, separate=[0.82, 0.82], batch_size=64),
     "co3d": dict(
         PHOTO, load=load_co3d, threshold=[0.84], separate=[0.8, 0.82], point_weight=0.9, epochs=150),
-    "shapenet55": dict(CAD, load=load_shapenet55, up="y", templates="3d", points=8192),
 }
 
 

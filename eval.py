@@ -6,6 +6,7 @@
 """
 import argparse
 import csv
+import io
 import json
 import os
 import statistics
@@ -243,26 +244,26 @@ def name_objects(objects: Objects, probs: dict[str, Tensor]) -> list[dict]:
     return lines
 
 
-def write_predictions(path: Path, objects: Objects, probs: dict[str, Tensor]):
+def predictions_csv(objects: Objects, probs: dict[str, Tensor]) -> bytes:
     """A CSV file with a line for each object, see `name_objects`."""
     lines = name_objects(objects, probs)
-    # surrogateescape: a file's name that is no UTF-8 is written as it is.
-    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.DictWriter(file, fieldnames=lines[0])
-        writer.writeheader()
-        writer.writerows(lines)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=lines[0])
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue().encode("utf-8", "surrogateescape")  # a file's name that is no UTF-8, as it is
 
 
-def write_embeddings(path: Path, embedded: dict, model: CrossMoST, objects: Objects):
+def embeddings_npz(embedded: dict, model: CrossMoST, objects: Objects) -> bytes:
     """An .npz file: what `embed` returns, the classifier, class names, objects' names, labels (-1: none)."""
     labels = torch.full((len(objects),), -1) if objects.labels is None else objects.labels
-    # An open file, because NumPy adds ".npz" to a name, and this one is temporary.
-    with open(path, "wb") as file:
-        np.savez_compressed(file, **embedded, classifier=model.classifier.detach().cpu(), labels=labels,
-                            class_names=np.array(objects.class_names), names=np.array(objects.names))
+    file = io.BytesIO()
+    np.savez_compressed(file, **embedded, classifier=model.classifier.detach().cpu(), labels=labels,
+                        class_names=np.array(objects.class_names), names=np.array(objects.names))
+    return file.getvalue()
 
 # ------ What the models see --------------------------------------------------------------------------------
-def plot_gallery(picture: Path, probs: dict[str, Tensor], objects: Objects, count: int = 12):
+def plot_gallery(probs: dict[str, Tensor], objects: Objects, count: int = 12) -> bytes:
     """View and cloud of objects that are named wrongly or in two ways, evenly spaced over all of these."""
     lines = name_objects(objects, probs)
     doubtful = [i for i, line in enumerate(lines)
@@ -276,10 +277,10 @@ def plot_gallery(picture: Path, probs: dict[str, Tensor], objects: Objects, coun
         cells.append((images[0, 0], f"is {lines[i]['true']}\n{text}" if "true" in lines[i] else text))
         cells.append((objects.points[i], ""))
     title = f"{len(doubtful)} of {len(objects)} objects are named wrongly or in two ways"
-    draw_grid(picture, cells, 8, title)
+    return draw_grid(cells, 8, title)
 
 
-def preview(picture: Path, objects: Objects, size: int = 224, count: int = 8):
+def preview(objects: Objects, size: int = 224, count: int = 8) -> bytes:
     """A sheet of objects: cloud, one evaluation view, weak and strong views."""
     torch.manual_seed(0)  # the same sheet each time
     spaced = torch.linspace(0, len(objects) - 1, min(count, len(objects))).long()
@@ -294,7 +295,7 @@ def preview(picture: Path, objects: Objects, size: int = 224, count: int = 8):
         name = shown.names[i] if shown.labels is None else shown.class_names[shown.labels[i]]
         for title, items in columns.items():
             cells.append((items[i], f"{name}\n{title}" if title == "cloud" else title))
-    draw_grid(picture, cells, len(columns))
+    return draw_grid(cells, len(columns))
 
 # ------ The command line -----------------------------------------------------------------------------------
 def parse_args(argv=None) -> argparse.Namespace:
@@ -347,7 +348,7 @@ def main(argv=None) -> dict | None:
     chosen = as_trained(args, saved["options"])
     objects = load_objects(args, chosen, saved["architecture"]["class_names"])
     if args.preview:
-        write_whole(args.preview, preview, objects)
+        write_whole(args.preview, preview(objects))
         print(f"{args.preview} shows some of the {len(objects)} {objects.split} objects of {objects.name}")
         return None
     if args.confusion and objects.labels is None:
@@ -365,7 +366,8 @@ def main(argv=None) -> dict | None:
     probs = to_probs(embedded)
     results[which] = assess(probs, objects)
     report(args, results, which, objects, probs)
-    write_whole(args.embeddings, write_embeddings, embedded, model, objects)
+    if args.embeddings:
+        write_whole(args.embeddings, embeddings_npz(embedded, model, objects))
     if len(objects) < len(args.files):
         raise UserError(f"only {len(objects)} of {len(args.files)} files could be read, see above")
     return results
@@ -478,12 +480,16 @@ def report(args, results: dict, which: str, objects: Objects, probs: dict[str, T
                   "point: {point} {point_confidence})".format(**line))
     else:
         print(table(results, every_class_of=which))
-    write_whole(args.predictions, write_predictions, objects, probs)
-    title = f"{objects.name} {objects.split}, joint, % of a class"
-    write_whole(args.confusion, plot_confusion, objects.labels, probs["joint"].argmax(dim=-1),
-                objects.class_names, title)
-    write_whole(args.gallery, plot_gallery, probs, objects)
-    write_whole(args.json, Path.write_text, json.dumps(results, indent=1) + "\n")
+    if args.predictions:
+        write_whole(args.predictions, predictions_csv(objects, probs))
+    if args.confusion:
+        title = f"{objects.name} {objects.split}, joint, % of a class"
+        named = probs["joint"].argmax(dim=-1)
+        write_whole(args.confusion, plot_confusion(objects.labels, named, objects.class_names, title))
+    if args.gallery:
+        write_whole(args.gallery, plot_gallery(probs, objects))
+    if args.json:
+        write_whole(args.json, json.dumps(results, indent=1).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
 """The losses and the label rules: functions without state. Losses are computed in float32.
 
-B batch, N all objects, C classes, E joint embedding, L image patches, G point groups, S points per group,
+B batch, C classes, E joint embedding, L image patches, G point groups, S points per group,
 D width of a transformer's tokens.
 """
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,12 +44,12 @@ def joint_pseudo_labels(image_probs: Tensor, point_probs: Tensor, threshold: flo
 def self_training_loss(logits: Tensor, labels: Tensor, keep: Tensor) -> Tensor:
     """Cross-entropy in nats, averaged over the kept objects [self-training].
 
-    sum_i keep_i * -log p_i[y_i] / sum_i keep_i.  Zero, not NaN, when none is kept (Deviation D8).
+    sum_i keep_i * -log p_i[y_i] / max(1, sum_i keep_i).  Zero, not NaN, when none is kept (Deviation D8).
 
     Args:
         logits: (B, C) of the student.
         labels: (B,) int64 pseudo-labels.
-        keep: (B,) bool, True = trained on.
+        keep: (B,) bool, True = trained on; or weights in [0, 1].
     """
     per_object = F.cross_entropy(logits.float(), labels, reduction="none")  # (B,)
     # clamp: without any kept object this is 0 / 1, and the run goes on.
@@ -190,86 +188,49 @@ def name_alignment_loss(features: Tensor, texts: Tensor, labels: Tensor, logit_s
     name_to_object = -logits.log_softmax(dim=0).gather(1, labels[:, None]).mean()
     return (object_to_name + name_to_object) / 2
 
-# ------ Label rules: `--labels` ----------------------------------------------------------------------------
-class Evidence(NamedTuple):
-    """What a label rule may look at, of one batch."""
 
-    image_probs: Tensor | None  # (B, C) the teacher's probabilities of the weak images; None if not trained
-    point_probs: Tensor | None  # (B, C) the same of the weak clouds
-    thresholds: list[float]  # confidence to exceed; two where images and points are judged apart
-    point_weight: float = 1.0  # w_P
-    truth: Tensor | None = None  # (B,) true labels, for rules that need them: the oracle only
-    transduced: Tensor | None = None  # (B, C) of transduced_labels, for rules that need them
-
-
-def label_jointly(evidence: Evidence) -> dict:
-    """joint_pseudo_labels for both modalities; where only one is trained, its own label."""
-    if evidence.image_probs is None or evidence.point_probs is None:
-        return label_separately(evidence)
-    labels, keep = joint_pseudo_labels(evidence.image_probs, evidence.point_probs, evidence.thresholds[0],
-                                       evidence.point_weight)
-    return {"image": (labels, keep), "point": (labels, keep)}
-
-
-def label_by_mean(evidence: Evidence) -> dict:
-    """argmax of the mean of the two probability vectors, kept where that mean exceeds the threshold."""
-    confidence, labels = ((evidence.image_probs + evidence.point_probs) / 2).max(dim=-1)
-    keep = confidence > evidence.thresholds[0]
-    return {"image": (labels, keep), "point": (labels, keep)}
-
-
-def label_where_they_agree(evidence: Evidence) -> dict:
-    """The joint label, kept only where both modalities name the same class."""
-    labels, keep = label_jointly(evidence)["image"]
-    keep = keep & (evidence.image_probs.argmax(dim=-1) == evidence.point_probs.argmax(dim=-1))
-    return {"image": (labels, keep), "point": (labels, keep)}
-
-
-def label_separately(evidence: Evidence) -> dict:
-    """Each modality's own argmax, kept where it exceeds the modality's threshold (Deviation D14)."""
-    # Where only one threshold is given, it serves both modalities.
-    image_threshold, point_threshold = evidence.thresholds[0], evidence.thresholds[-1]
-    labelled = {}
-    if evidence.image_probs is not None:
-        confidence, labels = evidence.image_probs.max(dim=-1)
-        labelled["image"] = labels, confidence > image_threshold
-    if evidence.point_probs is not None:
-        confidence, labels = evidence.point_probs.max(dim=-1)
-        labelled["point"] = labels, confidence > point_threshold
-    return labelled
-
-
-def label_together(evidence: Evidence) -> dict:
-    """The largest entry of transduced_labels [together], kept where it exceeds the threshold."""
-    confidence, labels = evidence.transduced.max(dim=-1)
-    keep = confidence > evidence.thresholds[0]
-    return {"image": (labels, keep), "point": (labels, keep)}
-
-
-def label_truly(evidence: Evidence) -> dict:
-    """The true labels, all kept."""
-    keep = torch.ones_like(evidence.truth, dtype=torch.bool)
-    return {"image": (evidence.truth, keep), "point": (evidence.truth, keep)}
-
-
-class Rule(NamedTuple):
-    """A label rule: label(evidence) -> {modality: (labels (B,) int64, keep (B,) bool)}."""
-
-    label: Callable
-    purpose: str
-    needs_both: bool = False  # both modalities must be trained
-    needs_teacher: bool = True  # the teacher is asked at every step
-    needs_transduced: bool = False  # all objects are named at once, every few epochs
-    needs_truth: bool = False  # the training objects must have labels
-
-
+# ------ Who names the objects: `--labels` -------------------------------------------------------------------
+# Each rule in a sentence. `together` and `truth` name all objects at once, outside the training step; the
+# others ask the teacher at each step, through pseudo_labels.
 RULES = {
-    "joint": Rule(label_jointly, "the label of the surer modality (the method)"),
-    "mean": Rule(label_by_mean, "the label of the mean probabilities", needs_both=True),
-    "agree": Rule(label_where_they_agree, "joint, kept only where both say the same", needs_both=True),
-    "separate": Rule(label_separately, "each modality its own"),
-    "together": Rule(label_together, "from all objects named at once", needs_both=True, needs_teacher=False,
-                     needs_transduced=True),
-    "truth": Rule(label_truly, "the true labels: an oracle, the ceiling", needs_teacher=False,
-                  needs_truth=True),
+    "joint": "the label of the surer modality (the method)",
+    "mean": "the label of the mean probabilities",
+    "agree": "joint, kept only where both say the same",
+    "separate": "each modality its own",
+    "together": "from all objects named at once, every few epochs",
+    "truth": "the true labels: an oracle, the ceiling",
 }
+
+
+def pseudo_labels(rule: str, probs: dict[str, Tensor], thresholds: list[float],
+                  point_weight: float = 1.0) -> dict[str, tuple[Tensor, Tensor]]:
+    """Label a batch by a rule of RULES that asks the teacher at each step [joint-label].
+
+    Args:
+        probs: {"image": p_I, "point": p_P}, the teacher's probabilities (B, C) of the weak views. Where only
+            one modality is trained it stands alone, and every rule gives that one's own label.
+        thresholds: tau, the confidence to exceed. Two are those of images and of points, for labels of their
+            own (Deviation D14); one is of both.
+        point_weight: w_P of joint_pseudo_labels.
+    Returns:
+        {modality: (labels (B,) int64, keep (B,) bool)} of the modalities in `probs`. A rule of a fork's own
+        may return weights in [0, 1] as `keep`.
+    """
+    if rule == "separate" or len(probs) == 1:
+        taus = {"image": thresholds[0], "point": thresholds[-1]}
+        labelled = {}
+        for modality, p in probs.items():
+            confidence, labels = p.max(dim=-1)
+            labelled[modality] = labels, confidence > taus[modality]
+        return labelled
+
+    threshold = thresholds[0]
+    if rule == "mean":
+        confidence, labels = ((probs["image"] + probs["point"]) / 2).max(dim=-1)
+        keep = confidence > threshold
+    else:
+        labels, keep = joint_pseudo_labels(probs["image"], probs["point"], threshold, point_weight)
+    if rule == "agree":
+        same_name = probs["image"].argmax(dim=-1) == probs["point"].argmax(dim=-1)
+        keep = keep & same_name
+    return {"image": (labels, keep), "point": (labels, keep)}

@@ -10,7 +10,6 @@ Parameters have the names of the published checkpoints, so that these load stric
 the few that differ: the image tower of SLIP (in ULIP's files), the image projection, the text tower.
 """
 import math
-import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,6 @@ from torch.utils.checkpoint import checkpoint
 
 from support import UserError
 from support.farthest_points import farthest_point_kernel, launch_farthest_points
-from support.resume import CODE
 from support.starts import STARTS, TINY, read_start
 
 # ------ Groups and masks -----------------------------------------------------------------------------------
@@ -544,14 +542,9 @@ class TextEncoder(nn.Module):
 
 @torch.no_grad()
 def embed_names(text: TextEncoder, class_names: list[str], templates: tuple[str, ...]) -> Tensor:
-    """Average each name's text features over the templates [classifier]. -> (C, E), unit norm
-
-    Raises: UserError for two names that are the same words to the tower.
-    """
+    """Average each name's text features over the templates [classifier]. -> (C, E), unit norm"""
     texts = [template.format(name) for name in class_names for template in templates]
     tokens = text.tokenize(texts).unflatten(0, (len(class_names), len(templates)))  # (C, templates, length)
-    refuse_equal_tokens(class_names, tokens)
-
     features = []
     for part in tokens.split(math.ceil(256 / len(templates))):  # about 256 texts at once
         of_texts = text_features(text.tower, part.flatten(0, 1))
@@ -563,12 +556,9 @@ def text_features(tower: nn.Module, tokens: Tensor) -> Tensor:
     """Features (n, E), unit norm, of the tokens (n, length) of n texts: the tower's own, but faster.
 
     CLIP's tower answers at the end token, the largest number, and sees only what stands before it. Texts are
-    short, so the empty places behind them are left out. Other towers get every place.
+    short, so the empty places behind them are left out.
     """
     device = next(tower.parameters()).device
-    if getattr(tower, "pool_type", None) != "argmax":
-        return F.normalize(tower(tokens.to(device)).float(), dim=-1)
-
     ends = tokens.argmax(dim=-1)
     length = ends.max().item() + 1
     x = tower.token_embedding(tokens[:, :length].to(device)) + tower.positional_embedding[:length]
@@ -577,25 +567,14 @@ def text_features(tower: nn.Module, tokens: Tensor) -> Tensor:
     return F.normalize((x @ tower.text_projection).float(), dim=-1)
 
 
-def refuse_equal_tokens(class_names: list[str], tokens: Tensor):
-    """Raises: UserError for two names with equal tokens (C, templates, length): they would share a column."""
-    names_by_tokens = {}
-    for name, rows in zip(class_names, tokens):
-        key = rows.numpy().tobytes()
-        if key in names_by_tokens:
-            raise UserError(f"{names_by_tokens[key]!r} and {name!r} are the same words to the text tower: it "
-                            f"ignores case and reads {tokens.shape[-1]} tokens at most; rename one, or leave "
-                            "it out")
-        names_by_tokens[key] = name
-
-# ------ Starts: a model without classifier, and the text tower that names classes for it -------------------
+# ------ Starts: a model without classifier, and the text tower that names classes for it ------------------
 def build_model(name: str, class_names: list[str], templates: tuple[str, ...], pretrained: str | None = None,
                 start_checkpoint: str | Path | None = None, seed: int = 0, device: str | torch.device = "cpu",
                 **point) -> CrossMoST:
     """Build a zero-shot start with one classifier column per class name, in eval mode, on `device`.
 
     Args:
-        name: one of STARTS, or a model of open_clip's.
+        name: one of STARTS, or a model of open_clip's, which lends its towers to a file without them.
         templates: texts with {} for a class name.
         pretrained: open_clip's weights of `name`: a tag or a file.
         start_checkpoint: a file of any family, see read_start. Without it `tiny`, and the point encoder
@@ -606,22 +585,20 @@ def build_model(name: str, class_names: list[str], templates: tuple[str, ...], p
     if name in STARTS and (pretrained or name != "tiny" and not start_checkpoint):
         raise UserError(f"--model {name} is one file; use --start-checkpoint FILE, no --pretrained")
 
-    model = text = None
-    if name not in STARTS:
-        model, text = open_clip_start(name, pretrained, seed, **point)
-    elif not start_checkpoint:
-        model, text = random_tiny(seed, **point)
-
     if start_checkpoint:
-        model, text_of_file = load_start(start_checkpoint, model, **point)
-        text = text_of_file or text
-    if text is None and name == "crossmost":
-        _, text = open_clip_start("ViT-B-16-quickgelu", "openai")
+        # The authors' start is beside OpenAI's CLIP, whose text tower its file may lack.
+        lenders = {"crossmost": ("ViT-B-16-quickgelu", "openai")}
+        lender = lenders.get(name, None if name in STARTS else (name, pretrained))
+        model, text = load_start(start_checkpoint, lender, **point)
+    elif name == "tiny":
+        model, text = random_tiny(seed, **point)
+    else:
+        model, text = open_clip_start(name, pretrained, seed, **point)
     if text is None:
         raise UserError(f"{start_checkpoint} holds no text tower to name classes with; add the open_clip "
                         "name of its CLIP, --model and --pretrained")
 
-    text.tower.to(device)
+    text.to(device)
     model.set_classifier(embed_names(text, class_names, templates), class_names)
     return model.to(device).eval()
 
@@ -635,46 +612,45 @@ def random_tiny(seed: int, **point) -> tuple[CrossMoST, TextEncoder]:
 
 
 def open_clip_start(name: str, pretrained: str | None, seed: int = 0,
-                    **point) -> tuple[CrossMoST, SimpleNamespace]:
-    """An open_clip model's image tower beside an untrained Point-BERT, and its text tower with its tokenizer.
+                    **point) -> tuple[CrossMoST, TextEncoder]:
+    """An open_clip model's image tower beside an untrained Point-BERT, and its text tower.
 
-    Raises: UserError for an unknown name, an image tower that is no plain vision transformer, weights of
-    another activation, or weights out of reach.
+    Raises: UserError as plain_towers, or where the weights are out of reach.
     """
-    config = open_clip.get_model_config(name)
-    image = plain_image_tower(name, pretrained)
+    embed_dim, image_sizes, text_sizes = plain_towers(name, pretrained)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             clip = open_clip.create_model(name, pretrained, force_custom_text=True)  # a text tower of its own
-            clip = clip.requires_grad_(False).eval()
         except Exception as error:  # of the hub, of the network, of the file: each has its own type
             raise UserError(f"cannot get the weights {pretrained!r} of {name} ({str(error)[:150]}); fetch "
                             "them once with a connection, or name a file: --pretrained FILE") from error
         pixels = clip.visual.preprocess_cfg
-        model = CrossMoST(config["embed_dim"], image, point, mean=pixels["mean"], std=pixels["std"])
+        model = CrossMoST(embed_dim, image_sizes, point, mean=pixels["mean"], std=pixels["std"])
+        text = TextEncoder(embed_dim, **text_sizes).requires_grad_(False).eval()
 
     load_strictly(model.visual, clip.visual.state_dict(), name, ("mask_token_emb", "ln_patch.", "decoder."))
+    load_strictly(text.tower, clip.text.state_dict(), name)
     model.logit_scale.data.copy_(clip.logit_scale)
-    return model, SimpleNamespace(tower=clip.text, tokenize=open_clip.get_tokenizer(name))
+    return model, text
 
 
-def plain_image_tower(name: str, pretrained: str | None) -> dict:
-    """Arguments of the ImageEncoder for an open_clip model. No weights are needed for that.
+def plain_towers(name: str, pretrained: str | None) -> tuple[int, dict, dict]:
+    """E, and the arguments of ImageEncoder and TextEncoder, for an open_clip model. Needs no weights.
 
-    Raises: UserError for an unknown name, an image tower that is no plain vision transformer, and weights
-    that were trained with another activation: open_clip would only warn of these.
+    Raises: UserError for an unknown name, towers that are no plain transformers, and weights that were
+    trained with another activation: open_clip would only warn of these.
     """
     config = open_clip.get_model_config(name)
     if config is None:
         raise UserError(f"unknown model {name!r}; one of {', '.join(STARTS)}, ViT-B-16-quickgelu ...")
 
-    image = config["vision_cfg"]
+    image, text = config["vision_cfg"], config["text_cfg"]
     extras = set(image) - {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"}
+    extras |= set(text) - {"context_length", "vocab_size", "width", "heads", "layers"}
     if extras or not isinstance(image["layers"], int):  # a ResNet has a list of layers
-        raise UserError(f"{name}'s image tower is no plain vision transformer {sorted(extras)}; take a "
-                        "ViT-...")
+        raise UserError(f"{name}'s towers are no plain transformers {sorted(extras)}; take a ViT-...")
 
     quick_gelu = config.get("quick_gelu", False)
     weights = open_clip.get_pretrained_cfg(name, pretrained or "")
@@ -684,51 +660,40 @@ def plain_image_tower(name: str, pretrained: str | None) -> dict:
                         f"use {other}")
 
     heads = image["width"] // image.pop("head_width", 64)
-    return {**image, "heads": heads, "quick_gelu": quick_gelu}
+    return config["embed_dim"], {**image, "heads": heads, "quick_gelu": quick_gelu}, \
+        {**text, "quick_gelu": quick_gelu}
 
 
-def load_strictly(module: nn.Module, state: dict, path: str | Path, may_be_missing: tuple[str, ...] = ()):
-    """Load `state` strictly, but for parameters that begin with one of `may_be_missing`.
-
-    Raises: UserError with the keys that are missing, left over or of another shape.
-    """
-    kept = {key: value for key, value in module.state_dict().items() if key.startswith(may_be_missing)}
-    try:
-        module.load_state_dict(kept | state)
-    except RuntimeError as error:
-        raise UserError(f"{path} does not fit: {str(error)[:500]}") from error
-
-
-def load_checkpoint(path: str | Path, groups: int | None = None, group_size: int | None = None,
-                    point_heads: int | None = None, which: str = "teacher") -> CrossMoST:
+def load_checkpoint(path: str | Path, which: str = "teacher", **point) -> CrossMoST:
     """The teacher, or the "student", of a file of any family, in eval mode.
 
-    groups, group_size and point_heads, where given, replace the file's.
+    point: groups, group_size and heads of the PointEncoder, in place of the file's.
     """
-    given = {"groups": groups, "group_size": group_size, "heads": point_heads}
-    point = {key: value for key, value in given.items() if value}
     model, _ = load_start(path, None, which, **point)
     return model.eval()
 
 
-def load_start(path: str | Path, lender: CrossMoST | None = None, which: str = "teacher",
+def load_start(path: str | Path, lender: tuple | None = None, which: str = "teacher",
                **point) -> tuple[CrossMoST, TextEncoder | None]:
     """Load model and text tower of a file of any family; None for a text tower that is not there.
 
-    lender: lends its image tower to a file without one. point: arguments of the PointEncoder in place of the
-    file's. The head that predicts the hidden groups is new where `target` differs from the file's, or, with
-    target "points", where group_size does.
+    lender: name and weights of the open_clip model that lends its towers to a file without. point: arguments
+    of the PointEncoder in place of the file's. The head that predicts the hidden groups is new where `target`
+    differs from the file's, or, with target "points", where group_size does.
     Raises: UserError, see read_start and load_strictly.
     """
     content = read_start(path, which)
     architecture, state, may_be_missing = content["architecture"], content["model"], content["may_be_missing"]
 
-    if architecture["image"] is None:
-        if lender is None:
-            raise UserError(f"{path} holds a point encoder only; add --model with the open_clip name of its "
-                            "CLIP (ULIP-2 with colours: ViT-bigG-14 --pretrained laion2b_s39b_b160k)")
-        state |= {key: value for key, value in lender.state_dict().items() if key.startswith("visual.")}
-        architecture |= {key: lender.architecture[key] for key in ("image", "mean", "std")}
+    lacks_image, clip_text = architecture["image"] is None, None
+    if lender and (lacks_image or "text" not in content):
+        clip, clip_text = open_clip_start(*lender)
+    elif lacks_image:
+        raise UserError(f"{path} holds a point encoder only; add --model with the open_clip name of its "
+                        "CLIP (ULIP-2 with colours: ViT-bigG-14 --pretrained laion2b_s39b_b160k)")
+    if lacks_image:
+        state |= {key: value for key, value in clip.state_dict().items() if key.startswith("visual.")}
+        architecture |= {key: clip.architecture[key] for key in ("image", "mean", "std")}
 
     of_file = {"target": "tokens", **architecture["point"]}
     point = {**of_file, **point}
@@ -741,24 +706,26 @@ def load_start(path: str | Path, lender: CrossMoST | None = None, which: str = "
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # of what the file lacks
             model = CrossMoST(**{**architecture, "point": point})
-            text = TextEncoder(**content["text_architecture"]) if "text" in content else None
+            text = TextEncoder(**content["text_architecture"]) if "text" in content else clip_text
     except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:  # sizes that cannot be
         raise UserError(f"cannot build the model of {path}: {error!r}; check the point encoder's sizes if "
                         "you gave any, else get or make the file again") from error
 
     load_strictly(model, state, path, may_be_missing)
-    print_origin(path, content["options"])
-    if text:
+    if "text" in content:
         remade = ("tower.token_embedding.",) if text.architecture["fixed_tokens"] else ()
         load_strictly(text, content["text"], path, remade)
     return model, text
 
 
-def print_origin(path: str | Path, options: dict):
-    """Say what made a start of our own. Other families' files do not know it."""
-    if "commit" in options:
-        print(f"start {path}: --pretrain-epochs {options['pretrain_epochs']} --seed {options['seed']}, "
-              f"commit {options['commit']}, torch {options['torch']}")
-        if options.get("code") != CODE:
-            print(f"note: other code made this start ({options.get('code', 'unknown')}, now {CODE}); README, "
-                  "Starts, says how to make it anew", file=sys.stderr)
+def load_strictly(module: nn.Module, state: dict, path: str | Path, may_be_missing: tuple[str, ...] = ()):
+    """Load `state` strictly, but for parameters that begin with one of `may_be_missing`.
+
+    Raises: UserError with the keys that are missing, left over or of another shape.
+    """
+    kept = {key: value for key, value in module.state_dict().items() if key.startswith(may_be_missing)}
+    try:
+        module.load_state_dict(kept | state)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit: {str(error)[:500]}; an encoder of your own needs a start of "
+                        "its own, which python -m tools.pretrain makes") from error

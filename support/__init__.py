@@ -1,6 +1,5 @@
 """What is practical, and not of the paper. What stands here is needed everywhere."""
 import os
-from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -8,22 +7,17 @@ class UserError(Exception):
     """What a user can put right. It ends train.py and eval.py with this one line and exit code 2."""
 
 
-@contextmanager
-def whole_file(path: Path):
-    """Gives a temporary name to write to. `path` is then the whole new file, or what it was before."""
+def write_whole(path: Path, content: bytes):
+    """Make `path` the whole new file, or leave it as it was. Raises: OSError that names it: a full disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")  # what a killed process left is overwritten by the next
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # before the rename, for the case that the power fails
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def write_whole(path: Path | None, write, *given):
-    """Make the file `path`, whole or not at all, by write(temporary name, *given). Nothing for None."""
-    if path:
-        with whole_file(path) as temporary:
-            write(temporary, *given)

@@ -1,6 +1,7 @@
 """What the command lines of all scripts share."""
 import argparse
 import math
+import shlex
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,8 +93,29 @@ def usable_device(name: str) -> str:
     return name
 
 
-def words(value) -> str:
-    """An option's value as one types it: 0.0 -> 0, [0.5, 0.6] -> 0.5 0.6."""
-    if isinstance(value, (list, tuple)):
-        return " ".join(map(words, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def as_options(values: dict) -> str:
+    """Options as one types them: {"w_cross": 0.0, "threshold": [0.5, 0.6]} -> --w-cross 0 --threshold 0.5 0.6
+
+    An option that is None is left out.
+    """
+    words = []
+    for option, value in values.items():
+        flag = "--" + option.replace("_", "-")
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+            continue
+        several = value if isinstance(value, list) else [value]
+        texts = [f"{one:.15g}" if isinstance(one, float) else str(one) for one in several]
+        if texts and texts[0].startswith("-"):  # which argparse would take for another option
+            words.append(f"{flag}={texts[0]}")
+        else:
+            words += [flag, *texts]
+    return shlex.join(words)
+
+
+def plain_options(args: argparse.Namespace) -> dict:
+    """The options in the parser's order, as values that a file can keep."""
+    return {option: str(value) if isinstance(value, Path) else value
+            for option, value in vars(args).items() if option != "changed"}

@@ -1,11 +1,15 @@
 """Several GPUs: torchrun's processes share each batch. Without torchrun every function here does nothing."""
 import atexit
 import os
+import re
 import sys
+from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,6 +32,35 @@ def join_processes():
     atexit.register(dist.destroy_process_group)
     if not leader():
         sys.stdout = open(os.devnull, "w")
+
+
+@contextmanager
+def only_writer(out: Path):
+    """To hold (`with`) while a run writes to a folder. Raises: UserError where another process does."""
+    if not leader():
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / ".last.pt.lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise UserError(f"another process writes to {out}; wait, or name another --out") from error
+
+
+@contextmanager
+def lost_processes_are_one_line():
+    """What is raised where the other end of a connection is gone becomes a UserError.
+
+    The errors of gloo and NCCL have no type of their own.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not dist.is_initialized() or not re.search("gloo|NCCL|onnection", str(error)):
+            raise
+        raise UserError("another of torchrun's processes has ended; what it printed says why. The same "
+                        "command goes on from the last saved epoch") from error
 
 
 def rank() -> int:
@@ -64,30 +97,22 @@ def my_part(batch: Tensor) -> Tensor:
     return batch.chunk(world_size())[rank()]
 
 
-class GatherBatch(torch.autograd.Function):
+def whole_batch(part: Tensor) -> Tensor:
     """The whole batch (B, ...) of the processes' equal parts, in order, with gradient (Deviation D25).
 
-    Each process computes the same loss from the whole batch. Backward adds up the processes' gradients of a
-    part, which makes them (number of processes) times too large. DistributedDataParallel takes the mean over
-    the processes, which divides by that number again.
+    Each process computes the same loss from the whole batch, and keeps the gradient of its own part. The mean
+    that DistributedDataParallel takes over the processes divides that gradient by their number, so it is
+    multiplied by it first.
     """
-
-    @staticmethod
-    def forward(ctx, part: Tensor) -> Tensor:
-        gathered = [torch.empty_like(part) for _ in range(world_size())]
-        dist.all_gather(gathered, part.contiguous())
-        return torch.cat(gathered)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        return gradient.chunk(world_size())[rank()]
-
-
-def whole_batch(part: Tensor) -> Tensor:
-    """GatherBatch under torchrun; otherwise the part is the whole batch."""
-    return GatherBatch.apply(part) if dist.is_initialized() else part
+    if not dist.is_initialized():
+        return part
+    parts = [torch.empty_like(part) for _ in range(world_size())]
+    dist.all_gather(parts, part.detach().contiguous())
+    parts[rank()] = part
+    whole = torch.cat(parts)
+    if whole.requires_grad:
+        whole.register_hook(lambda gradient: world_size() * gradient)
+    return whole
 
 
 def gather_embedded(embed, model, objects, views: int | None) -> dict:

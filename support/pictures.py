@@ -1,9 +1,9 @@
-"""Pictures: curves, a confusion matrix, a grid of views and clouds.
+"""Pictures, each as the bytes of a PNG file: curves, a confusion matrix, a grid of views and clouds.
 
 Class names are anybody's: parse_math=False keeps matplotlib from reading "$5 and $10" as a formula.
 """
+import io
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,14 @@ from torch import Tensor
 
 
 # Class names are anybody's: parse_math=False keeps matplotlib from reading "$5 and $10" as a formula.
-def plot_curves(picture: Path, lines: list[dict], zero_shot: dict | None):
+def png(figure: Figure) -> bytes:
+    """The bytes of the figure's file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()
+
+
+def plot_curves(lines: list[dict], zero_shot: dict | None) -> bytes:
     """Accuracy of the teacher by epoch with its zero-shot lines; coverage and accuracy of pseudo-labels.
 
     lines: of log.jsonl.
@@ -38,10 +45,10 @@ def plot_curves(picture: Path, lines: list[dict], zero_shot: dict | None):
 
     for axes in (left, right):
         axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))
-    figure.savefig(picture, format="png", dpi=100)
+    return png(figure)
 
 
-def plot_confusion(picture: Path, labels: Tensor, named: Tensor, names: list[str], title: str):
+def plot_confusion(labels: Tensor, named: Tensor, names: list[str], title: str) -> bytes:
     """Percent of each class (row) that was given each name (column), from numbers of classes (N,) and (N,).
 
     Of up to 100 classes every name and every number is written. Of more the picture stays as large (3,500
@@ -66,10 +73,10 @@ def plot_confusion(picture: Path, labels: Tensor, named: Tensor, names: list[str
         for i, j in (matrix >= 0.5).nonzero().tolist():
             axes.text(j, i, f"{matrix[i, j]:.0f}", ha="center", va="center", fontsize=7,
                       color="white" if matrix[i, j] > 55 else "black")
-    figure.savefig(picture, format="png", dpi=100)
+    return png(figure)
 
 
-def draw_grid(picture: Path, cells: list, columns: int, title: str | None = None):
+def draw_grid(cells: list, columns: int, title: str | None = None) -> bytes:
     """Images (3, H, W) and clouds (P, 3), each with its title, row by row."""
     rows = math.ceil(len(cells) / columns)
     figure = Figure(figsize=(1.9 * columns, 2.3 * rows + 0.4), layout="constrained")
@@ -85,4 +92,4 @@ def draw_grid(picture: Path, cells: list, columns: int, title: str | None = None
         axes.axis("off")
         drawable = text.encode("utf-8", "replace").decode()  # names of files need not be UTF-8
         axes.set_title(drawable, fontsize=8, loc="left", parse_math=False)
-    figure.savefig(picture, format="png", dpi=100)
+    return png(figure)

@@ -1,74 +1,86 @@
-"""Exact resume: what a run saves, and when it may go on."""
+"""Exact resume: what a run saves, and when it may go on (Deviation D16)."""
 import ast
 import hashlib
 import json
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from support import UserError
-from support.command_line import words
+from support.command_line import as_options
 from support.parallel import leader
 from support.starts import read_file, save_file
 
 
-class TrainingState:
-    """What OUT/last.pt holds: all that a run needs to continue exactly (Deviation D16).
+@dataclass
+class Run:
+    """All that a run needs to continue exactly. OUT/last.pt holds it."""
 
-    student, teacher, optimizer; epoch: how many are done; zero_shot: what assess() said of the start;
-    transduced: what name_together said last, or None; seconds: run time so far, with that of the processes
-    that this one continues. may_change: options with which a run may continue changed.
-    """
-
-    def __init__(self, student, teacher, optimizer, args, objects, may_change: tuple[str, ...]):
-        self.student, self.teacher, self.optimizer = student, teacher, optimizer
-        self.epoch, self.zero_shot, self.transduced = 0, None, None
-        self.path, self.log_path = args.out / "last.pt", args.out / "log.jsonl"
-        self.options = plain_options(args)
-        # What must not change when a run continues, besides the options.
-        self.identity = {option: value for option, value in self.options.items()
-                         if option not in may_change}
-        self.identity |= {"classes": objects.class_names, "objects": objects_hash(objects), "code": CODE,
-                          "precision": str(student.precision).removeprefix("torch.")}
-        self.began = time.perf_counter()
+    student: nn.Module
+    teacher: nn.Module
+    optimizer: torch.optim.Optimizer
+    options: dict  # as they were given
+    identity: dict  # what must be the same when a run continues, see identity_of
+    epoch: int = 0  # how many are done
+    zero_shot: dict | None = None  # what assess() said of the start
+    given: tuple | None = None  # labels and keep (N,) of all objects, where the step does not ask the teacher
+    began: float = 0.0  # on perf_counter's clock; moved back by the time of the processes before this one
 
     def seconds(self) -> float:
+        """How long the run has taken, all its processes together."""
         return time.perf_counter() - self.began
 
-    def save(self):
-        """Write OUT/last.pt, whole or not at all. Raises: UserError where a weight is not finite."""
-        if not leader():
-            return
-        if not all(parameter.isfinite().all() for parameter in self.student.parameters()):
-            raise UserError(f"weights are not finite after epoch {self.epoch}; lower --lr, or look at the "
-                            f"data; {self.path} is of an earlier epoch, if there was one")
-        states = {name: getattr(self, name).state_dict() for name in ("student", "teacher", "optimizer")}
-        values = {name: getattr(self, name)
-                  for name in ("epoch", "zero_shot", "transduced", "options", "identity")}
-        save_file({**states, **values, "architecture": self.student.architecture,
-                   "seconds": self.seconds(), "log_bytes": self.log_path.stat().st_size}, self.path)
 
-    def load(self):
-        """Go back to OUT/last.pt. Raises: UserError where it is broken, or of other options, data or code."""
-        saved = read_file(self.path)
-        advice = "name another --out, or --no-resume to start over"
-        try:
-            changed = [f"{option}: {words(saved['identity'].get(option))} then, {words(value)} now"
-                       for option, value in self.identity.items() if saved["identity"].get(option) != value]
-            if changed:
-                raise UserError(f"{self.path} was made with other values: {'; '.join(changed)}; use those, "
-                                f"{advice}")
-            log_bytes = self.log_path.stat().st_size if self.log_path.exists() else 0
-            if log_bytes < saved["log_bytes"]:
-                raise UserError(f"{self.log_path} is shorter than when {self.path} was saved; {advice}")
-            for name in ("student", "teacher", "optimizer"):
-                getattr(self, name).load_state_dict(saved[name])
-            for name in ("epoch", "zero_shot", "transduced"):
-                setattr(self, name, saved[name])
-            self.began -= saved["seconds"]
-            os.truncate(self.log_path, saved["log_bytes"])  # forget lines written after the checkpoint
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"cannot continue {self.path}, it is broken: {error}; {advice}") from error
+def save(run: Run, out: Path):
+    """Write OUT/last.pt, whole or not at all. Raises: UserError where a weight is not finite."""
+    if not leader():
+        return
+    path = out / "last.pt"
+    if not all(parameter.isfinite().all() for parameter in run.student.parameters()):
+        raise UserError(f"weights are not finite after epoch {run.epoch}; lower --lr, or look at the data; "
+                        f"{path} is of an earlier epoch, if there was one")
+    content = {name: getattr(run, name).state_dict() for name in ("student", "teacher", "optimizer")}
+    for name in ("options", "identity", "epoch", "zero_shot", "given"):
+        content[name] = getattr(run, name)
+    content["architecture"] = run.student.architecture
+    content["seconds"] = run.seconds()
+    content["threads"] = torch.get_num_threads()
+    content["log_bytes"] = (out / "log.jsonl").stat().st_size
+    save_file(content, path)
+
+
+def load(run: Run, out: Path):
+    """Go back to OUT/last.pt. Raises: UserError where it is broken, or of other options, data or code."""
+    path, log = out / "last.pt", out / "log.jsonl"
+    content = read_file(path)
+    try:
+        changes = changes_of(content["identity"], run.identity)
+        if changes:
+            raise UserError(f"{path} cannot continue: {'; '.join(changes)}. Give what it was begun with, or "
+                            "another --out; --no-resume starts over")
+        for name in ("student", "teacher", "optimizer"):
+            getattr(run, name).load_state_dict(content[name])
+        for name in ("epoch", "zero_shot", "given"):
+            setattr(run, name, content[name])
+        run.began -= content["seconds"]
+        # Forget lines that were written after the checkpoint.
+        os.truncate(log, min(content["log_bytes"], log.stat().st_size))
+        if content["threads"] != torch.get_num_threads():
+            print(f"{content['threads']} threads computed so far, now {torch.get_num_threads()}: the last "
+                  "digits may differ from those of a run that never stopped")
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"cannot continue {path}, it is broken: {error}; --no-resume starts over") from error
+
+
+def identity_of(options: dict, may_change: tuple[str, ...], objects, precision: torch.dtype) -> dict:
+    """What must be the same for a run to continue: options (but those that may change), data, code."""
+    fixed = {option: value for option, value in options.items() if option not in may_change}
+    return {**fixed, "precision": str(precision).removeprefix("torch."), "code": CODE,
+            "classes": objects.class_names, "objects": objects_hash(objects)}
 
 
 def objects_hash(objects) -> str:
@@ -80,26 +92,34 @@ def objects_hash(objects) -> str:
     return digest.hexdigest()[:16]
 
 
-def plain_options(args) -> dict:
-    """The options in the parser's order, as values that a file can keep."""
-    not_options = ("sources", "changed", "changes")
-    return {option: str(value) if isinstance(value, Path) else value for option, value in vars(args).items()
-            if option not in not_options}
+def changes_of(before: dict, now: dict) -> list[str]:
+    """What differs between two identities, in words that one can act on."""
+    in_words = {"code": "the code was edited since", "classes": "the class names are others",
+                "objects": "the training objects are others"}
+    changes = []
+    for key, value in now.items():
+        if before.get(key) != value:
+            was, is_now = (as_options({key: one}) or f"no --{key}" for one in (before.get(key), value))
+            changes.append(in_words.get(key, f"it was begun with {was}, now {is_now}"))
+    return changes
 
 
-# What decides which weights a run ends with.
+# ------ The code's hash -------------------------------------------------------------------------------------
+# What decides the weights that a run ends with, and those of a start that tools.pretrain makes.
 HASHED = ("losses", "model", "data", "eval", "train", "support/furniture", "support/files", "support/starts",
           "support/farthest_points", "support/parallel", "support/transduction")
+HASHED_OF_STARTS = ("losses", "model", "data", "support/furniture", "support/files",
+                    "support/farthest_points", "tools/pretrain")
 
 
-def code_hash(root: Path) -> str:
-    """Eight hexadecimal digits that change with what the files of HASHED below `root` do.
+def code_hash(root: Path, modules: tuple[str, ...] = HASHED) -> str:
+    """Eight hexadecimal digits that change with what these files below `root` do.
 
     Comments, docstrings and layout do not change it. It is made of the syntax tree's own types and values,
     because what ast.dump and ast.unparse write differs between versions of Python.
     """
     digest = hashlib.sha256()
-    for module in HASHED:
+    for module in modules:
         tree = ast.parse((root / f"{module}.py").read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -121,6 +141,7 @@ def described(node) -> list | str:
     return f"{type(node).__name__} {node}"
 
 
-# A run that other code began must not continue, and its figures are not ours. Hashed at import, because the
-# files may be edited while a run lasts.
+# What other code began must not continue. Hashed at import, because the files may be edited while a run
+# lasts.
 CODE = code_hash(Path(__file__).parents[1])
+CODE_OF_STARTS = code_hash(Path(__file__).parents[1], HASHED_OF_STARTS)

@@ -1,6 +1,7 @@
 """Files of starts: every family's layout is turned into a dict in that of our own. No model is built here."""
 import argparse
 import codecs
+import io
 import math
 import re
 from pathlib import Path
@@ -10,23 +11,16 @@ import torch
 from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD
 from torch import nn
 
-from support import UserError, whole_file
+from support import UserError, write_whole
 from support.fetch import fetch_published
 
 # ------ Starts and their files -----------------------------------------------------------------------------
-# What the authors of two starts measured. The figures are theirs, and none of this code's.
-MEASURED_BY_ULIP = {
-    "dataset": "modelnet40",
-    "measured": "zero-shot top-1 in percent, on 8,192 points of modelnet40_normal_resampled",
-    "source": "README of huggingface.co/datasets/SFXX/ulip",
-}
-
 # Each start by its --model name: how clouds were cut into groups in its training, which a file made here says
-# itself, and what its authors report of it. Any other name is a plain vision transformer of open_clip.
+# itself. Any other name is a plain vision transformer of open_clip.
 STARTS = {
     "tiny": dict(groups=32, group_size=16),
-    "ulip2": dict(groups=512, group_size=32, reported=dict(MEASURED_BY_ULIP, point="about 74")),
-    "ulip1": dict(groups=512, group_size=32, reported=dict(MEASURED_BY_ULIP, point="60.3")),
+    "ulip2": dict(groups=512, group_size=32),
+    "ulip1": dict(groups=512, group_size=32),
     "crossmost": dict(groups=64, group_size=32),
 }
 USUAL_GROUPS = STARTS["crossmost"]  # of a file that does not say
@@ -199,16 +193,9 @@ def halved(module: nn.Module, without: tuple[str, ...] = ()) -> dict:
 
 def save_file(content: dict, path: Path):
     """torch.save, whole or not at all. Raises: OSError, where the disk is full."""
-    with whole_file(path) as temporary:
-        try:
-            with open(temporary, "wb") as file:
-                torch.save(content, file)
-        except (OSError, RuntimeError) as error:
-            # When a write fails, torch's writer misses bytes, and raises an error that hides the OSError.
-            refusal = error if isinstance(error, OSError) else error.__context__
-            if isinstance(refusal, OSError):
-                raise OSError(refusal.errno, refusal.strerror, str(path)) from error
-            raise
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_whole(path, buffer.getbuffer())
 
 
 def read_file(path: str | Path) -> dict:

@@ -1,11 +1,12 @@
-"""The runs behind the tables of README and assets/tables.md, more ablations, and the tables.
+"""The runs behind the tables of README and assets/tables.md, runs of one's own, and the tables of both.
 
-    python -m tools.make_tables                               # hours; stop it at any time, the same goes on
-    python -m tools.make_tables --only shapes seed-0          # the runs whose names hold all these words
-    python -m tools.make_tables --jobs 0 --into assets        # no run, only the tables of those done
+    python -m tools.make_tables --rows "" "--w-cross 0" --seeds 0 1      # two rows of one's own, on `shapes`
+    python -m tools.make_tables --rivals                                 # all of assets/tables.md: days
+    python -m tools.make_tables --jobs 0 --into assets                   # no run, only tables of those done
 
-A finished run is not run again, an unfinished one continues. tables.md and results.json are written beside
-the runs, into runs/tables.
+A row is a set of options of train.py, "" the method with its defaults. Each seed has a start of its own,
+which tools.pretrain makes first: a quarter of an hour on one core. A finished run is not run again, an
+unfinished one continues. tables.md and results.json are written beside the runs, into runs/tables.
 """
 import json
 import os
@@ -14,7 +15,6 @@ import statistics
 import subprocess
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,20 +27,17 @@ from data import Objects, load_dataset
 from eval import MODALITIES, assess, embed, evaluate, to_probs, top_one
 from model import TEMPLATES, CrossMoST, build_model, precision_for
 from support import UserError, write_whole
-from support.command_line import number, one_line_errors, option_parser
+from support.command_line import as_options, number, one_line_errors, option_parser
 from support.files import reading
-from support.resume import CODE
+from support.resume import CODE_OF_STARTS
+from support.starts import read_start
 from support.transduction import transduced_labels
 
 # ------ What is run -----------------------------------------------------------------------------------------
-# Options of train.py for all runs. Each seed has a start of its own, of as many passes as assets/tiny.pt.
-# Nothing reads the accuracy on the way, so only start and end are evaluated.
-ALL_RUNS = "--model tiny --pretrain-epochs 10 --eval-every 0"
-SEEDS = (0, 1, 2)
 SHAPES = "--dataset shapes"
 REAL = "--dataset modelnet10"
 SCANNED = "--dataset modelnet10 --domain target"
-# A row of the tables: what differs from the method with its defaults, and the data sets it is run on.
+# The rows of assets/tables.md, and the data sets each was run on.
 ROWS = {
     "": (SHAPES, REAL, SCANNED),
     "--labels truth": (SHAPES, REAL, SCANNED),
@@ -73,20 +70,24 @@ class Run(NamedTuple):
     rival: str | None = None
 
 
-def planned_runs() -> list[Run]:
-    """All runs, then all rivals. A row's seeds stand together: two jobs make two starts at once."""
-    runs = []
-    for changed, data_sets in ROWS.items():
-        for data_set in data_sets:
-            for seed in SEEDS:
-                name = f"{folder_name(data_set)}/{folder_name(changed) or 'default'}/seed-{seed}"
-                runs.append(Run(name, f"{data_set} {changed} {ALL_RUNS} --seed {seed}"))
+def planned_runs(rows: list[str], data_sets: list[str] | None, seeds: list[int], rivals: bool,
+                 folder: Path) -> list[Run]:
+    """All runs, then all rivals. A row's seeds stand together.
 
-    for rival in RIVALS:
-        for data_set in ROWS[""]:
-            for seed in SEEDS:
+    data_sets: for all rows; None takes those of ROWS, and `shapes` for a row that is not there.
+    """
+    runs = []
+    for row in rows:
+        for data_set in data_sets or ROWS.get(row, (SHAPES,)):
+            for seed in seeds:
+                name = f"{folder_name(data_set)}/{folder_name(row) or 'default'}/seed-{seed}"
+                runs.append(Run(name, f"{data_set} {row} {options_of(seed, folder)}"))
+
+    for rival in RIVALS if rivals else ():
+        for data_set in data_sets or ROWS[""]:
+            for seed in seeds:
                 name = f"{folder_name(data_set)}/{rival.replace(' ', '-')}/seed-{seed}"
-                runs.append(Run(name, f"{data_set} {ALL_RUNS} --seed {seed}", rival))
+                runs.append(Run(name, f"{data_set} {options_of(seed, folder)}", rival))
     return runs
 
 
@@ -96,23 +97,30 @@ def folder_name(options: str) -> str:
     return "-".join(word.removeprefix("--") for word in words)
 
 
+def options_of(seed: int, folder: Path) -> str:
+    """Options of all runs of a seed. Nothing reads the accuracy on the way, so only the end is evaluated."""
+    return f"--start-checkpoint {start_path(seed, folder)} --seed {seed} --eval-every 0"
+
+
+def start_path(seed: int, folder: Path) -> Path:
+    return folder / "starts" / f"tiny-seed-{seed}.pt"
+
+
 # ------ Running ---------------------------------------------------------------------------------------------
 def main(argv=None) -> str:
     """Run what is not done, then write the tables. Returns the short one."""
     args = parse_args(argv)
-    chosen = [run for run in planned_runs() if all(word in run.name for word in args.only)]
     failed = []
     if args.jobs:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: ends the runs, too
-        failed = train_all([run for run in chosen if not run.rival], args.folder, args.jobs)
-        score_rivals([run for run in chosen if run.rival], args.folder)
+        failed = run_all(args)
 
     results = gather(args.folder)
     short, document = tables(results)
-    for folder in [args.folder, args.into]:
+    for folder in (args.folder, args.into):
         if folder:
-            write_whole(folder / "tables.md", Path.write_text, document, "utf-8")
-            write_whole(folder / "results.json", Path.write_text, json.dumps(results, indent=0))
+            write_whole(folder / "tables.md", document.encode())
+            write_whole(folder / "results.json", json.dumps(results, indent=0).encode())
     print(short)
     if failed:
         raise UserError(f"{len(failed)} runs failed; their output.txt says why: {', '.join(failed)}")
@@ -122,40 +130,65 @@ def main(argv=None) -> str:
 def parse_args(argv=None):
     parser = option_parser(__doc__.splitlines()[0])
     add = parser.add_argument
+    add("--rows", nargs="+", default=list(ROWS), metavar="OPTIONS", help="of train.py, a row each")
+    add("--data", nargs="+", metavar="OPTIONS", help="data sets, as \"--dataset modelnet10 --domain target\"")
+    add("--seeds", nargs="+", type=number(0, convert=int), default=[0, 1, 2], help="of starts and runs")
+    add("--rivals", action="store_true", help="score what the starts reach without training, too")
     add("--folder", type=Path, default=Path("runs/tables"), help="where the runs and their tables are")
-    add("--only", nargs="+", default=[], metavar="WORD", help="only runs whose names hold all these words")
     add("--jobs", type=number(0, convert=int), default=2, help="runs at a time; 0 only gathers what is done")
     add("--into", type=Path, help="a second folder for tables.md and results.json, for example assets")
     return parser.parse_args(argv)
+
+
+def run_all(args) -> list[str]:
+    """Make the seeds' starts, run, and score rivals, as far as it is not done. Returns the names that failed.
+
+    Raises: UserError for a start that other code made.
+    """
+    runs = planned_runs(args.rows, args.data, args.seeds, args.rivals, args.folder)
+    starts = {}
+    for seed in args.seeds:
+        path = start_path(seed, args.folder)
+        if not path.exists():
+            starts[f"starts/seed-{seed}"] = f"-m tools.pretrain --seed {seed} --into {path}"
+        elif read_start(path)["options"].get("code") != CODE_OF_STARTS:
+            raise UserError(f"{path} was made by other code; remove it, or name another --folder")
+
+    trainings = {run.name: f"{train.__file__} {run.options} --out {args.folder / run.name}"
+                 for run in runs if not run.rival and not results_path(args.folder, run).exists()}
+    failed = in_processes(starts, args.folder, args.jobs) + in_processes(trainings, args.folder, args.jobs)
+    for run in runs:
+        path = results_path(args.folder, run)
+        if run.rival and not path.exists():
+            write_whole(path, json.dumps(score_rival(run), indent=1).encode())
+            print(f"{run.name} done", flush=True)
+    return failed
 
 
 def results_path(folder: Path, run: Run) -> Path:
     return folder / run.name / "results.json"
 
 
-def train_all(runs: list[Run], folder: Path, jobs: int) -> list[str]:
-    """Run what is not done, `jobs` at a time, saying how long the rest takes. Returns the names that failed.
+def in_processes(commands: dict[str, str], folder: Path, jobs: int) -> list[str]:
+    """Run Python with each command line, `jobs` at a time. Returns the names of those that failed.
 
-    Whatever ends this process ends the runs, which then continue with the next call.
+    What one prints goes into output.txt in the folder of its name. Whatever ends this process ends them.
     """
-    waiting = [run for run in runs if not results_path(folder, run).exists()]
-    print(f"{len(runs)} runs, {remaining(waiting, runs, folder, jobs)}", flush=True)
-    running, failed = {}, []
+    waiting, running, failed = list(commands), {}, []
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                run = waiting.pop(0)
-                running[run] = launch(run, folder, max(1, torch.get_num_threads() // jobs))
+                name = waiting.pop(0)
+                running[name] = launch(commands[name], folder / name, max(1, torch.get_num_threads() // jobs))
             time.sleep(0.2)
 
-            for run, process in list(running.items()):
+            for name, process in list(running.items()):
                 if process.poll() is not None:
-                    del running[run]
+                    del running[name]
                     if process.returncode:
-                        failed.append(run.name)
+                        failed.append(name)
                     ended = "failed" if process.returncode else "done"
-                    left = remaining([*waiting, *running], runs, folder, jobs)
-                    print(f"{run.name} {ended}; {left}", flush=True)
+                    print(f"{name} {ended}, {len(waiting) + len(running)} remain", flush=True)
     finally:
         for process in running.values():
             process.terminate()
@@ -164,58 +197,32 @@ def train_all(runs: list[Run], folder: Path, jobs: int) -> list[str]:
     return failed
 
 
-def launch(run: Run, folder: Path, threads: int) -> subprocess.Popen:
-    """train.py with the run's options. What it prints goes into output.txt in the run's folder."""
-    out = folder / run.name
+def launch(command: str, out: Path, threads: int) -> subprocess.Popen:
+    """Python with a command line, whose output goes into a file."""
     out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, train.__file__, *run.options.split(), "--out", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    root = Path(train.__file__).parent
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1",
+                   "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
     with open(out / "output.txt", "w") as output:
         # A session of its own, so that a terminal's Ctrl-C comes from here alone, once.
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment,
-                                start_new_session=True)
-
-
-def remaining(left: list[Run], runs: list[Run], folder: Path, jobs: int) -> str:
-    """How many runs are left, and how long they take if each takes what those done on its data set took."""
-    seconds = {}
-    for run in runs:
-        if results_path(folder, run).exists():
-            results = json.loads(results_path(folder, run).read_text())
-            seconds.setdefault(run.name.split("/")[0], []).append(results["seconds"])
-    if not left or not seconds:
-        return f"{len(left)} remain"
-
-    of_any = statistics.mean(value for values in seconds.values() for value in values)
-    mean = {data_set: statistics.mean(values) for data_set, values in seconds.items()}
-    total = sum(mean.get(run.name.split("/")[0], of_any) for run in left)
-    return f"{len(left)} remain, about {timedelta(seconds=round(total / jobs))} h:m:s"
+        return subprocess.Popen([sys.executable, *command.split()], stdout=output, stderr=subprocess.STDOUT,
+                                env=environment, start_new_session=True)
 
 
 # ------ Rivals: what the same start reaches without training ------------------------------------------------
-def score_rivals(rivals: list[Run], folder: Path):
-    """Write the results.json of those rivals that have none, one after the other."""
-    for run in rivals:
-        path = results_path(folder, run)
-        if not path.exists():
-            write_whole(path, Path.write_text, json.dumps(score_rival(run), indent=1))
-            print(f"{run.name} done", flush=True)
-
-
 def score_rival(run: Run) -> dict:
     """The results of a rival, with the keys of train.py's as far as there is such a thing, and "accuracy"."""
     args = train.parse_args(run.options.split())
     unlabelled, test = (load_dataset(args.dataset, args.data_root, split, args.points, args.domain,
                                      args.download, args.up) for split in ("train", "test"))
-    start_path = train.find_start(args, unlabelled)
-    model = build_model(args.model, test.class_names, TEMPLATES[args.templates], args.pretrained, start_path,
-                        groups=args.groups, group_size=args.group_size).to(args.device)
+    model = build_model(args.model, test.class_names, TEMPLATES[args.templates], args.pretrained,
+                        args.start_checkpoint, groups=args.groups, group_size=args.group_size)
+    model = model.to(args.device)
     model.precision = precision_for(args.precision, args.device)
     probs = RIVALS[run.rival](model, unlabelled, test, args.views)
     return {
         "dataset": test.name, "split": test.split, "objects": len(test), "rival": run.rival,
-        "model": args.model, "start": start_path.stem, "pretrain_epochs": args.pretrain_epochs,
-        "seed": args.seed, "changed": {}, "code": CODE,
+        "model": args.model, "start": train.start_name(args), "seed": args.seed, "changed": {},
         "precision": str(model.precision).removeprefix("torch."),
         "commit": train.provenance(args.device)["commit"],
         "zero_shot": top_one(evaluate(model, test, args.views)),
@@ -362,12 +369,8 @@ def options_label(run: dict) -> str:
     """What sets a run apart from the method with its defaults, as options of train.py."""
     if "rival" in run:
         return f"{run['rival']}, no training"
-    words = []
-    for option, values in run["changed"].items():
-        words.append("--" + option.replace("_", "-"))
-        for value in values if isinstance(values, list) else [values]:
-            words.append(f"{value:.15g}" if isinstance(value, float) else str(value))
-    return f"`{' '.join(words)}`" if words else "Cross-MoST"
+    options = as_options(run["changed"])
+    return f"`{options}`" if options else "Cross-MoST"
 
 
 def place(run: dict) -> int:

@@ -15,10 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from data import draw_views, load_dataset, training_photographs
 from eval import embed
-from losses import RULES
 from model import hide_groups, hide_patches, train_mode, update_teacher
 from support.command_line import one_line_errors
-from support.starts import STARTS
 
 REPEATS = 10  # of which the median counts; one before them compiles and fills caches
 
@@ -28,34 +26,32 @@ def main(argv=None) -> dict:
     args = train.parse_args(argv)
     objects = load_dataset(args.dataset, args.data_root, "train", args.points, args.domain, args.download,
                            args.up)
-    # Random weights are as fast as others, so an open_clip model needs no point encoder aligned to it.
-    has_file = args.model in STARTS or args.start_checkpoint
-    state = train.build_state(args, objects, train.find_start(args, objects) if has_file else None)
-    train_mode(state.student, args.freeze)
+    run = train.begin(args, objects)
+    train_mode(run.student, args.freeze)
 
     batch = objects.pick(torch.arange(args.batch_size) % len(objects))
     points = batch.points.to(args.device)
     # Photographs are decoded before: this takes the CPU's workers, not the device.
-    size = state.student.visual.image_size[0]
+    size = run.student.visual.image_size[0]
     photographs = next(iter(training_photographs(batch, (torch.arange(len(batch)),), size, seed=0)))
 
     rounds = []
     for _ in range(1 + REPEATS):
-        seconds = {"step": whole_step(state, points, photographs, args)}
-        seconds |= parts_of_a_step(state, points, photographs, args)
+        seconds = {"step": whole_step(run, points, photographs, args)}
+        seconds |= parts_of_a_step(run, points, photographs, args)
         began = now(args.device)
-        embed(state.teacher, batch, args.views)
+        embed(run.teacher, batch, args.views)
         seconds["evaluation"] = now(args.device) - began
         rounds.append(seconds)
     median = {name: statistics.median(seconds[name] for seconds in rounds[1:]) for name in rounds[0]}
 
     speed = {
         "seconds": median,
-        "tflop": work(state, points, photographs, args),
-        "product": product_speed(args.device, state.student.precision),
+        "tflop": work(run, points, photographs, args),
+        "product": product_speed(args.device, run.student.precision),
         "memory": memory(args.device),
     }
-    report(speed, len(batch), state.student.precision, args)
+    report(speed, len(batch), run.student.precision, args)
     return speed
 
 
@@ -66,22 +62,21 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
-def whole_step(state, points, photographs, args) -> float:
+def whole_step(run, points, photographs, args) -> float:
     """Seconds of one training step, from clouds to the teacher's update."""
     began = now(args.device)
-    views = draw_views(points, state.student.visual.image_size[0], photographs)
-    truth = transduced = None
-    if RULES[args.labels].needs_truth:
-        truth = torch.zeros(len(points), dtype=torch.long, device=args.device)
-    if RULES[args.labels].needs_transduced:
-        transduced = torch.ones(len(points), len(state.student.class_names), device=args.device)
-    train.train_step(state.student, state.teacher, views, state.optimizer, 1, 1000, args, truth, transduced)
+    views = draw_views(points, run.student.visual.image_size[0], photographs)
+    given = None
+    if args.labels in ("together", "truth"):  # which do not ask the teacher at each step
+        labels = torch.zeros(len(points), dtype=torch.long, device=args.device)
+        given = labels, torch.ones_like(labels, dtype=torch.bool)
+    train.train_step(run.student, run.teacher, views, run.optimizer, 1, 1000, args, given)
     return now(args.device) - began
 
 
-def parts_of_a_step(state, points, photographs, args) -> dict[str, float]:
+def parts_of_a_step(run, points, photographs, args) -> dict[str, float]:
     """Seconds of a step's parts, in their order. Labels and losses are left out: `report` gives the rest."""
-    student, teacher = state.student, state.teacher
+    student, teacher = run.student, run.teacher
     seconds, last = {}, now(args.device)
 
     def lap(part: str):
@@ -113,12 +108,12 @@ def parts_of_a_step(state, points, photographs, args) -> dict[str, float]:
     outputs = student(strong_images, strong_groups, image_hidden, point_hidden)
     lap("student, forward")
 
-    state.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad(set_to_none=True)
     trained = [output for output in outputs if output is not None and output.requires_grad]
     sum(output.float().mean() for output in trained).backward()
     lap("student, backward")
 
-    state.optimizer.step()
+    run.optimizer.step()
     lap("optimizer")
 
     update_teacher(teacher, student, 1.0)
@@ -126,11 +121,11 @@ def parts_of_a_step(state, points, photographs, args) -> dict[str, float]:
     return seconds
 
 
-def work(state, points, photographs, args) -> float:
+def work(run, points, photographs, args) -> float:
     """TFLOP of a step: matrix products and attention, a multiplication and an addition each counted."""
     # The counter does not see into compiled code.
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-        whole_step(state, points, photographs, args)
+        whole_step(run, points, photographs, args)
     return counter.get_total_flops() / 1e12
 
 
