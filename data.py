@@ -3,18 +3,15 @@
 Coordinates are right-handed, z up, float32; every cloud is centred and scaled into the unit sphere.
 Angles are in radians. N objects, B batch, P points, V views.
 """
-import copy
 import difflib
 import hashlib
+import io
 import json
 import math
-import multiprocessing
 import os
-import signal
-import threading
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -22,14 +19,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from support import UserError
-from support.fetch import DOWNLOADS, fetch_published, lock, unpack
-from support.files import (FEWER_POINTS, LAYOUT, find_photographs, read_folder, read_lines, read_objects,
-                           read_photograph, reading, to_z_up)
+from support import UserError, write_whole
+from support.fetch import fetch, unpack
+from support.files import (LAYOUT, find_photographs, mostly_photographed, read_folder, read_lines,
+                           read_objects, read_photograph, reading, to_z_up)
 from support.furniture import PROGRAMS, rotate_about_xyz, sample_furniture
+from support.workers import in_workers
 
 
 @dataclass
@@ -172,18 +170,27 @@ def draw_views(points: Tensor, size: int, photographs: tuple | None = None) -> d
     """Weak [joint-label] and strong views [self-training] of clouds (B, P, 3) for one training step.
 
     Images (B, 3, size, size) are the pair `photographs` that training_photographs gives, or else two crops
-    of one random depth view. Deviation D22: a depth map has no colours for the original's RandAugment, and
-    its smaller crops would lose the object.
+    of one random depth view.
     """
     if photographs is None:
-        image = random_view(points, size)
-        grey = image[:, :1]  # the three channels of a depth view are equal: crop one
-        weak = random_crop(grey, 0.85, aspect=1, flip=0).expand_as(image)
-        strong = random_crop(grey, 0.6, aspect=4 / 3, flip=0.5).expand_as(image)
+        weak, strong = depth_crops(points, size)
     else:
         weak, strong = (images.to(points.device, non_blocking=True) for images in photographs)
     return {"weak_image": weak, "strong_image": strong,
             "weak_points": weak_points(points), "strong_points": strong_points(points)}
+
+
+def depth_crops(points: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The weak and the strong crop of one random depth view of each cloud. Two of (B, 3, size, size)
+
+    Deviation D22: a depth map has no colours for the original's RandAugment, and its smaller crops would lose
+    the object.
+    """
+    image = random_view(points, size)
+    grey = image[:, :1]  # the three channels of a depth view are equal: crop one
+    weak = random_crop(grey, 0.85, aspect=1, flip=0).expand_as(image)
+    strong = random_crop(grey, 0.6, aspect=4 / 3, flip=0.5).expand_as(image)
+    return weak, strong
 
 
 def random_crop(images: Tensor, smallest: float, aspect: float, flip: float) -> Tensor:
@@ -238,14 +245,15 @@ def random_yaw(points: Tensor) -> Tensor:
     angles[:, 2] = 2 * math.pi * torch.rand(len(points), device=points.device)
     return rotate_about_xyz(points, angles)
 
-# ------ Photographs ----------------------------------------------------------------------------------------
-class Photographs(Dataset):
-    """Photographs or renderings of objects, decoded and cropped, as uint8; depth views may be floats.
 
-    Item i with a `seed` is a pair (3, size, size) of one photograph of object i: the weak image (random crop
-    [joint-label]) and the strong one (crop of 0.3 to 1, flip, RandAugment of magnitude 9 [self-training];
-    Deviation D22). Without a seed it is the centre crops (V, 3, size, size) of all its photographs, or of
-    `views` evenly spaced ones. An object that has no photograph gets depth views.
+# ------ Photographs -----------------------------------------------------------------------------------------
+class Photographs(Dataset):
+    """Images of objects of which some have photographs, as arrays of bytes, or of floats where rendered.
+
+    Item i with a `seed` is the weak and the strong image (3, size, size) of one photograph of object i: a
+    random crop [joint-label], and a crop of 0.3 to 1, flip, RandAugment of magnitude 9 [self-training]
+    (Deviation D22). Without a seed it is the centre crops (V, 3, size, size) of all its photographs, or of
+    `views` evenly spaced ones. An object that has no photograph has depth views, treated as everywhere.
     """
 
     def __init__(self, objects: Objects, size: int, seed: int | None = None, views: int | None = None):
@@ -260,21 +268,20 @@ class Photographs(Dataset):
             v2.RandAugment(2, 9),
         ])
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int):
         paths, points = self.objects.images[i], self.objects.points[i:i + 1]
         if self.seed is None:
             if not paths:
-                return fixed_views(points, self.views or 6, self.size)[0]
+                return fixed_views(points, self.views or 6, self.size)[0].numpy()
             chosen = evenly_spaced(paths, self.views or len(paths))
-            return torch.stack([self.still(read_photograph(path)) for path in chosen])
+            return np.stack([self.still(read_photograph(path)).numpy() for path in chosen])
 
         # The same views after a resume, and other ones for each object. torch takes seeds below 2^64.
         torch.manual_seed((self.seed * 1_000_003 + i) % 2 ** 64)
-        if paths:
-            image = read_photograph(paths[torch.randint(len(paths), ())])
-        else:
-            image = (255 * random_view(points, self.size)[0]).byte()
-        return self.weak(image), self.strong(image)
+        if not paths:
+            return [image[0].numpy() for image in depth_crops(points, self.size)]
+        image = read_photograph(paths[torch.randint(len(paths), ())])
+        return [self.weak(image).numpy(), self.strong(image).numpy()]
 
 
 def evenly_spaced(items: list, count: int) -> list:
@@ -283,43 +290,22 @@ def evenly_spaced(items: list, count: int) -> list:
     return [items[k] for k in chosen]
 
 
-def load_in_workers(photographs: Photographs, batches: list):
-    """Items of Photographs in batches of these indices, decoded by worker processes; in [0, 1], float32.
-    Raises: UserError naming a picture that cannot be read, or where shared memory is too small.
-    """
-    # Each item travels alone: batches of pictures would not fit the 64 MB of shared memory that Docker gives.
-    # Without a generator of its own a DataLoader draws from the global one, and a resumed run would differ.
-    ahead = 2 if photographs.seed is None else 16  # a batch in all; in evaluation an item is many pictures
-    loader = DataLoader(photographs, batch_sampler=[[i] for batch in batches for i in batch],
-                        num_workers=min(8, os.cpu_count()), prefetch_factor=ahead,
-                        generator=torch.Generator())
-    try:
-        items = iter(loader)
-        for batch in batches:
-            parts = [copy.deepcopy(next(items)) for _ in batch]  # a copy leaves shared memory free again
-            if torch.is_tensor(parts[0]):
-                yield to_unit_range(torch.cat(parts))
-            else:
-                yield [to_unit_range(torch.cat(images)) for images in zip(*parts)]
-    except UserError as error:  # a worker's error comes with its whole traceback as the text
-        raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from None
-    except RuntimeError as error:
-        if "shared memory" not in str(error):
-            raise
-        raise UserError("the processes that decode photographs found shared memory (/dev/shm) full; "
-                        "start the container with more, as `docker run --shm-size 2g`") from error
-
-
-def to_unit_range(images: Tensor) -> Tensor:
+def to_unit_range(image: np.ndarray) -> Tensor:
     """Bytes as floats in [0, 1], as torchvision's ToDtype scales them; floats stay."""
-    return images if images.is_floating_point() else images.float().mul_(1 / 255)
+    image = torch.from_numpy(image)
+    return image if image.is_floating_point() else image.float().mul_(1 / 255)
 
 
-def training_photographs(objects: Objects, batches: tuple, size: int, seed: int):
+def training_photographs(objects: Objects, batches: list[Tensor], size: int, seed: int):
     """For each batch of indices its weak and strong images, or None where views are rendered."""
     if objects.images is None:
-        return [None] * len(batches)
-    return load_in_workers(Photographs(objects, size, seed), [index.tolist() for index in batches])
+        yield from [None] * len(batches)
+        return
+    items = in_workers(Photographs(objects, size, seed), torch.cat(tuple(batches)).tolist(), ahead=16)
+    with closing(items):
+        for batch in batches:
+            pairs = [next(items) for _ in batch]
+            yield [torch.stack([to_unit_range(image) for image in images]) for images in zip(*pairs)]
 
 
 def fixed_images(objects: Objects, views: int | None, size: int, batch_size: int, device):
@@ -332,14 +318,16 @@ def fixed_images(objects: Objects, views: int | None, size: int, batch_size: int
         for points in objects.points.split(batch_size):
             yield fixed_views(points.to(device), views or 6, size)
     else:
-        photographs = Photographs(objects, size, views=views)
-        for images in load_in_workers(photographs, [[i] for i in range(len(objects))]):
-            yield images.to(device)
+        for images in in_workers(Photographs(objects, size, views=views), list(range(len(objects)))):
+            yield to_unit_range(images)[None].to(device)
+
 
 # ------ Data sets ------------------------------------------------------------------------------------------
-# A loader takes (root, split, points, download) and returns Objects as they lie in the files: their `points`
-# are clouds (N, P, 3), at least as large as asked for if there are such, or the list of the N files to read
-# them from. `download` allows it to fetch what is missing.
+# A loader takes (root, split, points, download, cache) and returns Objects as they lie in the files: their
+# `points` are clouds (N, P, 3), at least as large as asked for if there are such, or the list of the N files
+# to read them from. `download` allows it to fetch what is missing; `cache` is a folder it may write to.
+FEWER_POINTS = "--points 2048 reads modelnet40_ply_hdf5_2048 instead"
+
 # Classes in the order of the labels. Of CO3D: folder -> class.
 MODELNET10 = (
     "bathtub", "bed", "chair", "desk", "dresser", "monitor", "night stand", "sofa", "table", "toilet")
@@ -357,7 +345,7 @@ CO3D_NAMES = [
 CO3D = {name.removesuffix(" control").replace(" ", ""): name for name in CO3D_NAMES}
 
 
-def load_modelnet(root: Path, split: str, points: int, download: bool, classes=None,
+def load_modelnet(root: Path, split: str, points: int, download: bool, cache: Path, classes=None,
                   depth_only=False) -> Objects:
     """ModelNet40, or some of its classes.
 
@@ -366,26 +354,16 @@ def load_modelnet(root: Path, split: str, points: int, download: bool, classes=N
     Pictures are those in a `views` folder inside either. Deviation D24: without them depth views are
     rendered, where the original has shaded pictures.
     """
-    if points > 2048 and not depth_only:
-        archive, folder, read = "modelnet40-8192", root / "modelnet40_normal_resampled", read_resampled
-    else:
-        archive, folder, read = "modelnet40", root / "modelnet40_ply_hdf5_2048", read_modelnet_h5
+    is_resampled = points > 2048 and not depth_only
+    folder = root / ("modelnet40_normal_resampled" if is_resampled else "modelnet40_ply_hdf5_2048")
     if not folder.exists():
-        unpack(fetch_published(archive, root, download), folder)
-    objects = read(folder, split)
-    print(f"reading {folder}: {len(objects)} {split} objects of {objects.points.shape[1]} points", flush=True)
-    unnamed = objects.names == [str(i) for i in range(len(objects))]
+        unpack(fetch("modelnet40-8192" if is_resampled else "modelnet40", root, download), folder)
+
+    objects = read_resampled(folder, split, cache) if is_resampled else read_modelnet_h5(folder, split)
     if classes is not None:
         objects = only_classes(objects, classes)
-    if depth_only:
-        return objects
-
-    views = folder / "views"
-    if unnamed and views.is_dir():
-        raise UserError(f"{folder} has views, but no names of objects; expected h5 `name` or *_id2file.json")
-    objects.images = find_photographs(views, objects.names)
-    if objects.images is None:
-        say_once(f"no {views}: depth views are rendered; the original uses shaded pictures")
+    if not depth_only:
+        objects.images = find_photographs(folder / "views", objects.names)
     return objects
 
 
@@ -400,84 +378,53 @@ def read_modelnet_h5(folder: Path, split: str) -> Objects:
         return Objects(torch.cat(clouds), torch.cat(labels), class_names, names=names)
 
 
-def read_resampled(folder: Path, split: str) -> Objects:
+def read_resampled(folder: Path, split: str, cache: Path) -> Objects:
     """ModelNet40 as `modelnet40_normal_resampled` has it, 10,000 points an object.
 
     The points of a file are in the order of farthest point sampling: in both files that were looked at, the
     first k are further apart than k random ones, for k = 256 to 8,192. So the first 8,192 are farthest
     points, as ULIP's protocol takes, and the same every time.
-    Text files are slow: they are read once, into a cache file beside the folder.
+    Text takes a minute or two. It is read once, into one file beside the folder, or in `cache` where that
+    cannot be written.
     """
     class_names = read_lines(folder / "modelnet40_shape_names.txt", FEWER_POINTS)
     listed = folder / f"modelnet40_{split}.txt"
     names = read_lines(listed, FEWER_POINTS)
-    label_of = {class_name: label for label, class_name in enumerate(class_names)}
     with reading(listed, "expected names CLASS_NUMBER of classes in modelnet40_shape_names.txt"):
-        labels = [label_of[name.rpartition("_")[0]] for name in names]
+        labels = [class_names.index(name.rpartition("_")[0]) for name in names]
 
-    cache = folder.with_name(f"{folder.name}-{split}.h5")
-    with lock(cache):
-        if not cache.exists() or read_names(cache) != names:
-            cache_resampled(cache, folder, names, labels)
-    clouds, labels, names = read_h5(cache, len(class_names))
+    places = [place / f"{folder.name}-{split}.h5" for place in (folder.parent, cache)]
+    path = next((place for place in places if place.exists() and names_in(place) == names), None)
+    if path is None:
+        path = places[0] if os.access(folder.parent, os.W_OK) else places[1]
+        texts = [folder / name.rpartition("_")[0] / f"{name}.txt" for name in names]
+        clouds = read_texts(texts, f"reading {folder.name} once")
+        buffer = io.BytesIO()
+        with h5py.File(buffer, "w") as file:
+            file.update(data=clouds, label=labels, name=[name.encode() for name in names])
+        write_whole(path, buffer.getbuffer())
+    clouds, labels, names = read_h5(path, len(class_names))
     return Objects(clouds, labels, [name.replace("_", " ") for name in class_names], names=names)
 
 
-def read_names(cache: Path) -> list[str]:
-    """The names of the objects in an h5 file of ours."""
-    with reading(cache, "remove it, and it is made again"), h5py.File(cache) as file:
+def names_in(path: Path) -> list[str]:
+    """The names of the objects in an h5 file that read_resampled made."""
+    with reading(path, "remove it, and it is made again"), open_h5(path) as file:
         return [name.decode() for name in file["name"]]
 
 
-def cache_resampled(cache: Path, folder: Path, names: list[str], labels: list[int]):
-    """Read a text file for each name, in parallel, into one h5 file. It appears whole, or not at all."""
-    files = [folder / name.rpartition("_")[0] / f"{name}.txt" for name in names]
-    part = cache.with_name(f".{cache.name}.part")
-    workers = ProcessPoolExecutor(min(8, os.cpu_count()), initializer=end_with_parent)
-    try:
-        with h5py.File(part, "w") as file:
-            clouds = workers.map(read_resampled_text, files, chunksize=16)
-            bar = tqdm(clouds, f"reading {folder.name} once", len(files), unit="object", disable=None)
-            data = None
-            for i, cloud in enumerate(bar):
-                if data is None:
-                    data = file.create_dataset("data", (len(files), *cloud.shape), np.float32)
-                if cloud.shape != data.shape[1:]:
-                    raise UserError(f"{files[i]} has {len(cloud)} points, {files[0]} has {data.shape[1]}; "
-                                    "expected equally many; fetch it again")
-                data[i] = cloud
-            file.update(label=labels, name=[name.encode() for name in names])
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())  # before the rename, for the case that the power fails
-        os.replace(part, cache)
-    finally:
-        workers.shutdown(cancel_futures=True)  # a bad file or Ctrl-C need not wait for the other files
-        part.unlink(missing_ok=True)
-
-
-def end_with_parent():
-    """In a worker process: leave Ctrl-C to the parent, and end when it ends, even if it is killed. Otherwise
-    the worker would wait for work for ever, and may hold the lock that it inherits.
-    """
-    def wait():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def read_resampled_text(path: Path) -> np.ndarray:
-    """Points (P, 3) of a file of lines x,y,z,nx,ny,nz; from y up to z up, as in h5 files."""
-    with reading(path, "expected lines x,y,z,nx,ny,nz; fetch it again", FEWER_POINTS):
-        x, y, z = np.loadtxt(path, np.float32, delimiter=",", usecols=(0, 1, 2), ndmin=2).T
-    return np.stack([-x, z, y], axis=1)
-
-
-@lru_cache
-def say_once(line: str):
-    """Print a line that holds for both splits of a data set."""
-    print(line, flush=True)
+def read_texts(files: list[Path], purpose: str) -> np.ndarray:
+    """Clouds (N, P, 3) of files of lines x,y,z,nx,ny,nz; from y up to z up, as in h5 files."""
+    clouds = None
+    for i, path in enumerate(tqdm(files, purpose, unit="object", disable=None)):
+        with reading(path, "expected lines x,y,z,nx,ny,nz; fetch it again", FEWER_POINTS):
+            x, y, z = np.loadtxt(path, np.float32, delimiter=",", usecols=(0, 1, 2), ndmin=2).T
+            if clouds is None:  # filled in place: the set is 1.2 GB, and should not be in memory twice
+                clouds = np.empty((len(files), len(x), 3), np.float32)
+            if len(x) != clouds.shape[1]:
+                raise ValueError(f"it has {len(x)} points, the others {clouds.shape[1]}")
+            clouds[i] = np.stack([-x, z, y], axis=1)
+    return clouds
 
 
 def only_classes(objects: Objects, classes: tuple[str, ...]) -> Objects:
@@ -488,13 +435,12 @@ def only_classes(objects: Objects, classes: tuple[str, ...]) -> Objects:
     return objects.pick((labels >= 0).nonzero()[:, 0])
 
 
-def load_scanobjectnn(root: Path, split: str, _points, download: bool, part="main_split",
+def load_scanobjectnn(root: Path, split: str, _points, download: bool, _cache, part="main_split",
                       suffix="") -> Objects:
     """ScanObjectNN, one of its variants: real indoor scans in its authors' h5 files."""
     folder = root / "scanobjectnn" / "h5_files"
     if not folder.exists():
-        archive = fetch_published("scanobjectnn", root, download)
-        unpack(archive, folder, DOWNLOADS["scanobjectnn"]["members"])
+        unpack(fetch("scanobjectnn", folder.parent, download), folder)
     file_of = {"train": f"training_objectdataset{suffix}.h5", "test": f"test_objectdataset{suffix}.h5"}
     clouds, labels, _ = read_h5(folder / part / file_of[split], len(SCANOBJECTNN))
     return Objects(clouds, labels, SCANOBJECTNN)
@@ -506,7 +452,7 @@ def read_h5(path: Path, classes: int) -> tuple[Tensor, Tensor, list | None]:
     Clouds in PointNet's own files are y up and are turned; such files are told by the normals they hold.
     Raises: UserError naming the file and what it holds instead.
     """
-    with reading(path, "expected data (N, P, 3) and label; fetch it again", LAYOUT), h5py.File(path) as file:
+    with reading(path, "expected data (N, P, 3) and label; fetch it again", LAYOUT), open_h5(path) as file:
         points = file["data"][:]
         if points.dtype.itemsize > 4:  # far from the origin float32 has too few digits: centre before
             points = points - points.mean(axis=1, keepdims=True)
@@ -523,12 +469,18 @@ def read_h5(path: Path, classes: int) -> tuple[Tensor, Tensor, list | None]:
         if clouds.shape[2:] != (3,) or len(sizes) > 1:
             contents = f"data {tuple(clouds.shape)}, {len(labels)} labels"
             raise ValueError(contents if names is None else f"{contents}, {len(names)} names")
-    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
-        raise UserError(f"label {labels.max()} in {path}, but there are {classes} classes; fetch it again")
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    if len(wrong):
+        raise UserError(f"{path} has the label {wrong[0]}, expected 0 to {classes - 1}; fetch it again")
     return clouds, labels, names
 
 
-def load_redwood(root: Path, split: str, _points, _download) -> Objects:
+def open_h5(path: Path) -> h5py.File:
+    """An h5 file to read. Without a lock, which not all file systems know."""
+    return h5py.File(path, locking=False)
+
+
+def load_redwood(root: Path, split: str, _points, _download, _cache) -> Objects:
     """Redwood's scans of nine classes, which its authors' tool fetches. Scans without a mesh are left out.
 
     redwood/meshes/ID.ply or points/ID.npy; images/ID/*.jpg; categories.json maps a class to its ids.
@@ -547,7 +499,7 @@ def load_redwood(root: Path, split: str, _points, _download) -> Objects:
                    names=names, images=find_photographs(folder / "images", names))
 
 
-def load_co3d(root: Path, split: str, _points, _download) -> Objects:
+def load_co3d(root: Path, split: str, _points, _download, _cache) -> Objects:
     """CO3D v2, which its authors' tool fetches: co3d/CATEGORY/SEQUENCE/{pointcloud.ply, images/*.jpg} of 42
     categories. Sequences without a cloud are left out.
     """
@@ -598,20 +550,23 @@ DATASETS = {
 
 def dataset_row(name: str) -> dict:
     """The row of DATASETS for a data set. A user's folder usually holds scans, so it has ScanObjectNN's
-    points, threshold and point weight. It is z up, and has texts of photographs if it has `views`.
+    points, threshold and point weight. It is z up, and has texts of photographs if most objects have such.
     """
-    templates = "photo" if (Path(name) / "views").is_dir() else "depth"
-    return DATASETS.get(name) or dict(SCANS, up="z", separate=[0.82, 0.82], templates=templates)
+    if name in DATASETS:
+        return DATASETS[name]
+    templates = "photo" if mostly_photographed(Path(name)) else "depth"
+    return dict(SCANS, up="z", separate=[0.82, 0.82], templates=templates)
 
 
 def load_dataset(name: str, root: str | Path, split: str, points: int = 1024, domain: str | None = None,
-                 download: bool = True, up: str | None = None) -> Objects:
+                 download: bool = True, up: str | None = None, cache: str | Path = "cache") -> Objects:
     """Objects of a data set, or of a user's folder: z up, in the unit sphere, `points` points a cloud.
 
     name: one of DATASETS, or a folder. root: the folder that holds the data sets. split: "train" or "test".
     domain: "target" shows objects as a scanner would see them (see scan), "source" as they are; None is what
     the data set usually is: `shapes` scanned, all others as they are.
-    download: fetch what is missing and needs no form. up: the axis that points upwards in the files.
+    download: fetch what is missing and needs no form. up: the axis that points upwards in the files. cache: a
+    folder for what cannot be written beside the data.
     Raises: UserError or OSError for data that are missing or wrong.
     """
     folder = Path(name)
@@ -627,7 +582,7 @@ def load_dataset(name: str, root: str | Path, split: str, points: int = 1024, do
     else:
         if name not in DATASETS and not (folder / split).is_dir():
             split = "train"  # a folder without `test` is tested on what it is trained on
-        objects = load_clouds(name, Path(root), split, points, domain == "target", download, up)
+        objects = load_clouds(name, Path(root), split, points, domain == "target", download, up, Path(cache))
         differs = domain == "target"
     objects.name = f"{folder.name}-{domain}" if differs else folder.name
     objects.split = split
@@ -635,17 +590,17 @@ def load_dataset(name: str, root: str | Path, split: str, points: int = 1024, do
 
 
 def load_clouds(name: str, root: Path, split: str, points: int, scanned: bool, download: bool,
-                up: str | None) -> Objects:
+                up: str | None, cache: Path) -> Objects:
     """Objects of files, upright in the unit sphere, as they are or as a scanner would see them."""
     row = dataset_row(name)
     if name in DATASETS:
-        objects = row["load"](root, split, points, download)
+        objects = row["load"](root, split, points, download, cache)
     else:
         objects = Objects(**read_folder(Path(name), split))
     max_points = 3 * points if scanned else points  # a scan draws from what it sees, with replacement
     up = up or row["up"]
     if isinstance(objects.points, list):
-        objects.points = read_objects(objects.points, points, max_points, up)
+        objects.points = torch.as_tensor(read_objects(objects.points, points, max_points, up))
         up = "z"  # each file was turned by itself: glTF's standard says what points upwards in it
     available = objects.points.shape[1]
     if available < points:

@@ -420,7 +420,7 @@ def load_objects(args, chosen: dict, trained_names: list[str]) -> Objects:
         objects.class_names = trained_names if args.checkpoint else []  # a start has no classes yet
     else:
         objects = load_dataset(chosen["dataset"], chosen["data_root"], args.split, chosen["points"],
-                               chosen["domain"], args.download, chosen["up"])
+                               chosen["domain"], args.download, chosen["up"], args.cache)
     if args.classes:
         is_file = os.path.isfile(args.classes)  # Path.is_file raises for a long list of names
         rename(objects, read_lines(Path(args.classes)) if is_file else args.classes.split(","))

@@ -36,6 +36,7 @@ from support.pictures import plot_curves
 from support.resume import CODE, Run, identity_of, load, save
 from support.starts import STARTS, read_start, start_file
 from support.transduction import transduced_labels
+from support.workers import refuse_broken_photographs
 
 # ------ Options: which values hold for a data set and a start -----------------------------------------------
 # The small start is trained for hundreds of steps instead of thousands, so its learning rate is larger. Its
@@ -470,7 +471,7 @@ def main(argv=None) -> dict:
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32; bfloat16 is the fast way
 
     objects, test = (load_dataset(args.dataset, args.data_root, split, args.points, args.domain,
-                                  args.download, args.up) for split in ("train", "test"))
+                                  args.download, args.up, args.cache) for split in ("train", "test"))
     refuse_wrong_data(args, objects)
     run = begin(args, objects)
     with only_writer(args.out), lost_processes_are_one_line():
@@ -589,6 +590,10 @@ def train_and_score(run: Run, objects: Objects, test: Objects, args) -> dict:
 def start_over(run: Run, objects: Objects, test: Objects, args):
     """Remove what an earlier run left in OUT, begin the log, and score the start."""
     if leader():
+        of_objects = (objects.images or []) + (test.images or [])
+        pictures = sorted({path for paths in of_objects for path in paths})
+        if pictures:
+            refuse_broken_photographs(pictures, whole=args.dataset not in DATASETS)
         args.out.mkdir(parents=True, exist_ok=True)
         # A folder with parts of two runs would mix up their numbers.
         for name in LEFT_BY_A_RUN:

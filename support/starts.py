@@ -12,7 +12,7 @@ from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD
 from torch import nn
 
 from support import UserError, write_whole
-from support.fetch import fetch_published
+from support.fetch import fetch
 
 # ------ Starts and their files -----------------------------------------------------------------------------
 # Each start by its --model name: how clouds were cut into groups in its training, which a file made here says
@@ -44,7 +44,7 @@ def start_file(name: str, cache: Path, allowed: bool = True) -> Path:
         return Path(__file__).parents[1] / "assets" / "tiny.pt"
     if name == "crossmost":
         return cache / "ulip-june11-checkpoint_best.pt"
-    return fetch_published(name, cache, allowed)
+    return fetch(name, cache, allowed)
 
 
 def read_start(path: str | Path, which: str = "teacher") -> dict:

@@ -214,7 +214,7 @@ def score_rival(run: Run) -> dict:
     """The results of a rival, with the keys of train.py's as far as there is such a thing, and "accuracy"."""
     args = train.parse_args(run.options.split())
     unlabelled, test = (load_dataset(args.dataset, args.data_root, split, args.points, args.domain,
-                                     args.download, args.up) for split in ("train", "test"))
+                                     args.download, args.up, args.cache) for split in ("train", "test"))
     model = build_model(args.model, test.class_names, TEMPLATES[args.templates], args.pretrained,
                         args.start_checkpoint, groups=args.groups, group_size=args.group_size)
     model = model.to(args.device)

@@ -25,7 +25,7 @@ def main(argv=None) -> dict:
     """Print and return seconds by name, a step's work in TFLOP, the device's TFLOP/s, and memory in GiB."""
     args = train.parse_args(argv)
     objects = load_dataset(args.dataset, args.data_root, "train", args.points, args.domain, args.download,
-                           args.up)
+                           args.up, args.cache)
     run = train.begin(args, objects)
     train_mode(run.student, args.freeze)
 

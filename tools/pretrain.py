@@ -268,8 +268,8 @@ def load_shapenet55(root: Path, points: int) -> Objects:
     with reading(listed, "expected names that begin with the WordNet number of one of the 55 classes"):
         labels = [label_of[name.split("-")[0]] for name in names]
     clouds = read_objects([root / "shapenet_pc" / name for name in names], points, points, "y")
-    return Objects(to_unit_sphere(clouds, names), labels, list(SHAPENET55.values()), "shapenet55",
-                   names=names)
+    clouds = to_unit_sphere(torch.from_numpy(clouds), names)
+    return Objects(clouds, labels, list(SHAPENET55.values()), "shapenet55", names=names)
 
 
 if __name__ == "__main__":
