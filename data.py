@@ -97,7 +97,8 @@ def to_unit_sphere(points: Tensor, names: list | None = None, up: str = "z") -> 
         unit[start:start + 64] = part / radius[:, None, None]
     return unit
 
-# ------ Depth views ----------------------------------------------------------------------------------------
+
+# ------ Depth views -----------------------------------------------------------------------------------------
 def project(points: Tensor, azimuths: Tensor, elevations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Orthographic camera coordinates of clouds: to the right, up, and towards the camera.
 
@@ -163,7 +164,8 @@ def random_view(points: Tensor, size: int) -> Tensor:
     elevation = torch.rand(len(points), 1, device=points.device) * 1.1 - 0.1
     return render_depth_views(points, azimuth, elevation, size)[:, 0]
 
-# ------ Weak and strong views ------------------------------------------------------------------------------
+
+# ------ Weak and strong views -------------------------------------------------------------------------------
 # Drawn anew for each object, on the device the objects are on. Inputs are left untouched.
 # Drawn anew for each object, on the device the objects are on. Inputs are left untouched.
 def draw_views(points: Tensor, size: int, photographs: tuple | None = None) -> dict[str, Tensor]:
@@ -322,7 +324,7 @@ def fixed_images(objects: Objects, views: int | None, size: int, batch_size: int
             yield to_unit_range(images)[None].to(device)
 
 
-# ------ Data sets ------------------------------------------------------------------------------------------
+# ------ Data sets -------------------------------------------------------------------------------------------
 # A loader takes (root, split, points, download, cache) and returns Objects as they lie in the files: their
 # `points` are clouds (N, P, 3), at least as large as asked for if there are such, or the list of the N files
 # to read them from. `download` allows it to fetch what is missing; `cache` is a folder it may write to.
@@ -548,6 +550,20 @@ DATASETS = {
 }
 
 
+def dataset_name(text: str) -> str:
+    """What --dataset names: one of DATASETS, or a folder, which becomes an absolute path.
+
+    Raises: UserError where it could be either.
+    """
+    folder = Path(text).expanduser()
+    if text in DATASETS:
+        if (folder / "classes.txt").exists():
+            raise UserError(f"--dataset {text} is a data set, and a folder here, too; give ./{text} for the "
+                            "folder, or rename it")
+        return text
+    return str(folder.resolve()) if folder.is_dir() else text
+
+
 def dataset_row(name: str) -> dict:
     """The row of DATASETS for a data set. A user's folder usually holds scans, so it has ScanObjectNN's
     points, threshold and point weight. It is z up, and has texts of photographs if most objects have such.
@@ -573,8 +589,8 @@ def load_dataset(name: str, root: str | Path, split: str, points: int = 1024, do
     if name not in DATASETS and not folder.is_dir():
         close = difflib.get_close_matches(name.lower(), DATASETS, 1)
         question = f"did you mean {close[0]}? " if close else ""
-        raise UserError(f"unknown data set {name!r}; {question}There are {', '.join(DATASETS)}, "
-                        "and any folder of your own")
+        raise UserError(f"there is no folder {name}, and no data set of this name; {question}The data sets "
+                        f"are {', '.join(DATASETS)}")
     if name == "shapes":
         count, seed = {"train": (2000, 1), "test": (500, 2)}[split]
         objects = sample_shapes(count, seed, domain or "target", points)
@@ -610,7 +626,8 @@ def load_clouds(name: str, root: Path, split: str, points: int, scanned: bool, d
         objects.points = scan(objects.points, points, seed=("train", "test").index(split))
     return objects
 
-# ------ shapes: the procedural set, as it is or scanned ----------------------------------------------------
+
+# ------ shapes: the procedural set, as it is or scanned -----------------------------------------------------
 def sample_shapes(count: int, seed: int, domain: str = "source", points: int = 1024) -> Objects:
     """The procedural set, the same for a seed: object i is of class i mod 10, upright, turned by any yaw.
 

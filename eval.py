@@ -6,12 +6,14 @@
 """
 import argparse
 import csv
+import difflib
 import io
 import json
 import os
 import statistics
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +21,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import (DATASETS, Objects, dataset_row, draw_views, fixed_images, load_dataset, to_unit_sphere,
-                  training_photographs)
+from data import (DATASETS, MODELNET10, Objects, dataset_name, dataset_row, draw_views, evenly_spaced,
+                  fixed_images, load_dataset, to_unit_sphere, training_photographs)
 from model import TEMPLATES, CrossMoST, build_model, load_checkpoint, precision_for
 from support import UserError, write_whole
-from support.command_line import add_data_options, add_device_options, one_line_errors, option_parser
-from support.files import class_key, clean_class_names, printable, read_lines, read_object
+from support.command_line import (add_data_options, add_device_options, one_line_errors, option_parser,
+                                  path_of)
+from support.files import (UP, class_key, clean_class_names, printable, read_lines, read_object,
+                           to_z_up)
 from support.pictures import draw_grid, plot_confusion
 from support.resume import CODE
 from support.starts import STARTS, read_start, start_file
@@ -33,7 +37,8 @@ from support.starts import STARTS, read_start, start_file
 # How training merges the two into a pseudo-label is in losses.py.
 MODALITIES = ("image", "point", "joint")
 
-# ------ Embed, predict, accuracy ---------------------------------------------------------------------------
+
+# ------ Embed, predict, accuracy ----------------------------------------------------------------------------
 @torch.no_grad()
 def embed(model: CrossMoST, objects: Objects, views: int | None = None, batch_size: int = 64) -> dict:
     """Logits and features of all objects, on the CPU.
@@ -100,19 +105,22 @@ def to_probs(logits: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"image": image, "point": point, "joint": (image + point) / 2}
 
 
-def classify(model: CrossMoST, clouds, points: int = 1024, views: int | None = None) -> tuple[list, Tensor]:
+def classify(model: CrossMoST, clouds, points: int | None = None,
+             views: int | None = None) -> tuple[list, Tensor]:
     """Name clouds as they are, of any place and scale, for example in a notebook.
 
     Args:
         clouds: (P, 3) arrays or tensors, z up: a list of any numbers of points, or a batch (N, P, 3).
-        points: a cloud of more points is thinned to this many; best the number the model was trained with.
-        views: how many depth views are rendered of each; None: six.
+        points: a cloud of more points is thinned to this many; None: as many as the model was trained with.
+        views: how many depth views are rendered of each; None: as many as the model was trained with.
     Returns:
         The N names, and the joint probabilities (N, C) in the order of model.class_names.
     Raises:
         UserError: a cloud has another shape, too few points for the model's groups, coordinates that are not
             finite, or all its points in one place.
     """
+    points = points or model.trained_with.get("points", 1024)
+    views = views or model.trained_with.get("views")
     random = np.random.default_rng(0)
     of_size = {}  # number of points -> [(which cloud, cloud in the unit sphere)]
     for i, cloud in enumerate(clouds):
@@ -138,10 +146,11 @@ def evaluate(model: CrossMoST, objects: Objects, views: int | None = None) -> di
 
 
 def assess(probs: dict[str, Tensor], objects: Objects) -> dict:
-    """Everything that probabilities (N, C) tell of a model, in percent.
+    """Everything that probabilities (N, C) tell of a model; shares of objects in percent.
 
     Returns:
         "agreement": how many objects image and point name alike.
+        "information": how much image's and point's names tell each other, in nats.
         "shares": {class name: how many objects the joint prediction names so}.
         With labels also top-1 accuracy "image", "point", "joint", and the same of the classes that occur,
         "per_class": {class name: {"image", "point", "joint"}}.
@@ -152,6 +161,7 @@ def assess(probs: dict[str, Tensor], objects: Objects) -> dict:
     named = {modality: p.argmax(dim=-1) for modality, p in probs.items()}
     figures = {
         "agreement": percent(named["image"] == named["point"]),
+        "information": round(information(named["image"], named["point"], len(objects.class_names)), 3),
         "shares": {name: percent(named["joint"] == k) for k, name in enumerate(objects.class_names)},
     }
     if objects.labels is None:
@@ -165,6 +175,27 @@ def assess(probs: dict[str, Tensor], objects: Objects) -> dict:
         accuracy = {modality: percent(correct[modality][of_class]) for modality in MODALITIES}
         figures["per_class"][objects.class_names[k]] = accuracy
     return figures
+
+
+def information(image_names: Tensor, point_names: Tensor, classes: int) -> float:
+    """The mutual information of two namings (N,) of the same objects, in nats: beyond the paper.
+
+    I = sum_kl t_kl log( t_kl / (t_k. t_.l) ), where t_kl is the share of objects that image calls k and point
+    calls l. It is log C at most. Two witnesses that err independently, given the object, tell each other most
+    when both tell the truth (arXiv 1802.08887); if all objects have one name, they agree and tell nothing.
+    Estimated from N objects, I is too large by about (C - 1)^2 / 2N. Therefore the mean over 20 shuffles of
+    the pairs is subtracted, and names that have nothing to do with each other give about 0.
+    """
+    def of_pairs(point_names: Tensor) -> float:
+        counts = torch.bincount(image_names * classes + point_names, minlength=classes ** 2)
+        together = counts.view(classes, classes).double() / len(point_names)
+        apart = together.sum(dim=1, keepdim=True) * together.sum(dim=0)
+        # xlogy: a pair of names that does not occur counts 0.
+        return (torch.xlogy(together, together) - torch.xlogy(together, apart)).sum().item()
+
+    random = torch.Generator().manual_seed(0)
+    shuffled = [point_names[torch.randperm(len(point_names), generator=random)] for _ in range(20)]
+    return of_pairs(point_names) - statistics.mean(map(of_pairs, shuffled))
 
 
 def top_one(figures: dict) -> dict | None:
@@ -193,37 +224,79 @@ def pseudo_label_quality(lines: list[dict], epochs: int) -> dict:
         accuracy = round(100 * correct / coverage, 2)
     return {"coverage": round(100 * coverage, 2), "accuracy": accuracy}
 
-# ------ The closing table ----------------------------------------------------------------------------------
-def table(results: dict, every_class_of: str | None = None) -> str:
-    """The closing table: a row for each of zero_shot, student and teacher that `results` has accuracy of.
 
-    every_class_of: one of these; its mean over classes and a row for each class follow.
+# ------ What can be said without labels ---------------------------------------------------------------------
+# In nats. Measured on thousands of folders that stood upright (assets/information.md): of those with 20
+# objects or more and several kinds of them, less than one in a hundred seemed to have another axis up.
+CLEARLY_MORE = 0.2
+
+
+def axis_hint(model: CrossMoST, objects: Objects, embed_all=embed) -> str | None:
+    """What to say of objects whose files seem to have another axis up than they were read with, else None.
+
+    Compares how much image and point tell each other if z, y, or -y points up, on at most 100 objects and two
+    views of each. objects: read as z up. embed_all: embed, or what shares it between processes.
     """
-    title = f"{results['dataset']} {results['split']}, {results['objects']} objects"
-    rows = {}
-    for which in ("zero_shot", "student", "teacher"):
-        if "joint" in (results.get(which) or ()):
-            rows[which.replace("_", "-")] = results[which]
-    if not rows:
-        return f"{title} without labels"
+    if len(objects) < 20:
+        return None
+    shown = objects.pick(torch.tensor(evenly_spaced(list(range(len(objects))), 100)))
+    told = {}
+    for up in UP:
+        turned = replace(shown, points=to_z_up(shown.points, up))
+        probs = to_probs(embed_all(model, turned, 2))
+        told[up] = assess(probs, turned)["information"]
+    best = max(told, key=told.get)
+    if told[best] - told["z"] < CLEARLY_MORE:
+        return None
+    listed = ", ".join(f"{value:.2f} with {up}" for up, value in told.items())
+    return (f"the objects seem to lie on their side: image and point tell each other {listed} up (in nats, "
+            f"more is better); give --up={best}, or --up z to keep them as they are")
 
-    if every_class_of:
-        per_class = results[every_class_of]["per_class"]
+
+def warn_of_unknown_names(class_names: list[str]):
+    """Say which names the small start does not know, and which it may know."""
+    unknown = [name for name in class_names if class_key(name) not in MODELNET10]
+    if not unknown:
+        return
+    guesses = {name: difflib.get_close_matches(class_key(name), MODELNET10, 1) for name in unknown[:5]}
+    listed = [f"{name} (did you mean {guess[0]}?)" if guess else name for name, guess in guesses.items()]
+    print(f"warning: the small start knows ten kinds of furniture only ({', '.join(MODELNET10)}); "
+          f"{len(unknown)} of {len(class_names)} names are others: {', '.join(listed)}. Expect little of "
+          "these, or take --model ulip2", file=sys.stderr)
+
+
+# ------ The closing table -----------------------------------------------------------------------------------
+def table(title: str, rows: dict[str, dict], every_class_of: str | None = None) -> str:
+    """The closing table. A row is what `assess` says: top-1 accuracy where there are labels, and information.
+
+    every_class_of: a row; its mean over classes and a row for each class follow.
+    """
+    rows = dict(rows)
+    per_class = rows[every_class_of].get("per_class") if every_class_of else None
+    if per_class:
         mean = {modality: statistics.mean(accuracy[modality] for accuracy in per_class.values())
                 for modality in MODALITIES}
-        rows[f"{every_class_of.replace('_', '-')}, mean over classes"] = mean
-        rows |= per_class
+        rows |= {f"{every_class_of}, mean over classes": mean, **per_class}
 
-    # 44 columns and three of 8: the table fits into a terminal of 80.
-    lines = [f"top-1 %, {title}".ljust(44) + "".join(modality.rjust(8) for modality in MODALITIES)]
-    for label, accuracy in rows.items():
-        lines.append(label.ljust(44) + "".join(f"{accuracy[modality]:8.1f}" for modality in MODALITIES))
+    # 42 columns, three of 8 and one of 13: the table fits into a terminal of 80.
+    has_labels = any("joint" in figures for figures in rows.values())
+    heads = MODALITIES if has_labels else ()
+    title = f"top-1 %, {title}" if has_labels else f"{title} without labels"
+    lines = [title.ljust(42) + "".join(head.rjust(8) for head in heads) + "information".rjust(13)]
+    for label, figures in rows.items():
+        line = label.ljust(42) + "".join(f"{figures[modality]:8.1f}" for modality in heads)
+        told = figures.get("information")
+        lines.append(line if told is None else f"{line}{told:13.2f}")
     return "\n".join(lines)
 
-# ------ Predictions and embeddings -------------------------------------------------------------------------
-def name_objects(objects: Objects, probs: dict[str, Tensor]) -> list[dict]:
+
+# ------ Predictions and embeddings --------------------------------------------------------------------------
+def name_objects(objects: Objects, probs: dict[str, Tensor], start: tuple | None = None) -> list[dict]:
     """The line of predictions.csv for each object: joint class and probability, either modality's, whether
-    these two agree, and the true class where there are labels."""
+    these two agree, the start's joint class and probability, and the true class where there are labels.
+
+    start: the start's joint confidence and label (N,), (N,), where it is known.
+    """
     confidences = {modality: probs[modality].amax(dim=-1).tolist() for modality in MODALITIES}
     names = {modality: [objects.class_names[k] for k in probs[modality].argmax(dim=-1).tolist()]
              for modality in MODALITIES}
@@ -239,14 +312,16 @@ def name_objects(objects: Objects, probs: dict[str, Tensor]) -> list[dict]:
             "point_confidence": f"{confidences['point'][i]:.4f}",
             "agree": "yes" if names["image"][i] == names["point"][i] else "no",
         })
+        if start is not None:
+            lines[-1]["start"] = objects.class_names[start[1][i]]
+            lines[-1]["start_confidence"] = f"{start[0][i]:.4f}"
         if objects.labels is not None:
             lines[-1]["true"] = objects.class_names[objects.labels[i]]
     return lines
 
 
-def predictions_csv(objects: Objects, probs: dict[str, Tensor]) -> bytes:
-    """A CSV file with a line for each object, see `name_objects`."""
-    lines = name_objects(objects, probs)
+def predictions_csv(lines: list[dict]) -> bytes:
+    """A CSV file of the lines of `name_objects`."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=lines[0])
     writer.writeheader()
@@ -262,22 +337,27 @@ def embeddings_npz(embedded: dict, model: CrossMoST, objects: Objects) -> bytes:
                         class_names=np.array(objects.class_names), names=np.array(objects.names))
     return file.getvalue()
 
-# ------ What the models see --------------------------------------------------------------------------------
-def plot_gallery(probs: dict[str, Tensor], objects: Objects, count: int = 12) -> bytes:
-    """View and cloud of objects that are named wrongly or in two ways, evenly spaced over all of these."""
-    lines = name_objects(objects, probs)
+
+# ------ What the models see ---------------------------------------------------------------------------------
+def gallery(lines: list[dict], objects: Objects, count: int = 12) -> bytes:
+    """View and cloud of the objects one should look at, evenly spaced over all of these.
+
+    They are those that image and point name differently, and with labels those that are named wrongly.
+    lines: of name_objects.
+    """
     doubtful = [i for i, line in enumerate(lines)
                 if line["agree"] == "no" or line["class"] != line.get("true", line["class"])]
-    spaced = torch.linspace(0, len(doubtful) - 1, min(count, len(doubtful))).long()
-    chosen = torch.tensor(doubtful).long()[spaced]
+    chosen = torch.tensor(evenly_spaced(doubtful, count)).long()
 
     cells = []
     for i, images in zip(chosen.tolist(), fixed_images(objects.pick(chosen), 1, 224, 1, "cpu")):
-        text = "image: {image} {image_confidence}\npoint: {point} {point_confidence}".format(**lines[i])
-        cells.append((images[0, 0], f"is {lines[i]['true']}\n{text}" if "true" in lines[i] else text))
-        cells.append((objects.points[i], ""))
-    title = f"{len(doubtful)} of {len(objects)} objects are named wrongly or in two ways"
-    return draw_grid(cells, 8, title)
+        opinions = [f"{who}: {lines[i][name]} {lines[i][confidence]}" for who, name, confidence in (
+            ("joint", "class", "confidence"), ("image", "image", "image_confidence"),
+            ("point", "point", "point_confidence"))]
+        cells.append((images[0, 0], "\n".join([lines[i]["object"], *opinions])))
+        cells.append((objects.points[i], f"is {lines[i]['true']}" if "true" in lines[i] else ""))
+    why = "image and point disagree" if objects.labels is None else "named wrongly, or in two ways"
+    return draw_grid(cells, 6, f"{len(doubtful)} of {len(objects)} objects: {why}")
 
 
 def preview(objects: Objects, size: int = 224, count: int = 8) -> bytes:
@@ -297,40 +377,41 @@ def preview(objects: Objects, size: int = 224, count: int = 8) -> bytes:
             cells.append((items[i], f"{name}\n{title}" if title == "cloud" else title))
     return draw_grid(cells, len(columns))
 
-# ------ The command line -----------------------------------------------------------------------------------
+
+# ------ The command line ------------------------------------------------------------------------------------
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = option_parser(__doc__.splitlines()[0])
+    parser = option_parser("accuracy, names and pictures of a checkpoint, a zero-shot start, single files")
 
     group = parser.add_argument_group("what").add_argument
-    group("--checkpoint", type=Path, help="a last.pt of train.py, or the authors' trained file")
+    group("--checkpoint", type=path_of, help="a last.pt of train.py, or the authors' trained file")
     group("--model", help=f"or a zero-shot start: {', '.join(STARTS)}, or an open_clip name, whose point "
                           "encoder is untrained")
     group("--pretrained", help="open_clip's weights of --model: a tag or a file")
-    group("--start-checkpoint", type=Path, help="the start's file, of any family")
+    group("--start-checkpoint", type=path_of, help="the start's file, of any family")
     group("--templates", choices=sorted(TEMPLATES), help="texts around a class name of a start")
     group("--classes", help="names for a start instead of the data set's: \"a,b,c\" or a file, a name a line")
-    group("--cache", type=Path, default=Path("cache"), help="folder of fetched starts")
-    group("--preview", type=Path, help="FILE.png: no model, only draw what the models see of --dataset")
+    group("--cache", type=path_of, default=Path("cache"), help="folder of fetched starts")
+    group("--preview", type=path_of, help="FILE.png: no model, only draw what the models see of --dataset")
 
     group = parser.add_argument_group("on (if not given: as the checkpoint was trained)").add_argument
-    group("files", nargs="*", type=Path, help="single objects to name")
-    group("--dataset", help=f"{', '.join(DATASETS)}, or a folder of your own")
+    group("files", nargs="*", type=path_of, help="single objects to name")
+    group("--dataset", type=dataset_name, help=f"{', '.join(DATASETS)}, or a folder of your own")
     group("--split", choices=("train", "test"), default="test", help="which of its splits")
     add_data_options(group)
     add_device_options(group)
     parser.set_defaults(data_root=None, precision=None)  # to know what is given
 
     group = parser.add_argument_group("into").add_argument
-    group("--predictions", type=Path, help="FILE.csv: each object's name, and those of image and point")
-    group("--embeddings", type=Path, help="FILE.npz: features, logits, classifier")
-    group("--confusion", type=Path, help="FILE.png: the confusion matrix")
-    group("--gallery", type=Path, help="FILE.png: objects named wrongly or in two ways")
-    group("--json", type=Path, help="FILE.json: all figures")
+    group("--predictions", type=path_of, help="FILE.csv: each object's name, and those of image and point")
+    group("--embeddings", type=path_of, help="FILE.npz: features, logits, classifier")
+    group("--confusion", type=path_of, help="FILE.png: the confusion matrix")
+    group("--gallery", type=path_of, help="FILE.png: objects named wrongly or in two ways")
+    group("--json", type=path_of, help="FILE.json: all figures")
     return parser.parse_args(argv)
 
 
 def main(argv=None) -> dict | None:
-    """Evaluate student and teacher of a checkpoint, or a start; print the table, write what is asked for.
+    """Evaluate student and teacher of a checkpoint, or a start; write what is asked for, print the table.
 
     Returns the figures of each by name; None for --preview.
     """
@@ -353,6 +434,8 @@ def main(argv=None) -> dict | None:
         return None
     if args.confusion and objects.labels is None:
         raise UserError("--confusion needs labels, of classes that are all among the names")
+    if chosen["model"] == "tiny":
+        warn_of_unknown_names(objects.class_names)
 
     results = {"dataset": objects.name, "split": objects.split, "objects": len(objects)}
     if args.checkpoint:
@@ -365,9 +448,24 @@ def main(argv=None) -> dict | None:
     embedded = embed(model, objects, chosen["views"])
     probs = to_probs(embedded)
     results[which] = assess(probs, objects)
-    report(args, results, which, objects, probs)
+    lines = name_objects(objects, probs)
+
+    # Files first: whoever reads what is printed may close the pipe.
     if args.embeddings:
         write_whole(args.embeddings, embeddings_npz(embedded, model, objects))
+    write_files(args, results, objects, probs, lines)
+    if args.files:
+        for line in lines:
+            print("{object}: {class} {confidence} (image: {image} {image_confidence}, "
+                  "point: {point} {point_confidence})".format(**line))
+    else:
+        title = f"{objects.name} {objects.split}, {len(objects)} objects"
+        rows = {name.replace("_", "-"): figures for name, figures in results.items() if type(figures) is dict}
+        print(table(title, rows, which.replace("_", "-")))
+        is_own_folder = chosen["dataset"] not in DATASETS
+        hint = axis_hint(model, objects) if is_own_folder and chosen["up"] is None else None
+        if hint:
+            print(f"note: {hint}", file=sys.stderr)
     if len(objects) < len(args.files):
         raise UserError(f"only {len(objects)} of {len(args.files)} files could be read, see above")
     return results
@@ -423,7 +521,8 @@ def load_objects(args, chosen: dict, trained_names: list[str]) -> Objects:
                                chosen["domain"], args.download, chosen["up"], args.cache)
     if args.classes:
         is_file = os.path.isfile(args.classes)  # Path.is_file raises for a long list of names
-        rename(objects, read_lines(Path(args.classes)) if is_file else args.classes.split(","))
+        names = read_lines(Path(args.classes)) if is_file else args.classes.split(",")
+        rename(objects, [name.strip() for name in names])
     if not (objects.class_names or args.preview):
         raise UserError("a start names files by --classes \"mug,bowl,...\"; add it")
     return objects
@@ -472,24 +571,22 @@ def load_model(which: str, args, chosen: dict, path: Path | None, class_names: l
     return model.to(args.device)
 
 
-def report(args, results: dict, which: str, objects: Objects, probs: dict[str, Tensor]):
-    """Print the table, or each file's names; write the files that the command line asks for."""
-    if args.files:
-        for line in name_objects(objects, probs):
-            print("{object}: {class} {confidence} (image: {image} {image_confidence}, "
-                  "point: {point} {point_confidence})".format(**line))
-    else:
-        print(table(results, every_class_of=which))
+def write_files(args, results: dict, objects: Objects, probs: dict[str, Tensor], lines: list[dict]):
+    """Write the files that the command line asks for, and say so."""
+    files = {}
     if args.predictions:
-        write_whole(args.predictions, predictions_csv(objects, probs))
+        files[args.predictions] = predictions_csv(lines)
     if args.confusion:
         title = f"{objects.name} {objects.split}, joint, % of a class"
         named = probs["joint"].argmax(dim=-1)
-        write_whole(args.confusion, plot_confusion(objects.labels, named, objects.class_names, title))
+        files[args.confusion] = plot_confusion(objects.labels, named, objects.class_names, title)
     if args.gallery:
-        write_whole(args.gallery, plot_gallery(probs, objects))
+        files[args.gallery] = gallery(lines, objects)
     if args.json:
-        write_whole(args.json, json.dumps(results, indent=1).encode() + b"\n")
+        files[args.json] = json.dumps(results, indent=1).encode() + b"\n"
+    for path, content in files.items():
+        write_whole(path, content)
+        print(f"{path} is written", file=sys.stderr)
 
 
 if __name__ == "__main__":

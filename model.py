@@ -10,6 +10,7 @@ Parameters have the names of the published checkpoints, so that these load stric
 the few that differ: the image tower of SLIP (in ULIP's files), the image projection, the text tower.
 """
 import math
+import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,8 @@ from support import UserError
 from support.farthest_points import farthest_point_kernel, launch_farthest_points
 from support.starts import STARTS, TINY, read_start
 
-# ------ Groups and masks -----------------------------------------------------------------------------------
+
+# ------ Groups and masks ------------------------------------------------------------------------------------
 class Groups(NamedTuple):
     """Clouds cut into local groups: neighbourhoods (B, G, S, 3) relative to their centres (B, G, 3)."""
 
@@ -108,7 +110,8 @@ def hide_groups(centres: Tensor, ratio: float) -> Tensor:
     is_near = torch.arange(total, device=centres.device) < count.long()  # (B, G), in the order by_distance
     return torch.zeros_like(is_near).scatter(1, by_distance, is_near)
 
-# ------ The point encoder ----------------------------------------------------------------------------------
+
+# ------ The point encoder -----------------------------------------------------------------------------------
 class MiniPointNet(nn.Module):
     """Turns each group of points into a token: MLP, max, [global, local], MLP, max.
 
@@ -219,7 +222,8 @@ def point_block(block: nn.Module, x: Tensor, attention_factor: Tensor, mlp_facto
     x = x + attention_factor * block.attn(block.norm1(x))
     return x + mlp_factor * block.mlp(block.norm2(x))
 
-# ------ The image encoder ----------------------------------------------------------------------------------
+
+# ------ The image encoder -----------------------------------------------------------------------------------
 class ImageEncoder(VisionTransformer):
     """CLIP's vision transformer [image-encoder] (open_clip's) with MUST's additions (arXiv 2206.02967).
 
@@ -273,7 +277,8 @@ def image_block(block: nn.Module, x: Tensor) -> Tensor:
     x = x + attention.out_proj(attended.transpose(1, 2).flatten(2))
     return x + block.mlp(block.ln_2(x))
 
-# ------ The model ------------------------------------------------------------------------------------------
+
+# ------ The model -------------------------------------------------------------------------------------------
 class Outputs(NamedTuple):
     """What CrossMoST returns, None where a modality is not given, nothing is hidden or no class is named."""
 
@@ -329,6 +334,7 @@ class CrossMoST(nn.Module):
         self.classifier = nn.Parameter(torch.zeros(embed_dim, len(class_names))) if class_names else None
 
         self.precision = torch.float32  # or torch.bfloat16: of the encoders, in training and evaluation alike
+        self.trained_with = {}  # options of the file it was loaded from: points and views, which eval.py takes
 
         self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -406,8 +412,15 @@ class CrossMoST(nn.Module):
         """Compile the mini-PointNet, and the function through_block of either encoder.
 
         Equal blocks share one compilation. For ViT-B/16 and Point-BERT it took 23 s of the first step on one
-        H200; with whole encoders compiled an H100 had made no step after 140 s.
+        H200; with whole encoders compiled an H100 had made no step after 140 s. Where nothing can be
+        compiled, a line on stderr says so, and the blocks stay as they are.
         """
+        try:
+            torch.compile(torch.sin)(self.logit_scale.detach())
+        except Exception as error:  # each kind of compiler has errors of its own
+            reason = str(error).strip().splitlines()[0]
+            print(f"warning: --compile has no effect, this machine cannot compile ({reason})", file=sys.stderr)
+            return
         self.visual.through_block = torch.compile(self.visual.through_block)
         self.point_encoder.through_block = torch.compile(self.point_encoder.through_block)
         self.point_encoder.encoder.compile()
@@ -427,7 +440,8 @@ def precision_for(name: str, device: str | torch.device) -> torch.dtype:
             "bf16": torch.bfloat16,
             "fp32": torch.float32}[name]
 
-# ------ Training: the teacher, and what the optimizer is given ---------------------------------------------
+
+# ------ Training: the teacher, and what the optimizer is given ----------------------------------------------
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float):
     """theta_T <- m theta_T + (1 - m) theta_S for parameters; buffers are copied [ema]."""
@@ -501,7 +515,8 @@ def train_mode(student: CrossMoST, freeze: list[str]):
         if is_below(name, freeze):
             module.eval()
 
-# ------ Class names to classifier --------------------------------------------------------------------------
+
+# ------ Class names to classifier ---------------------------------------------------------------------------
 TEMPLATES = {
     "depth": ("a depth map of a {}.", "a depth image of one {}.", "a {} seen by a depth camera.",
               "a grey rendering of a {}.", "a photo of a {}."),
@@ -567,7 +582,7 @@ def text_features(tower: nn.Module, tokens: Tensor) -> Tensor:
     return F.normalize((x @ tower.text_projection).float(), dim=-1)
 
 
-# ------ Starts: a model without classifier, and the text tower that names classes for it ------------------
+# ------ Starts: a model without classifier, and the text tower that names classes for it --------------------
 def build_model(name: str, class_names: list[str], templates: tuple[str, ...], pretrained: str | None = None,
                 start_checkpoint: str | Path | None = None, seed: int = 0, device: str | torch.device = "cpu",
                 **point) -> CrossMoST:
@@ -712,6 +727,7 @@ def load_start(path: str | Path, lender: tuple | None = None, which: str = "teac
                         "you gave any, else get or make the file again") from error
 
     load_strictly(model, state, path, may_be_missing)
+    model.trained_with = content["options"]
     if "text" in content:
         remade = ("tower.token_embedding.",) if text.architecture["fixed_tokens"] else ()
         load_strictly(text, content["text"], path, remade)

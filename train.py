@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import open_clip
@@ -20,8 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data import DATASETS, MODELNET10, Objects, dataset_row, draw_views, load_dataset, training_photographs
-from eval import (assess, embed, predictions_csv, pseudo_label_quality, read_log, table, to_probs, top_one)
+from data import (DATASETS, Objects, dataset_name, dataset_row, draw_views, load_dataset,
+                  training_photographs)
+from eval import (assess, axis_hint, embed, name_objects, predictions_csv, pseudo_label_quality, read_log,
+                  table, to_probs, top_one, warn_of_unknown_names)
 from losses import (RULES, cross_modal_alignment_loss, fairness_loss, masked_terms, pseudo_labels,
                     self_training_loss)
 from model import (TEMPLATES, CrossMoST, PointEncoder, build_model, hide_groups, hide_patches,
@@ -29,7 +32,7 @@ from model import (TEMPLATES, CrossMoST, PointEncoder, build_model, hide_groups,
                    update_teacher)
 from support import UserError, write_whole
 from support.command_line import (COUNT, SHARE, WEIGHT, add_data_options, add_device_options, as_options,
-                                  number, one_line_errors, option_parser, plain_options)
+                                  number, one_line_errors, option_parser, path_of, plain_options)
 from support.parallel import (gather_embedded, join_processes, leader, lost_processes_are_one_line, my_part,
                               only_writer, rank, whole_batch, with_ddp, without_ddp, world_size)
 from support.pictures import plot_curves
@@ -37,6 +40,7 @@ from support.resume import CODE, Run, identity_of, load, save
 from support.starts import STARTS, read_start, start_file
 from support.transduction import transduced_labels
 from support.workers import refuse_broken_photographs
+
 
 # ------ Options: which values hold for a data set and a start -----------------------------------------------
 # The small start is trained for hundreds of steps instead of thousands, so its learning rate is larger. Its
@@ -61,8 +65,7 @@ DATA_AND_START = ("dataset", "domain", "model", "pretrained", "start_checkpoint"
 RENEW_EVERY = 5  # epochs between two namings of all training objects by `--labels together`
 SAVE_EVERY = 60  # seconds between two saves, at the ends of epochs
 # What a run writes into OUT; one that starts over removes it first.
-LEFT_BY_A_RUN = ("last.pt", "log.jsonl", "results.json", "curves.png", "predictions.csv",
-                 "predictions-start.csv")
+LEFT_BY_A_RUN = ("last.pt", "log.jsonl", "results.json", "curves.png", "predictions.csv")
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -108,6 +111,8 @@ def recipe_of(asked: argparse.Namespace) -> dict:
     if model == "tiny":
         is_scanned = asked.domain == "target" or (asked.dataset == "shapes" and asked.domain is None)
         recipe |= SMALL_ON_FOLDER if is_folder else SMALL_ON_SCANS if is_scanned else SMALL
+    if is_folder:
+        del recipe["up"]  # which nobody knows: see start_over
     if is_folder and asked.shares is None:
         recipe["w_fair"] = 0.0  # a pull towards equal shares is wrong where most objects are chairs
     if labels == "together":
@@ -131,20 +136,21 @@ def run_name(args, differing: dict) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     """Every option, with the original code's value as its default where it has one."""
-    parser = option_parser(__doc__.splitlines()[0])
+    parser = option_parser("Cross-modal self-training (Cross-MoST, arXiv 2404.10146)")
 
     group = parser.add_argument_group("data").add_argument
-    group("--dataset", default="shapes", help=f"{', '.join(DATASETS)}, or a folder of your own")
+    group("--dataset", type=dataset_name, default="shapes",
+          help=f"{', '.join(DATASETS)}, or a folder of your own")
     add_data_options(group)
     group("--templates", choices=sorted(TEMPLATES), help="texts around a class name")
 
     group = parser.add_argument_group("start").add_argument
     group("--model", help=f"zero-shot start: {', '.join(STARTS)}, or an open_clip name")
     group("--pretrained", help="open_clip's weights of --model: a tag or a file")
-    group("--start-checkpoint", type=Path, help="the start's file, of any family, instead of its own")
+    group("--start-checkpoint", type=path_of, help="the start's file, of any family, instead of its own")
     group("--groups", type=COUNT, help="point groups per cloud")
     group("--group-size", type=COUNT, help="points per group")
-    group("--cache", type=Path, default=Path("cache"), help="folder of fetched starts")
+    group("--cache", type=path_of, default=Path("cache"), help="folder of fetched starts")
 
     group = parser.add_argument_group("method").add_argument
     group("--modalities", choices=("both", "image", "point"), default="both", help="what is trained")
@@ -177,7 +183,7 @@ def make_parser() -> argparse.ArgumentParser:
           help="modules or parameters that are not trained; without a name all are")
 
     group = parser.add_argument_group("run").add_argument
-    group("--out", type=Path,
+    group("--out", type=path_of,
           help="results folder (default: runs/DATASET-MODEL and what differs from the defaults)")
     group("--seed", type=number(0, 2 ** 32, int), default=0, help="of views, order and masks")
     group("--resume", action=argparse.BooleanOptionalAction, default=True, help="continue OUT/last.pt")
@@ -319,8 +325,9 @@ def self_train(run: Run, objects: Objects, test: Objects, args):
         run.given = objects.labels, torch.ones(len(objects), dtype=torch.bool)
 
     per_epoch = steps_per_epoch * batch_size
+    # disable=None: a bar only where a person looks on.
     bar = tqdm(total=args.epochs * per_epoch, initial=run.epoch * per_epoch, desc="self-training",
-               unit="object", unit_scale=True, disable=not leader())
+               unit="object", unit_scale=True, disable=None if leader() else True)
     last_save = time.perf_counter()
     for epoch in range(run.epoch, args.epochs):
         if args.labels == "together" and epoch % RENEW_EVERY == 0:
@@ -349,9 +356,9 @@ def self_train(run: Run, objects: Objects, test: Objects, args):
         run.epoch = epoch + 1
         is_last = run.epoch == args.epochs  # which train_and_score evaluates
         is_due = args.eval_every > 0 and run.epoch % args.eval_every == 0 and not is_last
-        if is_due and test.labels is not None:
-            accuracy = top_one(evaluate_all(run.teacher, test, args))
-            write_log(args.out, epoch=run.epoch, step=step, teacher=accuracy)
+        if is_due:
+            teacher = assess(probs_of_all(run.teacher, test, args), test)
+            write_log(args.out, epoch=run.epoch, step=step, teacher=in_short(teacher))
         if is_last or time.perf_counter() - last_save > SAVE_EVERY:
             save(run, args.out)
             last_save = time.perf_counter()
@@ -429,23 +436,22 @@ def write_log(out: Path, **row):
         loss, and each term before weighting: self_image, fair_image, mim, gl_image, self_point ..., cross.
         coverage, label_accuracy, named, entropy: of the pseudo-labels, see interval_means.
         lr, seconds, objects_per_second: the learning rate, and the speed of training alone.
-    A line with `teacher` follows every --eval-every epochs and at the end: its accuracy on the test objects.
-    Nothing is chosen by it.
+    A line with `teacher` follows every --eval-every epochs and at the end: its accuracy on the test objects,
+    if they have labels, and agreement and information of eval.assess. Nothing is chosen by it.
     """
     if leader():
         with open(out / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
 
-def evaluate_all(model: CrossMoST, objects: Objects, args, predictions: Path | None = None) -> dict:
-    """What assess() says of a model; under torchrun each process embeds its part of the objects.
+def probs_of_all(model: CrossMoST, objects: Objects, args) -> dict[str, Tensor]:
+    """The model's probabilities (N, C); under torchrun each process embeds its part of the objects."""
+    return to_probs(gather_embedded(embed, model, objects, args.views))
 
-    predictions: a file, into which the leader writes a name for each object; None writes nothing.
-    """
-    probs = to_probs(gather_embedded(embed, model, objects, args.views))
-    if leader() and predictions is not None:
-        write_whole(predictions, predictions_csv(objects, probs))
-    return assess(probs, objects)
+
+def in_short(figures: dict) -> dict:
+    """The figures of `assess` without those of single classes."""
+    return {name: value for name, value in figures.items() if name not in ("shares", "per_class")}
 
 
 def name_together(teacher: CrossMoST, objects: Objects, args) -> tuple[Tensor, Tensor]:
@@ -516,11 +522,12 @@ def refuse_wrong_data(args, objects: Objects):
     if batch % world_size():
         raise UserError(f"{world_size()} processes cannot share a batch of {batch} objects; "
                         "change --batch-size")
-    unknown = [name for name in classes if name not in MODELNET10]
-    if args.model == "tiny" and unknown:
-        print(f"warning: the small start knows ten kinds of furniture only; {len(unknown)} of "
-              f"{len(classes)} names are others ({', '.join(unknown[:3])}); expect little, or take "
-              "--model ulip2", file=sys.stderr)
+    if args.model == "tiny":
+        warn_of_unknown_names(classes)
+    if objects.images:
+        count = sum(bool(paths) for paths in objects.images)
+        print(f"{count} of {len(objects)} training objects have photographs, the others get depth views; the "
+              f"texts around the names are those of --templates {args.templates}")
 
 
 def begin(args, objects: Objects) -> Run:
@@ -558,50 +565,73 @@ def train_and_score(run: Run, objects: Objects, test: Objects, args) -> dict:
         print(f"continuing {args.out / 'last.pt'} after epoch {run.epoch}")
     else:
         start_over(run, objects, test, args)
-    results = {"dataset": objects.name, "split": test.split, "objects": len(test),
-               "classes": len(test.class_names), "model": args.model, "start": start_name(args),
-               "seed": args.seed, "epochs": args.epochs, "precision": run.identity["precision"],
-               "changed": args.changed, "code": CODE, "commit": provenance(args.device)["commit"],
-               "zero_shot": top_one(run.zero_shot)}
-    print(table(results))
+    title = f"{test.name} {test.split}, {len(test)} objects"
+    print(table(title, {"zero-shot": run.zero_shot}))
 
     self_train(run, objects, test, args)
 
     # The last epoch counts, whatever its accuracy: no label chooses an epoch (Deviation D15).
-    student = evaluate_all(run.student, test, args)
-    teacher = evaluate_all(run.teacher, test, args, args.out / "predictions.csv")
-    if top_one(teacher):
-        write_log(args.out, epoch=args.epochs, teacher=top_one(teacher))
-    results |= {"student": top_one(student), "teacher": top_one(teacher),
-                "teacher_per_class": teacher.get("per_class"),
-                "agreement": {"start": run.zero_shot["agreement"], "teacher": teacher["agreement"]},
-                "shares": {"start": run.zero_shot["shares"], "teacher": teacher["shares"]},
-                "seconds": round(run.seconds(), 1), "gpu_gib": peak_memory(args.device)}
+    student = assess(probs_of_all(run.student, test, args), test)
+    probs = probs_of_all(run.teacher, test, args)
+    teacher = assess(probs, test)
+    write_log(args.out, epoch=args.epochs, teacher=in_short(teacher))
+    figures = {"start": run.zero_shot, "student": student, "teacher": teacher}
+    results = {"dataset": objects.name, "split": test.split, "objects": len(test),
+               "classes": len(test.class_names), "model": args.model, "start": start_name(args),
+               "seed": args.seed, "epochs": args.epochs, "precision": run.identity["precision"],
+               "changed": args.changed, "code": CODE, "commit": provenance(args.device)["commit"],
+               "zero_shot": top_one(run.zero_shot), "student": top_one(student), "teacher": top_one(teacher),
+               "teacher_per_class": teacher.get("per_class"), "seconds": round(run.seconds(), 1),
+               "gpu_gib": peak_memory(args.device)}
+    for key in ("agreement", "information", "shares"):
+        results[key] = {who: of_model[key] for who, of_model in figures.items()}
     if leader():
         lines = read_log(args.out / "log.jsonl")
         results["pseudo_label"] = pseudo_label_quality(lines, args.epochs)
-        write_whole(args.out / "curves.png", plot_curves(lines, results["zero_shot"]))
+        named = name_objects(test, probs, run.start_named)
+        write_whole(args.out / "predictions.csv", predictions_csv(named))
+        write_whole(args.out / "curves.png", plot_curves(lines, run.zero_shot))
         write_whole(args.out / "results.json", json.dumps(results, indent=1).encode())
+        rows = {"zero-shot": run.zero_shot, "student": student, "teacher": teacher}
+        print(f"\n{table(title, rows)}")
         report(results, args.out)
         print(headline)
     return results
 
 
 def start_over(run: Run, objects: Objects, test: Objects, args):
-    """Remove what an earlier run left in OUT, begin the log, and score the start."""
+    """Look at the data, remove what an earlier run left in OUT, begin the log, and score the start."""
+    of_objects = (objects.images or []) + (test.images or [])
+    pictures = sorted({path for paths in of_objects for path in paths})
+    if leader() and pictures:
+        refuse_broken_photographs(pictures, whole=args.dataset not in DATASETS)
+    if args.up is None:  # nobody said how a folder's objects stand
+        hint = axis_hint(run.student, objects, partial(gather_embedded, embed))
+        if hint:
+            raise UserError(hint)
+
     if leader():
-        of_objects = (objects.images or []) + (test.images or [])
-        pictures = sorted({path for paths in of_objects for path in paths})
-        if pictures:
-            refuse_broken_photographs(pictures, whole=args.dataset not in DATASETS)
-        args.out.mkdir(parents=True, exist_ok=True)
-        # A folder with parts of two runs would mix up their numbers.
-        for name in LEFT_BY_A_RUN:
-            (args.out / name).unlink(missing_ok=True)
+        remove_earlier_run(args.out)
         trainable = sum(p.numel() for group in run.optimizer.param_groups for p in group["params"])
         write_log(args.out, options=run.options, start=start_name(args), train=len(objects), test=len(test),
                   trainable=trainable, code=CODE, **provenance(args.device))
-    run.zero_shot = evaluate_all(run.student, test, args, args.out / "predictions-start.csv")
+    probs = probs_of_all(run.student, test, args)
+    run.zero_shot = assess(probs, test)
+    run.start_named = tuple(probs["joint"].max(dim=-1))
+
+
+def remove_earlier_run(out: Path):
+    """Remove what an earlier run left: a folder with parts of two runs would mix up their numbers.
+
+    Raises: UserError where files of these names are there that no run has written.
+    """
+    found = [out / name for name in LEFT_BY_A_RUN if (out / name).exists()]
+    log = out / "log.jsonl"
+    is_ours = log.exists() and log.read_bytes()[:12] == b'{"options": '  # as start_over begins it
+    if found and not is_ours:
+        raise UserError(f"{found[0]} is there, and no run of train.py has written it; name another --out")
+    for path in found:
+        path.unlink()
 
 
 def start_name(args) -> str:
@@ -610,10 +640,9 @@ def start_name(args) -> str:
 
 
 def report(results: dict, out: Path):
-    """Print the closing table, and what can be said without labels."""
+    """Print what can be said of the pseudo-labels, of agreement and, where there are no labels, of names."""
     quality, agreement, shares = results["pseudo_label"], results["agreement"], results["shares"]
     accuracy = "" if quality["accuracy"] is None else f", {quality['accuracy']} % of these rightly"
-    print(f"\n{table(results)}")
     print(f"in the last epoch {quality['coverage']} % of the pseudo-labels were sure enough to train on"
           f"{accuracy}")
     print(f"image and point agree on {agreement['start']} % of the objects before training, "
@@ -629,16 +658,23 @@ def report(results: dict, out: Path):
 def provenance(device: str) -> dict:
     """Versions, commit and device, for the first line of the log."""
     name = torch.cuda.get_device_name(device) if "cuda" in device else f"{os.cpu_count()} CPU cores"
-    # --no-optional-locks: git writes nothing there.
-    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty"]
-    try:
-        described = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True,
-                                   check=True)
-        commit = described.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
-        commit = "unknown"
     return {"python": sys.version.split()[0], "torch": str(torch.__version__),
-            "open_clip": open_clip.__version__, "commit": commit, "device": name}
+            "open_clip": open_clip.__version__, "commit": commit(), "device": name}
+
+
+def commit() -> str:
+    """The commit of these files; "unknown" outside of a repository of their own."""
+    root = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:  # --no-optional-locks: it writes nothing there
+        command = ["git", "--no-optional-locks", "-C", str(root), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        # Unpacked inside somebody's repository, they are not of its commit.
+        is_ours = Path(git("rev-parse", "--show-toplevel")).resolve() == root
+        return git("describe", "--always", "--dirty") if is_ours else "unknown"
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+        return "unknown"
 
 
 def peak_memory(device: str) -> float | None:

@@ -1,6 +1,9 @@
 """What is practical, and not of the paper. What stands here is needed everywhere."""
 import os
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 
 class UserError(Exception):
@@ -21,3 +24,23 @@ def write_whole(path: Path, content: bytes):
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def lock(path: Path, timeout: float = -1):
+    """To hold (`with`) while `path` is made: another process waits, or gets filelock.Timeout.
+
+    Raises: UserError where the file system knows no locks, or may only be read.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = FileLock(path.with_name(f".{path.name}.lock"), timeout)
+    try:
+        held.acquire()
+    except Timeout:
+        raise
+    except (NotImplementedError, OSError) as error:
+        raise UserError(f"cannot lock {path.parent} ({error}); choose a folder on another disk") from error
+    try:
+        yield
+    finally:
+        held.release()

@@ -1,6 +1,7 @@
 """What the command lines of all scripts share."""
 import argparse
 import math
+import os
 import shlex
 import sys
 from contextlib import contextmanager
@@ -21,9 +22,13 @@ def one_line_errors():
     That is at UserError, OSError and too little memory. Every other error is a bug, and keeps its traceback.
     Ctrl-C ends it with one line, too: the KeyboardInterrupt's text, if it has one.
     """
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be in the terminal's alphabet
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # names need not be in the terminal's alphabet
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read what is printed has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as stop:
         print(f"\n{stop}" if str(stop) else "\nstopped", file=sys.stderr)
         sys.exit(130)
@@ -34,6 +39,8 @@ def one_line_errors():
         if out_of_memory or "DefaultCPUAllocator: can't" in message:
             message = ("out of memory; lower --points, and in train.py also --batch-size or --groups, or add "
                        f"--grad-checkpointing there: {message}")
+        elif "DataLoader worker" in message:  # which torch raises anywhere, as it has no type of its own
+            message = f"a process that decodes photographs has ended; was there too little memory? {message}"
         elif not isinstance(error, (UserError, OSError)):
             raise
         print(f"error: {message}", file=sys.stderr)
@@ -48,7 +55,7 @@ def option_parser(purpose: str) -> argparse.ArgumentParser:
 
 def add_data_options(add):
     """What both scripts ask of the data; `add` is the add_argument of a parser or a group."""
-    add("--data-root", type=Path, default=Path("data"), help="folder that holds the data sets")
+    add("--data-root", type=path_of, default=Path("data"), help="folder that holds the data sets")
     add("--download", action=argparse.BooleanOptionalAction, default=True,
         help="fetch data sets and starts that are missing")
     add("--domain", choices=("source", "target"), help="objects as they are, or as a scanner sees them")
@@ -63,6 +70,11 @@ def add_device_options(add):
     add("--device", type=usable_device, default=DEVICE, help="where to compute")
     add("--precision", choices=("auto", "bf16", "fp32"), default="auto",
         help="of the networks; auto: bf16 on a GPU that has it, else fp32. Some CPUs are fast in bf16, too")
+
+
+def path_of(text: str) -> Path:
+    """An argparse type: a path, whose ~ is the home folder (a shell leaves it in --out=~/x)."""
+    return Path(text).expanduser()
 
 
 def number(low: float, high: float = math.inf, convert: type = float):
@@ -116,6 +128,6 @@ def as_options(values: dict) -> str:
 
 
 def plain_options(args: argparse.Namespace) -> dict:
-    """The options in the parser's order, as values that a file can keep."""
-    return {option: str(value) if isinstance(value, Path) else value
+    """The options in the parser's order, as values that a file can keep; paths hold from any folder."""
+    return {option: str(value.resolve()) if isinstance(value, Path) else value
             for option, value in vars(args).items() if option != "changed"}

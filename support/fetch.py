@@ -6,10 +6,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
-from support import UserError
+from support import UserError, lock
 
 ULIP2 = "ULIP-2-PointBERT-8k-xyz-pc-slip_vit_b-objaverse-pretrained.pt"
 # file: what it is called in the folder that `option` names (--data-root if none does). terms: said before it
@@ -107,8 +106,7 @@ def unpack(archive: Path, folder: Path):
 
     Raises: UserError naming an archive that is broken.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
+    with lock(folder):
         if folder.exists():  # another process unpacked it
             return
         is_zip = archive.suffix == ".zip"

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from support import UserError
+from support import UserError, lock
 
 
 def join_processes():
     """Started by torchrun: become one of its processes, with a GPU of its own.
     Raises: UserError where there are fewer GPUs than processes.
     """
-    if "LOCAL_RANK" not in os.environ:
+    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys():  # one alone may be left over
         return
     if torch.cuda.is_available():
         local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -28,7 +28,11 @@ def join_processes():
             raise UserError(f"torchrun started process {local_rank + 1}, but there are {gpus} GPUs; use "
                             f"--nproc-per-node={gpus}")
         torch.cuda.set_device(local_rank)  # `cuda` is this one from now on
-    dist.init_process_group(timeout=timedelta(hours=1))  # a full-size evaluation takes minutes
+    try:
+        dist.init_process_group(timeout=timedelta(hours=1))  # a full-size evaluation takes minutes
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"torchrun's processes cannot find each other ({str(error).splitlines()[0]}); name a "
+                        "network interface: GLOO_SOCKET_IFNAME=lo, or NCCL_SOCKET_IFNAME=lo") from error
     atexit.register(dist.destroy_process_group)
     if not leader():
         sys.stdout = open(os.devnull, "w")
@@ -40,9 +44,8 @@ def only_writer(out: Path):
     if not leader():
         yield
         return
-    out.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(out / ".last.pt.lock", timeout=0):
+        with lock(out / "last.pt", timeout=0):
             yield
     except Timeout as error:
         raise UserError(f"another process writes to {out}; wait, or name another --out") from error
@@ -117,7 +120,7 @@ def whole_batch(part: Tensor) -> Tensor:
 
 def gather_embedded(embed, model, objects, views: int | None) -> dict:
     """What embed() returns of all objects; under torchrun each process embeds its part of them."""
-    if not dist.is_initialized():
+    if len(objects) < world_size() or not dist.is_initialized():
         return embed(model, objects, views)
     # Consecutive parts, so that joining them restores the objects' order.
     part = torch.arange(len(objects)).tensor_split(world_size())[rank()]

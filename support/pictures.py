@@ -4,47 +4,83 @@ Class names are anybody's: parse_math=False keeps matplotlib from reading "$5 an
 """
 import io
 import math
+import sys
+import warnings
 
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
+from matplotlib.text import Text
 from torch import Tensor
 
 
 # Class names are anybody's: parse_math=False keeps matplotlib from reading "$5 and $10" as a formula.
+# Fonts for names in Chinese, Japanese or Korean, of which whatever is installed is used.
+CJK_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "SimHei",
+             "Microsoft YaHei", "PingFang SC", "Arial Unicode MS")
+
+
 def png(figure: Figure) -> bytes:
     """The bytes of the figure's file."""
+    installed = {font.name for font in fontManager.ttflist}
+    families = ["DejaVu Sans", *(name for name in CJK_FONTS if name in installed)]
+    for text in figure.findobj(Text):
+        text.set_fontfamily(families)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        figure.savefig(buffer, format="png", dpi=100)
+    if any("Glyph" in str(warning.message) for warning in caught):
+        print("warning: no font here has all letters of the names; install one, for example Noto Sans CJK",
+              file=sys.stderr)
     return buffer.getvalue()
 
 
-def plot_curves(lines: list[dict], zero_shot: dict | None) -> bytes:
-    """Accuracy of the teacher by epoch with its zero-shot lines; coverage and accuracy of pseudo-labels.
+def plot_curves(lines: list[dict], start: dict) -> bytes:
+    """The teacher by epoch, beginning with the start, and the pseudo-labels by step.
 
-    lines: of log.jsonl.
+    With labels the left panel is accuracy; without, what image and point tell each other and how often they
+    agree. lines: of log.jsonl. start: what eval.assess says of it.
     """
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
+    evaluated = [{"epoch": 0, "teacher": start}, *(line for line in lines if "teacher" in line)]
+
+    def by_epoch(axes, key: str, **style):
+        axes.plot([line["epoch"] for line in evaluated], [line["teacher"][key] for line in evaluated],
+                  marker="o", markersize=3, **style)
 
     # Okabe and Ito's colours, safe for colour-blind eyes.
-    epochs = [line for line in lines if "teacher" in line]
-    for modality, colour in {"image": "#0072B2", "point": "#D55E00", "joint": "#000000"}.items():
-        if zero_shot:
-            left.axhline(zero_shot[modality], color=colour, linestyle=":", linewidth=1)
-        left.plot([line["epoch"] for line in epochs], [line["teacher"][modality] for line in epochs],
-                  color=colour, label=modality, marker="o", markersize=3)
-    left.set(xlabel="epoch", ylabel="test top-1, %", title="teacher (dotted: zero-shot)")
+    if "joint" in start:
+        for modality, colour in {"image": "#0072B2", "point": "#D55E00", "joint": "#000000"}.items():
+            left.axhline(start[modality], color=colour, linestyle=":", linewidth=1)
+            by_epoch(left, modality, color=colour, label=modality)
+        left.set(ylabel="test top-1, %", title="teacher (dotted: zero-shot)")
+    else:
+        by_epoch(left, "information", color="#0072B2", label="information, nats")
+        left.set(ylabel="nats", title="teacher: what image and point tell each other")
+    left.set(xlabel="epoch")
     left.xaxis.get_major_locator().set_params(integer=True)
 
-    for key, colour in {"coverage": "#009E73", "label_accuracy": "#CC79A7"}.items():
-        logged = [line for line in lines if line.get(key) is not None]
-        right.plot([line["step"] for line in logged], [100 * line[key] for line in logged],
-                   color=colour, label=key.replace("_", " "))
+    steps = [line for line in lines if "coverage" in line]
+    curves = {"coverage": ("#009E73", [line["coverage"] for line in steps])}
+    if all(line["label_accuracy"] is not None for line in steps):
+        curves["label accuracy"] = "#CC79A7", [line["label_accuracy"] for line in steps]
+    # exp(entropy) names, used equally often, would be as even.
+    curves["names in use"] = "#E69F00", [math.exp(line["entropy"]) / len(line["named"]) for line in steps]
+    for label, (colour, shares) in curves.items():
+        right.plot([line["step"] for line in steps], [100 * share for share in shares], color=colour,
+                   label=label)
+    if "joint" not in start and steps:
+        steps_per_epoch = steps[-1]["step"] / steps[-1]["epoch"]
+        right.plot([line["epoch"] * steps_per_epoch for line in evaluated],
+                   [line["teacher"]["agreement"] for line in evaluated], color="#56B4E9", marker="o",
+                   markersize=3, label="image and point agree")
     right.set(xlabel="step", ylabel="%", ylim=(0, 102), title="pseudo-labels")
 
     for axes in (left, right):
-        axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+        axes.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     return png(figure)
 
 

@@ -27,6 +27,7 @@ class Run:
     identity: dict  # what must be the same when a run continues, see identity_of
     epoch: int = 0  # how many are done
     zero_shot: dict | None = None  # what assess() said of the start
+    start_named: tuple | None = None  # its joint confidence and label of each test object, (N,) and (N,)
     given: tuple | None = None  # labels and keep (N,) of all objects, where the step does not ask the teacher
     began: float = 0.0  # on perf_counter's clock; moved back by the time of the processes before this one
 
@@ -44,7 +45,7 @@ def save(run: Run, out: Path):
         raise UserError(f"weights are not finite after epoch {run.epoch}; lower --lr, or look at the data; "
                         f"{path} is of an earlier epoch, if there was one")
     content = {name: getattr(run, name).state_dict() for name in ("student", "teacher", "optimizer")}
-    for name in ("options", "identity", "epoch", "zero_shot", "given"):
+    for name in ("options", "identity", "epoch", "zero_shot", "start_named", "given"):
         content[name] = getattr(run, name)
     content["architecture"] = run.student.architecture
     content["seconds"] = run.seconds()
@@ -58,13 +59,18 @@ def load(run: Run, out: Path):
     path, log = out / "last.pt", out / "log.jsonl"
     content = read_file(path)
     try:
-        changes = changes_of(content["identity"], run.identity)
+        before = content["identity"]
+        gone = photographs_gone(before["photographs"], run.identity["photographs"])
+        if gone:
+            print(f"{gone} photographs are gone since {path} was saved; the run goes on without them")
+            before["photographs"] = run.identity["photographs"]
+        changes = changes_of(before, run.identity)
         if changes:
             raise UserError(f"{path} cannot continue: {'; '.join(changes)}. Give what it was begun with, or "
                             "another --out; --no-resume starts over")
         for name in ("student", "teacher", "optimizer"):
             getattr(run, name).load_state_dict(content[name])
-        for name in ("epoch", "zero_shot", "given"):
+        for name in ("epoch", "zero_shot", "start_named", "given"):
             setattr(run, name, content[name])
         run.began -= content["seconds"]
         # Forget lines that were written after the checkpoint.
@@ -79,23 +85,31 @@ def load(run: Run, out: Path):
 def identity_of(options: dict, may_change: tuple[str, ...], objects, precision: torch.dtype) -> dict:
     """What must be the same for a run to continue: options (but those that may change), data, code."""
     fixed = {option: value for option, value in options.items() if option not in may_change}
+    photographs = objects.images and [[path.name for path in paths] for paths in objects.images]
     return {**fixed, "precision": str(precision).removeprefix("torch."), "code": CODE,
-            "classes": objects.class_names, "objects": objects_hash(objects)}
+            "classes": objects.class_names, "objects": objects_hash(objects), "photographs": photographs}
 
 
 def objects_hash(objects) -> str:
-    """A hash of clouds, names, labels and photographs' names; the clouds are not copied for it."""
+    """A hash of clouds, names and labels; the clouds are not copied for it."""
     digest = hashlib.sha256(objects.points.contiguous().numpy())
-    images = objects.images and [[path.name for path in paths] for paths in objects.images]
     labels = None if objects.labels is None else objects.labels.tolist()
-    digest.update(json.dumps([objects.names, labels, images]).encode())
+    digest.update(json.dumps([objects.names, labels]).encode())
     return digest.hexdigest()[:16]
+
+
+def photographs_gone(before: list | None, now: list | None) -> int:
+    """How many photographs of the objects are gone, as broken ones that were removed; 0 where any is new."""
+    pairs = list(zip(before or [], now or []))
+    is_any_new = any(set(of_object_now) - set(of_object) for of_object, of_object_now in pairs)
+    return 0 if is_any_new else sum(len(of_object) - len(of_object_now) for of_object, of_object_now in pairs)
 
 
 def changes_of(before: dict, now: dict) -> list[str]:
     """What differs between two identities, in words that one can act on."""
     in_words = {"code": "the code was edited since", "classes": "the class names are others",
-                "objects": "the training objects are others"}
+                "objects": "the training objects are others",
+                "photographs": "there are other photographs"}
     changes = []
     for key, value in now.items():
         if before.get(key) != value:

@@ -14,7 +14,8 @@ from torch import nn
 from support import UserError, write_whole
 from support.fetch import fetch
 
-# ------ Starts and their files -----------------------------------------------------------------------------
+
+# ------ Starts and their files ------------------------------------------------------------------------------
 # Each start by its --model name: how clouds were cut into groups in its training, which a file made here says
 # itself. Any other name is a plain vision transformer of open_clip.
 STARTS = {
@@ -73,7 +74,8 @@ def read_start(path: str | Path, which: str = "teacher") -> dict:
         raise UserError(f"{path} is broken, or of no known family: {error!r}, found {list(content)[:4]}; "
                         "get or make it again") from error
 
-# ------ Each family's layout -------------------------------------------------------------------------------
+
+# ------ Each family's layout --------------------------------------------------------------------------------
 # What self-training adds to published towers: random where a file lacks it.
 MAY_BE_MISSING = ("visual.mask_token_embedding", "visual.ln_patch.", "visual.decoder.",
                   "point_encoder.mask_token", "point_encoder.proj", "point_encoder.lm_head.")
@@ -174,7 +176,8 @@ def from_timm(state: dict) -> dict:
     renamed["visual.mask_token_embedding"] = -bias.view(1, 1, -1)
     return renamed
 
-# ------ Reading and writing --------------------------------------------------------------------------------
+
+# ------ Reading and writing ---------------------------------------------------------------------------------
 def save_start(model: nn.Module, text: nn.Module | None, options: dict, path: Path):
     """Write a start's file: a CrossMoST and its TextEncoder in half precision, and what made them."""
     content = {"architecture": {**model.architecture, "class_names": []}, "model": halved(model)}
@@ -204,7 +207,8 @@ def read_file(path: str | Path) -> dict:
     Raises: FileNotFoundError, or UserError if it is no such file.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint {path}; README, Starts, says where to get which")
+        raise FileNotFoundError(f"there is no file {path}; a run's checkpoint is OUT/last.pt, and README, "
+                                "Starts, says where to get the file of a start")
 
     # Published files hold options and accuracies: a Namespace and NumPy scalars, of NumPy 1 or 2.
     codes = "?" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]

@@ -33,6 +33,7 @@ from support.resume import CODE_OF_STARTS
 from support.starts import read_start
 from support.transduction import transduced_labels
 
+
 # ------ What is run -----------------------------------------------------------------------------------------
 SHAPES = "--dataset shapes"
 REAL = "--dataset modelnet10"
