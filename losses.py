@@ -25,8 +25,7 @@ def joint_pseudo_labels(image_probs: Tensor, point_probs: Tensor, threshold: flo
     Returns:
         labels: (B,) int64 class index, set for every object.
         keep: (B,) bool, True where the winning confidence is above the threshold.
-    Raises:
-        ValueError: the two inputs differ in shape.
+    Raises: ValueError if the two inputs differ in shape.
     """
     if image_probs.shape != point_probs.shape:
         raise ValueError(f"need equal (B, C): images {image_probs.shape}, points {point_probs.shape}")
@@ -36,7 +35,8 @@ def joint_pseudo_labels(image_probs: Tensor, point_probs: Tensor, threshold: flo
     point_confidence = point_weight * point_confidence
 
     # Not >=: at a tie the image names the object.
-    labels = torch.where(point_confidence > image_confidence, point_label, image_label)
+    point_wins = point_confidence > image_confidence
+    labels = torch.where(point_wins, point_label, image_label)
     keep = torch.maximum(image_confidence, point_confidence) > threshold
     return labels, keep
 
@@ -44,31 +44,39 @@ def joint_pseudo_labels(image_probs: Tensor, point_probs: Tensor, threshold: flo
 def self_training_loss(logits: Tensor, labels: Tensor, keep: Tensor) -> Tensor:
     """Cross-entropy in nats, averaged over the kept objects [self-training].
 
-    sum_i keep_i * -log p_i[y_i] / max(1, sum_i keep_i).  Zero, not NaN, when none is kept (Deviation D8).
+    sum_i keep_i * -log p_i[y_i] / max(1, sum_i keep_i).
+    It is zero, not NaN, when no object is kept (Deviation D8).
 
     Args:
         logits: (B, C) of the student.
         labels: (B,) int64 pseudo-labels.
         keep: (B,) bool, True = trained on; or weights in [0, 1].
     """
-    per_object = F.cross_entropy(logits.float(), labels, reduction="none")  # (B,)
-    # clamp: without any kept object this is 0 / 1, and the run goes on.
-    return (per_object * keep).sum() / keep.sum().clamp(min=1)
+    per_object = F.cross_entropy(logits.float(), labels, reduction="none")
+    return mean_where(per_object, keep)
+
+
+def mean_where(values: Tensor, chosen: Tensor) -> Tensor:
+    """The mean of the chosen values: sum_i v_i chosen_i / max(1, sum_i chosen_i)."""
+    # clamp: 0 / 0 would be NaN, and the run would end.
+    return (values * chosen).sum() / chosen.sum().clamp(min=1)
 
 
 def fairness_loss(logits: Tensor, shares: list[float] | None = None) -> Tensor:
-    """Cross-entropy of the batch's mean prediction against the names' expected shares, in nats [fairness].
+    """Keep the student from giving every object the same name [fairness]. In nats.
 
-    -sum_k q_k log( mean_batch softmax(l) )_k.  It keeps the student from giving every object the same name,
-    and is least where the mean prediction equals q.
+    -sum_k q_k log( mean_batch softmax(l) )_k: the cross-entropy of the batch's mean prediction
+    against the expected shares q of the names. It is least where the two are equal.
 
     Args:
         logits: (B, C) of the student.
-        shares: how many objects of each name are expected, in any unit. q is made from it; without it
-            q = 1/C, as in the method.
+        shares: how many objects of each name are expected, in any unit. They are divided by
+            their sum to give q. Without them q = 1/C, as in the method.
     """
     # log(mean) through log-sum-exp: a class nobody predicts then costs much, but not infinity.
-    log_mean = logits.float().log_softmax(dim=-1).logsumexp(dim=0) - math.log(len(logits))  # (C,)
+    log_probs = logits.float().log_softmax(dim=-1)
+    log_mean = log_probs.logsumexp(dim=0) - math.log(len(logits))  # (C,)
+    # The method expects all names equally often.
     if shares is None:
         return -log_mean.mean()
     expected = torch.tensor(shares, device=logits.device)
@@ -78,15 +86,17 @@ def fairness_loss(logits: Tensor, shares: list[float] | None = None) -> Tensor:
 
 def cross_modal_alignment_loss(image_features: Tensor, point_features: Tensor,
                                temperature: float = 1.0) -> Tensor:
-    """Pull image and point feature of an object together, push those of others apart [cross-align].
+    """Pull the two features of an object together, push those of others apart [cross-align].
 
-    A = f_P f_I^T / temperature (B x B);  CE(A, identity) + CE(A^T, identity), each a mean over B, in nats.
+    A = f_P f_I^T / temperature (B x B);  CE(A, identity) + CE(A^T, identity), each a mean
+    over B, in nats. Features are (B, E), of unit norm.
 
-    The method uses temperature 1 and all objects, kept or not. ULIP's InfoNCE is half of this loss. Where
-    features of an object are equal and those of different objects orthogonal, it costs
-    2 log(1 + (B - 1) exp(-1 / temperature)). Features are (B, E), of unit norm.
+    The method uses temperature 1 and all objects, kept or not. ULIP's InfoNCE is half of this
+    loss. Where the features of one object are equal, and those of different objects orthogonal,
+    the loss is 2 log(1 + (B - 1) exp(-1 / temperature)).
     """
-    similarity = point_features.float() @ image_features.float().T / temperature  # (B, B)
+    similarity = point_features.float() @ image_features.float().T / temperature
+    # Row i and column i belong to object i, so the right answers are the diagonal.
     itself = torch.arange(len(similarity), device=similarity.device)
     return F.cross_entropy(similarity, itself) + F.cross_entropy(similarity.T, itself)
 
@@ -94,70 +104,79 @@ def cross_modal_alignment_loss(image_features: Tensor, point_features: Tensor,
 def global_local_alignment_loss(cls_features: Tensor, token_features: Tensor, hidden: Tensor) -> Tensor:
     """Mean squared distance of hidden tokens to their object's global feature [gl-align].
 
-    sum over hidden tokens of ||t - g||^2 / their number: 0 to 4 for unit vectors, 0 if none is hidden.
+    sum over hidden tokens of ||t - g||^2 / their number: 0 to 4, and 0 if none is hidden.
 
     Args:
         cls_features: g, (B, E), unit norm.
         token_features: t, (B, L, E) or (B, G, E), unit norm.
         hidden: (B, L) or (B, G) bool, True = was masked.
     """
-    distance = (token_features.float() - cls_features.float().unsqueeze(1)).square().sum(dim=-1)  # (B, L)
-    return (distance * hidden).sum() / hidden.sum().clamp(min=1)
+    # All tokens of an object have one global feature: (B, L, E) - (B, 1, E).
+    difference = token_features.float() - cls_features.float().unsqueeze(1)
+    distance = difference.square().sum(dim=-1)  # (B, L) or (B, G)
+    return mean_where(distance, hidden)
 
 
 def masked_image_loss(prediction: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
     """Mean absolute error over hidden pixels and channels [mim] (Deviation D3: the divisor).
 
+    It is 0 if no patch is hidden. Raises: ValueError if the patches do not tile the image.
+
     Args:
         prediction, images: (B, 3, H, W) in normalised pixel units.
-        hidden: (B, L) bool, True = patch was masked; L is a square grid of patches in row order.
-    Returns:
-        A scalar, 0 if no patch is hidden.
-    Raises:
-        ValueError: the patches do not tile the image.
+        hidden: (B, L) bool, True = patch was masked. L is a square grid, in row order.
     """
-    grid = math.isqrt(hidden.shape[1])
-    if grid * grid != hidden.shape[1] or images.shape[-1] % grid:
-        raise ValueError(f"{hidden.shape[1]} patches do not tile an image of {tuple(images.shape[-2:])}")
+    count = hidden.shape[1]
+    grid = math.isqrt(count)
+    if grid * grid != count or images.shape[-1] % grid:
+        raise ValueError(f"{count} patches do not tile an image of {tuple(images.shape[-2:])}")
 
     # From patches to pixels: (B, L) -> (B, 1, H, W).
     patch = images.shape[-1] // grid
-    hidden_pixels = hidden.view(-1, 1, grid, grid).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+    hidden_pixels = hidden.view(-1, 1, grid, grid)
+    hidden_pixels = hidden_pixels.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
 
-    error = (prediction.float() - images.float()).abs() * hidden_pixels
-    channels = images.shape[1]
-    return error.sum() / (hidden_pixels.sum() * channels).clamp(min=1)
+    error = (prediction.float() - images.float()).abs()
+    # Expanded, so that a hidden pixel counts once for each of its channels.
+    return mean_where(error, hidden_pixels.expand_as(error))
 
 
 def masked_point_loss(prediction: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
     """Reconstruct the hidden point groups [mpm] (Deviations D1: what is rebuilt, D2: the divisor).
 
-    Tokens, (B, G, D): mean absolute error over hidden groups and D. Points, (B, G, S, 3): Chamfer
-    distance, the mean of the nearest squared distances over hidden groups and both directions, in
-    squared units of the unit sphere. The target carries no gradient.
+    Tokens, (B, G, D): mean absolute error over hidden groups and D. Points, (B, G, S, 3): mean
+    Chamfer distance of the hidden groups. The target carries no gradient.
 
     Args:
         prediction, target: both tokens, or both points.
         hidden: (B, G) bool, True = was masked.
     """
-    target = target.detach().float()
-    if target.dim() == 3:
-        error = (prediction.float() - target).abs().mean(dim=-1)  # (B, G)
+    prediction, target = prediction.float(), target.detach().float()
+    if target.dim() == 3:  # tokens
+        error = (prediction - target).abs().mean(dim=-1)  # (B, G)
     else:
-        # Chamfer: every point to the nearest of the other set, in both directions.
-        difference = prediction.float().unsqueeze(-2) - target.unsqueeze(-3)  # (B, G, S, S, 3)
-        distance = difference.square().sum(dim=-1)
-        to_target = distance.amin(dim=-1).mean(dim=-1)
-        to_prediction = distance.amin(dim=-2).mean(dim=-1)
-        error = (to_target + to_prediction) / 2
-    return (error * hidden).sum() / hidden.sum().clamp(min=1)
+        error = chamfer_distance(prediction, target)
+    return mean_where(error, hidden)
+
+
+def chamfer_distance(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared distance to the nearest point of the other set, over both directions.
+
+    Twice (B, G, S, 3) -> (B, G), in squared units of the unit sphere.
+    """
+    # Every predicted point against every point of the target: (B, G, S, S, 3).
+    difference = prediction.unsqueeze(-2) - target.unsqueeze(-3)
+    distance = difference.square().sum(dim=-1)
+    to_target = distance.amin(dim=-1).mean(dim=-1)
+    to_prediction = distance.amin(dim=-2).mean(dim=-1)
+    return (to_target + to_prediction) / 2
 
 
 def masked_terms(out, images: Tensor, image_hidden: Tensor | None,
                  point_hidden: Tensor | None) -> dict[str, Tensor]:
     """mim, mpm and gl-align by name, of each modality that has something hidden.
 
-    out: what CrossMoST returns; images: (B, 3, H, W) normalised; masks: (B, L) and (B, G) bool, or None.
+    out: what CrossMoST returns. images: (B, 3, H, W), normalised. Masks: (B, L), (B, G) bool.
     """
     terms = {}
     if image_hidden is not None:
@@ -165,17 +184,18 @@ def masked_terms(out, images: Tensor, image_hidden: Tensor | None,
         terms["gl_image"] = global_local_alignment_loss(out.image_features, out.image_tokens, image_hidden)
     if point_hidden is not None:
         terms["mpm"] = masked_point_loss(out.point_prediction, out.point_target, point_hidden)
-        # A cloud's global feature is CLS alone here, without the maximum over tokens, and has its own
-        # projection (point_encoder.proj), as in the original.
+        # A cloud's global feature here is CLS alone, without the maximum over tokens. It has a
+        # projection of its own (point_encoder.proj), as in the original.
         terms["gl_point"] = global_local_alignment_loss(out.point_cls, out.point_tokens, point_hidden)
     return terms
 
 
 def name_alignment_loss(features: Tensor, texts: Tensor, labels: Tensor, logit_scale: Tensor) -> Tensor:
-    """ULIP's InfoNCE against text, but a name is one candidate, however many objects bear it (Deviation D21).
+    """ULIP's InfoNCE against text, with one candidate a name (Deviation D21).
 
-    With logits s f t^T. Object to name: CE(logits, y). Name to object: -log softmax over the batch, at each
-    object's own name, mean over objects. The result is the mean of both, in nats.
+    A name is one candidate, however many objects bear it. Logits are s f t^T. Object to name:
+    CE(logits, y). Name to object: -log softmax over the batch, at each object's own name, mean
+    over objects. The result is the mean of both, in nats.
 
     Args:
         features: f, (B, E), unit norm.
@@ -185,13 +205,15 @@ def name_alignment_loss(features: Tensor, texts: Tensor, labels: Tensor, logit_s
     """
     logits = logit_scale * features.float() @ texts.float().T  # (B, C)
     object_to_name = F.cross_entropy(logits, labels)
-    name_to_object = -logits.log_softmax(dim=0).gather(1, labels[:, None]).mean()
+    # dim 0: the objects of the batch compete for each name.
+    log_probs = logits.log_softmax(dim=0)
+    name_to_object = -log_probs.gather(1, labels[:, None]).mean()
     return (object_to_name + name_to_object) / 2
 
 
 # ------ Who names the objects: `--labels` -------------------------------------------------------------------
-# Each rule in a sentence. `together` and `truth` name all objects at once, outside the training step; the
-# others ask the teacher at each step, through pseudo_labels.
+# Each rule in a sentence. `together` and `truth` name all objects at once, outside the training
+# step. The others ask the teacher at each step, through pseudo_labels.
 RULES = {
     "joint": "the label of the surer modality (the method)",
     "mean": "the label of the mean probabilities",
@@ -207,30 +229,39 @@ def pseudo_labels(rule: str, probs: dict[str, Tensor], thresholds: list[float],
     """Label a batch by a rule of RULES that asks the teacher at each step [joint-label].
 
     Args:
-        probs: {"image": p_I, "point": p_P}, the teacher's probabilities (B, C) of the weak views. Where only
-            one modality is trained it stands alone, and every rule gives that one's own label.
-        thresholds: tau, the confidence to exceed. Two are those of images and of points, for labels of their
-            own (Deviation D14); one is of both.
+        probs: {"image": p_I, "point": p_P}, the teacher's probabilities (B, C) of the weak views.
+            Where one modality is trained it stands alone, and every rule gives its own label.
+        thresholds: tau, the confidence to exceed: one for both modalities, or one for images
+            and one for points where each has labels of its own (Deviation D14).
         point_weight: w_P of joint_pseudo_labels.
     Returns:
-        {modality: (labels (B,) int64, keep (B,) bool)} of the modalities in `probs`. A rule of a fork's own
-        may return weights in [0, 1] as `keep`.
+        {modality: (labels (B,) int64, keep (B,) bool)} of the modalities in `probs`. A fork's
+        own rule may return weights in [0, 1] as `keep`.
     """
     if rule == "separate" or len(probs) == 1:
-        taus = {"image": thresholds[0], "point": thresholds[-1]}
-        labelled = {}
-        for modality, p in probs.items():
-            confidence, labels = p.max(dim=-1)
-            labelled[modality] = labels, confidence > taus[modality]
-        return labelled
+        return separate_labels(probs, thresholds)
 
+    image_probs, point_probs = probs["image"], probs["point"]
     threshold = thresholds[0]
     if rule == "mean":
-        confidence, labels = ((probs["image"] + probs["point"]) / 2).max(dim=-1)
+        confidence, labels = ((image_probs + point_probs) / 2).max(dim=-1)
         keep = confidence > threshold
+    # `agree` begins as `joint` and then keeps fewer.
     else:
-        labels, keep = joint_pseudo_labels(probs["image"], probs["point"], threshold, point_weight)
+        labels, keep = joint_pseudo_labels(image_probs, point_probs, threshold, point_weight)
+    # Each modality's own name counts here, however unsure it is.
     if rule == "agree":
-        same_name = probs["image"].argmax(dim=-1) == probs["point"].argmax(dim=-1)
+        same_name = image_probs.argmax(dim=-1) == point_probs.argmax(dim=-1)
         keep = keep & same_name
     return {"image": (labels, keep), "point": (labels, keep)}
+
+
+def separate_labels(probs: dict[str, Tensor], thresholds: list[float]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Each modality's own most probable name, kept where it exceeds the modality's threshold."""
+    # [-1]: a single threshold is that of both.
+    taus = {"image": thresholds[0], "point": thresholds[-1]}
+    labelled = {}
+    for modality, modality_probs in probs.items():
+        confidence, labels = modality_probs.max(dim=-1)
+        labelled[modality] = labels, confidence > taus[modality]
+    return labelled
