@@ -1,21 +1,19 @@
-"""Cross-modal self-training (Cross-MoST, arXiv 2404.10146): a zero-shot start, then training without labels.
+"""Cross-modal self-training (Cross-MoST, arXiv 2404.10146): a zero-shot start, then training
+without labels.
 
-    python train.py                                          # procedural objects, small start, no download
+    python train.py                                       # furniture made by programs, on a CPU
     python train.py --dataset modelnet10 --model tiny
 """
 import argparse
 import copy
 import json
 import math
-import os
 import re
-import subprocess
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,80 +21,91 @@ from tqdm import tqdm
 
 from data import (DATASETS, Objects, dataset_name, dataset_row, draw_views, load_dataset,
                   training_photographs)
-from eval import (assess, axis_hint, embed, name_objects, predictions_csv, pseudo_label_quality, read_log,
-                  table, to_probs, top_one, warn_of_unknown_names)
+from eval import (assess, axis_hint, embed, name_objects, predictions_csv, pseudo_label_quality,
+                  read_log, table, to_probs, top_one, warn_of_unknown_names)
 from losses import (RULES, cross_modal_alignment_loss, fairness_loss, masked_terms, pseudo_labels,
                     self_training_loss)
 from model import (TEMPLATES, CrossMoST, PointEncoder, build_model, hide_groups, hide_patches,
                    parameter_groups, plain_towers, precision_for, teacher_momentum, train_mode,
                    update_teacher)
 from support import UserError, write_whole
-from support.command_line import (COUNT, SHARE, WEIGHT, add_data_options, add_device_options, as_options,
-                                  number, one_line_errors, option_parser, path_of, plain_options)
-from support.parallel import (gather_embedded, join_processes, leader, lost_processes_are_one_line, my_part,
-                              only_writer, rank, whole_batch, with_ddp, without_ddp, world_size)
+from support.command_line import (COUNT, SHARE, WEIGHT, add_data_options, add_device_options,
+                                  as_options, number, one_line_errors, option_parser, path_of,
+                                  plain_options)
+from support.parallel import (gather_embedded, join_processes, leader, lost_processes_are_one_line,
+                              my_part, only_writer, rank, whole_batch, with_ddp, without_ddp,
+                              world_size)
 from support.pictures import plot_curves
+from support.provenance import peak_memory, provenance
 from support.resume import CODE, Run, identity_of, load, save
 from support.starts import STARTS, read_start, start_file
 from support.transduction import transduced_labels
 from support.workers import refuse_broken_photographs
 
-
 # ------ Options: which values hold for a data set and a start -----------------------------------------------
-# The small start is trained for hundreds of steps instead of thousands, so its learning rate is larger. Its
-# confidences are low, so the threshold is lower. It has 4 x 4 patches: few are hidden, and painting them back
-# weighs little. The temperature is CLIP's. The other weights and the momentum were chosen by measuring on
-# `shapes` and ModelNet10.
-SMALL = dict(epochs=3, batch_size=32, lr=2e-3, layer_decay=1.0, momentum=0.999, points=1024, views=12,
-             threshold=[0.6], mask_ratio=0.1, w_fair=2.0, w_mim=0.1, w_mpm=0.1, w_gl=0.02,
-             cross_temperature=0.07, precision="fp32", eval_every=2)
-# Scans look unlike what the small start has seen. Therefore more epochs, a teacher that follows the student
-# faster, and a larger `fairness` weight: in the first epochs many names are wrong.
+# The small start is trained for hundreds of steps instead of thousands, so its learning rate is
+# larger. Its confidences are low, so the threshold is lower. It has 4 x 4 patches: few are
+# hidden, and painting them back weighs little. The temperature is CLIP's. The other weights and
+# the momentum were chosen by measuring on `shapes` and ModelNet10.
+SMALL = dict(
+    epochs=3, batch_size=32, lr=2e-3, layer_decay=1.0, momentum=0.999, points=1024, views=12,
+    threshold=[0.6], mask_ratio=0.1, w_fair=2.0, w_mim=0.1, w_mpm=0.1, w_gl=0.02,
+    cross_temperature=0.07, precision="fp32", eval_every=2)
+# Scans look unlike what the small start has seen. Therefore more epochs, a teacher that follows
+# the student faster, and more fairness: in the first epochs many names are wrong.
 SMALL_ON_SCANS = dict(SMALL, epochs=6, momentum=0.98, w_fair=4.0)
 # A user's folder mostly holds a few hundred objects: more passes make enough steps.
 SMALL_ON_FOLDER = dict(SMALL, epochs=20)
 
-# Options that do not change what is computed: a run may continue with other values of these.
+# A run may continue with other values of these: they do not change what is computed.
 NO_EFFECT_ON_RESULTS = ("out", "cache", "data_root", "download", "resume", "device", "log_every",
                         "eval_every", "compile", "grad_checkpointing")
-# Options that name the data, the start and the seed. They are no changes of the method.
-DATA_AND_START = ("dataset", "domain", "model", "pretrained", "start_checkpoint", "precision", "seed")
+# These name the data, the start and the seed. They are no changes of the method.
+DATA_AND_START = ("dataset", "domain", "model", "pretrained", "start_checkpoint", "precision",
+                  "seed")
 
 RENEW_EVERY = 5  # epochs between two namings of all training objects by `--labels together`
 SAVE_EVERY = 60  # seconds between two saves, at the ends of epochs
-# What a run writes into OUT; one that starts over removes it first.
+# What a run writes into OUT. One that starts over removes it first.
 LEFT_BY_A_RUN = ("last.pt", "log.jsonl", "results.json", "curves.png", "predictions.csv")
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     """All options of a run; `changed` holds those of the method that are not at their defaults.
 
-    The data set and the start decide the defaults, so the line is parsed once more when these are known.
+    The data set and the start decide the defaults. Therefore the line is parsed once more when
+    these are known.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser()
     asked = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
     recipe = recipe_of(asked)
-    parser.set_defaults(**{option: value for option, value in recipe.items() if option in asked})
+    known = {option: recipe[option] for option in recipe if option in asked}
+    parser.set_defaults(**known)
     args = parser.parse_args(argv)
 
-    differing = {option: value for option, value in vars(args).items()
-                 if value != parser.get_default(option) and option not in NO_EFFECT_ON_RESULTS}
+    differing = {}
+    for option, value in vars(args).items():
+        if value != parser.get_default(option) and option not in NO_EFFECT_ON_RESULTS:
+            differing[option] = value
     if args.out is None:
         args.out = Path("runs", run_name(args, differing))
-    args.changed = {option: value for option, value in differing.items() if option not in DATA_AND_START}
+    args.changed = {option: value for option, value in differing.items()
+                    if option not in DATA_AND_START}
     return args
 
 
 def recipe_of(asked: argparse.Namespace) -> dict:
     """The defaults that hold for a data set and a start in place of the original's.
 
-    asked: the command line, with None where it says nothing. A later layer wins: the data set's row, the
-    start's, the small start's recipe, a folder of the user's own, the start's file.
+    asked: the command line, with None where it says nothing. A later layer wins: the data set's
+    row, the start's, the small start's recipe, a folder of the user's own, the start's file.
     """
     is_folder = asked.dataset not in DATASETS
     trains_both = asked.modalities == "both"
-    in_file = read_start(asked.start_checkpoint)["options"] if asked.start_checkpoint else {}
+    in_file = {}
+    if asked.start_checkpoint:
+        in_file = read_start(asked.start_checkpoint)["options"]
     usual_model = "tiny" if asked.dataset == "shapes" else "ulip2"
     model = asked.model or in_file.get("model") or usual_model
     # Naming all objects at once assumes no shares of the names (measured: assets/folders.md).
@@ -106,19 +115,29 @@ def recipe_of(asked: argparse.Namespace) -> dict:
     recipe = {**dataset_row(asked.dataset), "model": model, "labels": usual_labels}
     if labels == "separate" or not trains_both:
         recipe["threshold"] = recipe["separate"]
-    # A model of open_clip's has no values of its own: its clouds are cut as those of `crossmost`.
+    # A CLIP of open_clip's has no row: its clouds are cut as those of `crossmost`.
     recipe |= STARTS.get(model, STARTS["crossmost"])
     if model == "tiny":
-        is_scanned = asked.domain == "target" or (asked.dataset == "shapes" and asked.domain is None)
-        recipe |= SMALL_ON_FOLDER if is_folder else SMALL_ON_SCANS if is_scanned else SMALL
+        recipe |= small_recipe(asked)
     if is_folder:
-        del recipe["up"]  # which nobody knows: see start_over
+        del recipe["up"]  # nobody knows it: see start_over
     if is_folder and asked.shares is None:
-        recipe["w_fair"] = 0.0  # a pull towards equal shares is wrong where most objects are chairs
+        recipe["w_fair"] = 0.0  # a pull towards equal shares is wrong where most are chairs
     if labels == "together":
         recipe["threshold"] = [0.8]
-    return recipe | {option: in_file[option] for option in ("points", "groups", "group_size")
-                     if in_file.get(option)}
+    for option in ("points", "groups", "group_size"):
+        if in_file.get(option):
+            recipe[option] = in_file[option]
+    return recipe
+
+
+def small_recipe(asked: argparse.Namespace) -> dict:
+    """The values for `tiny` on these objects."""
+    if asked.dataset not in DATASETS:
+        return SMALL_ON_FOLDER
+    is_shapes_as_usual = asked.dataset == "shapes" and asked.domain is None
+    is_scanned = asked.domain == "target" or is_shapes_as_usual
+    return SMALL_ON_SCANS if is_scanned else SMALL
 
 
 def run_name(args, differing: dict) -> str:
@@ -126,91 +145,104 @@ def run_name(args, differing: dict) -> str:
 
     The options stand in the parser's order, so that one command always has one folder.
     """
-    shown = {option: value.stem if isinstance(value, Path) else value for option, value in differing.items()
-             if option not in ("dataset", "model")}
+    shown = {}
+    for option, value in differing.items():
+        if option not in ("dataset", "model"):
+            shown[option] = value.stem if isinstance(value, Path) else value
     options = as_options(shown).replace("--", "")
     name = f"{Path(args.dataset).name} {args.model} {options}".strip()
-    # 200: file systems allow 255 bytes. Two runs that then have one name cannot mix: last.pt knows its own.
+    # File systems allow 255 bytes. Should two runs then have one name, last.pt knows its own.
     return re.sub(r"[^\w.+-]+", "-", name)[:200]
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Every option, with the original code's value as its default where it has one."""
     parser = option_parser("Cross-modal self-training (Cross-MoST, arXiv 2404.10146)")
+    yes_or_no = argparse.BooleanOptionalAction
 
-    group = parser.add_argument_group("data").add_argument
-    group("--dataset", type=dataset_name, default="shapes",
-          help=f"{', '.join(DATASETS)}, or a folder of your own")
-    add_data_options(group)
-    group("--templates", choices=sorted(TEMPLATES), help="texts around a class name")
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", type=dataset_name, default="shapes",
+        help=f"{', '.join(DATASETS)}, or a folder of your own")
+    add_data_options(add)
+    add("--templates", choices=sorted(TEMPLATES), help="texts around a class name")
 
-    group = parser.add_argument_group("start").add_argument
-    group("--model", help=f"zero-shot start: {', '.join(STARTS)}, or an open_clip name")
-    group("--pretrained", help="open_clip's weights of --model: a tag or a file")
-    group("--start-checkpoint", type=path_of, help="the start's file, of any family, instead of its own")
-    group("--groups", type=COUNT, help="point groups per cloud")
-    group("--group-size", type=COUNT, help="points per group")
-    group("--cache", type=path_of, default=Path("cache"), help="folder of fetched starts")
+    add = parser.add_argument_group("start").add_argument
+    add("--model", help=f"zero-shot start: {', '.join(STARTS)}, or an open_clip name")
+    add("--pretrained", help="open_clip's weights of --model: a tag or a file")
+    add("--start-checkpoint", type=path_of, help="the start's file, instead of its own")
+    add("--groups", type=COUNT, help="point groups per cloud")
+    add("--group-size", type=COUNT, help="points per group")
+    add("--cache", type=path_of, default=Path("cache"), help="folder of fetched starts")
 
-    group = parser.add_argument_group("method").add_argument
-    group("--modalities", choices=("both", "image", "point"), default="both", help="what is trained")
+    add = parser.add_argument_group("method").add_argument
+    add("--modalities", choices=("both", "image", "point"), default="both",
+        help="what is trained")
     rules = "; ".join(f"{name}: {sentence}" for name, sentence in RULES.items())
-    group("--labels", choices=tuple(RULES),
-          help=f"joint-label: who names the objects; in a folder of your own `together`. {rules}")
-    group("--threshold", type=SHARE, nargs="+", help="joint-label: confidence to exceed; two if separate")
-    group("--point-weight", type=WEIGHT, help="joint-label: factor on the point confidence")
-    group("--w-fair", type=WEIGHT, default=1.0, help="fairness: weight; a weight of 0 leaves its term out")
-    group("--shares", type=WEIGHT, nargs="+", help="fairness: roughly how many objects of each class")
-    group("--w-mim", type=WEIGHT, default=1.0, help="mim: weight")
-    group("--w-mpm", type=WEIGHT, default=1.0, help="mpm: weight")
-    group("--w-gl", type=WEIGHT, default=0.2, help="gl-align: weight, of both modalities")
-    group("--w-cross", type=WEIGHT, default=1.0, help="cross-align: weight")
-    group("--cross-temperature", type=number(1e-3), default=1.0, help="cross-align: divisor of similarities")
-    group("--point-target", choices=("tokens", "points"), default="tokens", help="mpm: what is reconstructed")
-    group("--mask-ratio", type=SHARE, default=0.3, help="share of patches and groups hidden; 0 hides nothing")
-    group("--momentum", type=SHARE, default=0.9998,
-          help="ema: the teacher's momentum from step 400 on; 0.99 at the first step")
+    add("--labels", choices=tuple(RULES),
+        help=f"joint-label: who names the objects (own folder: together). {rules}")
+    add("--threshold", type=SHARE, nargs="+",
+        help="joint-label: confidence to exceed; two if separate")
+    add("--point-weight", type=WEIGHT, help="joint-label: factor on the point confidence")
+    add("--w-fair", type=WEIGHT, default=1.0, help="fairness: weight; 0 leaves a term out")
+    add("--shares", type=WEIGHT, nargs="+",
+        help="fairness: roughly how many objects of each class")
+    add("--w-mim", type=WEIGHT, default=1.0, help="mim: weight")
+    add("--w-mpm", type=WEIGHT, default=1.0, help="mpm: weight")
+    add("--w-gl", type=WEIGHT, default=0.2, help="gl-align: weight, of both modalities")
+    add("--w-cross", type=WEIGHT, default=1.0, help="cross-align: weight")
+    add("--cross-temperature", type=number(1e-3), default=1.0,
+        help="cross-align: divisor of similarities")
+    add("--point-target", choices=("tokens", "points"), default="tokens",
+        help="mpm: what is reconstructed")
+    add("--mask-ratio", type=SHARE, default=0.3,
+        help="share of patches and groups hidden; 0 hides nothing")
+    add("--momentum", type=SHARE, default=0.9998,
+        help="ema: the teacher's momentum from step 400 on; 0.99 at the first step")
 
-    group = parser.add_argument_group("optimisation").add_argument
-    group("--epochs", type=COUNT, default=200, help="passes over the training objects")
-    group("--batch-size", type=COUNT, default=128, help="objects per step, of all GPUs together")
-    group("--lr", type=WEIGHT, default=2e-5,
-          help="peak learning rate of a batch of 256; a batch of 128 gets half of it")
-    group("--weight-decay", type=WEIGHT, default=0.05, help="AdamW, not on 1-D parameters")
-    group("--layer-decay", type=SHARE, default=0.65, help="factor on lr per image block, from the last on")
-    group("--warmup-epochs", type=WEIGHT, default=1.0, help="epochs of linear warm-up")
-    group("--freeze", nargs="*", default=[f"point_encoder.{name}" for name in PointEncoder.frozen_by_default],
-          help="modules or parameters that are not trained; without a name all are")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=COUNT, default=200, help="passes over the training objects")
+    add("--batch-size", type=COUNT, default=128, help="objects per step, of all GPUs")
+    add("--lr", type=WEIGHT, default=2e-5,
+        help="peak learning rate of a batch of 256; a batch of 128 gets half of it")
+    add("--weight-decay", type=WEIGHT, default=0.05, help="AdamW, not on 1-D parameters")
+    add("--layer-decay", type=SHARE, default=0.65,
+        help="factor on lr per image block, from the last on")
+    add("--warmup-epochs", type=WEIGHT, default=1.0, help="epochs of linear warm-up")
+    frozen = [f"point_encoder.{name}" for name in PointEncoder.frozen_by_default]
+    add("--freeze", nargs="*", default=frozen,
+        help="modules or parameters that are not trained; without a name all are")
 
-    group = parser.add_argument_group("run").add_argument
-    group("--out", type=path_of,
-          help="results folder (default: runs/DATASET-MODEL and what differs from the defaults)")
-    group("--seed", type=number(0, 2 ** 32, int), default=0, help="of views, order and masks")
-    group("--resume", action=argparse.BooleanOptionalAction, default=True, help="continue OUT/last.pt")
-    add_device_options(group)
-    group("--compile", action=argparse.BooleanOptionalAction, default=False,
-          help="compile the encoders' blocks: the first step is slow, later ones are faster")
-    group("--grad-checkpointing", action=argparse.BooleanOptionalAction, default=False,
-          help="less memory: compute image blocks twice")
-    group("--eval-every", type=number(0, convert=int), default=5,
-          help="epochs between evaluations of the teacher; 0: only at the end")
-    group("--log-every", type=COUNT, default=10, help="steps per line of log.jsonl")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", type=path_of,
+        help="results folder (default: runs/DATASET-MODEL and what differs from the defaults)")
+    add("--seed", type=number(0, 2 ** 32, int), default=0, help="of views, order and masks")
+    add("--resume", action=yes_or_no, default=True, help="continue OUT/last.pt")
+    add_device_options(add)
+    add("--compile", action=yes_or_no, default=False,
+        help="compile the encoders' blocks: the first step is slow, later ones are faster")
+    add("--grad-checkpointing", action=yes_or_no, default=False,
+        help="less memory: compute image blocks twice")
+    add("--eval-every", type=number(0, convert=int), default=5,
+        help="epochs between evaluations of the teacher; 0: only at the end")
+    add("--log-every", type=COUNT, default=10, help="steps per line of log.jsonl")
     return parser
 
 
 # ------ One step --------------------------------------------------------------------------------------------
 def train_step(student, teacher, views, optimizer, step, total_steps, args, given=None):
-    """One update of the student, then of the teacher. Returns the detached terms and the labels used.
+    """One update of the student, then of the teacher. Returns terms and labels.
 
-    `views` holds images and point clouds only. True labels enter for the oracle alone (`--labels truth`).
+    `views` holds images and point clouds only. True labels enter for the oracle alone
+    (`--labels truth`).
 
     Args:
         student: CrossMoST, or under torchrun its DistributedDataParallel.
-        views: what draw_views returns of this process's objects (b = B / number of processes).
+        views: what draw_views returns of this process's objects.
         step, total_steps: this step's number from 0, and how many the run has.
-        given: labels and keep (B,) of these objects, where they were named before the step; or None.
+        given: labels and keep (B,) of these objects, if they were named before the step.
     Returns:
-        terms: {name: value} of the total `loss`, each term before weighting, and the learning rate `lr`.
+        terms: {name: value} of the total `loss`, each term before weighting, detached, and
+            the learning rate `lr`.
         labels: {modality: (labels (B,), keep (B,))}.
     """
     rate = learning_rate(step, total_steps, args)
@@ -223,10 +255,13 @@ def train_step(student, teacher, views, optimizer, step, total_steps, args, give
     else:
         labels = {"image": given, "point": given}
 
-    # The student must agree from the strong, masked views, align its modalities and repaint what was hidden.
-    # A term of weight 0 is left out of the sum, but still logged. One without a weight here is an error.
-    weights = {"self_image": 1, "self_point": 1, "fair_image": args.w_fair, "fair_point": args.w_fair,
-               "mim": args.w_mim, "mpm": args.w_mpm, "gl_image": args.w_gl, "gl_point": args.w_gl,
+    # The student must agree from the strong, masked views, align its modalities and repaint
+    # what was hidden. A term of weight 0 is left out of the sum, but still logged. One without
+    # a weight here is an error.
+    weights = {"self_image": 1, "self_point": 1,
+               "fair_image": args.w_fair, "fair_point": args.w_fair,
+               "mim": args.w_mim, "mpm": args.w_mpm,
+               "gl_image": args.w_gl, "gl_point": args.w_gl,
                "cross": args.w_cross}
     terms = student_terms(student, views, labels, args)
     loss = sum(weights[name] * term for name, term in terms.items() if weights[name])
@@ -235,7 +270,8 @@ def train_step(student, teacher, views, optimizer, step, total_steps, args, give
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
-    update_teacher(teacher, without_ddp(student), teacher_momentum(step, args.momentum))
+    momentum = teacher_momentum(step, args.momentum)
+    update_teacher(teacher, without_ddp(student), momentum)
 
     detached = {name: term.detach() for name, term in terms.items()}
     return {"loss": loss.detach(), **detached, "lr": rate}, labels
@@ -243,14 +279,14 @@ def train_step(student, teacher, views, optimizer, step, total_steps, args, give
 
 @torch.no_grad()
 def teacher_labels(teacher: CrossMoST, views: dict, args) -> dict[str, tuple[Tensor, Tensor]]:
-    """What `--labels` makes of the teacher's predictions for the weak images and clouds.
+    """What `--labels` makes of the teacher's predictions for the weak views.
 
-    Returns {modality: (labels (B,), keep (B,))} of the whole batch, of the modalities that are trained.
+    Returns {modality: (labels (B,), keep (B,))} of the whole batch, of what is trained.
     """
-    probs = {}
     images = None if args.modalities == "point" else teacher.normalise(views["weak_image"])
     points = None if args.modalities == "image" else views["weak_points"]
     out = teacher(images, points)
+    probs = {}
     if images is not None:
         probs["image"] = whole_batch(out.image_logits).softmax(dim=-1)
     if points is not None:
@@ -261,14 +297,15 @@ def teacher_labels(teacher: CrossMoST, views: dict, args) -> dict[str, tuple[Ten
 def student_terms(student, views: dict, labels: dict, args) -> dict[str, Tensor]:
     """Every term of the loss, by name, from the student's strong and masked views.
 
-    self-training, fairness and cross-align see the whole batch, also under torchrun; the masked terms are
-    means over this process's own share.
+    self-training, fairness and cross-align see the whole batch, also under torchrun; the masked
+    terms are means over this process's own share.
     """
     model = without_ddp(student)
-    images = None if args.modalities == "point" else model.normalise(views["strong_image"])
-    groups = None  # cut here, because the mask needs their centres
+    images = groups = None
+    if args.modalities != "point":
+        images = model.normalise(views["strong_image"])
     if args.modalities != "image":
-        groups = model.group(views["strong_points"])
+        groups = model.group(views["strong_points"])  # here, because masks need their centres
 
     # Masks are drawn anew for each object and step [mim, mpm].
     image_hidden = point_hidden = None
@@ -297,17 +334,17 @@ def student_terms(student, views: dict, labels: dict, args) -> dict[str, Tensor]
 def learning_rate(step: int, total_steps: int, args) -> float:
     """Linear warm-up, then a cosine from the peak down to peak / 20 at the last step.
 
-    The peak is lr x --batch-size / 256, also where there are fewer objects than that: the original's 2e-5 is
-    4e-5 for its 512 objects, and 1e-5 for our 128 (Deviation D25). The first step uses peak / warm-up steps,
-    because a rate of 0 would waste it (Deviation D26). A run as long as its warm-up ends at the peak, a
-    shorter one below it. peak / 20 is the original's ratio, 1e-6 of 2e-5.
+    The peak is lr x --batch-size / 256, also where there are fewer objects than that: the
+    original's 2e-5 is 4e-5 for its 512 objects, and 1e-5 for our 128 (Deviation D25). The first
+    step uses peak / warm-up steps, because a rate of 0 would waste it (Deviation D26). A run as
+    long as its warm-up ends at the peak, a shorter one below it.
     """
     peak = args.lr * args.batch_size / 256
     warmup_steps = int(args.warmup_epochs * total_steps / args.epochs)
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
-    floor = peak / 20
+    floor = peak / 20  # the original's ratio: 1e-6 of 2e-5
     return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
 
 
@@ -325,22 +362,25 @@ def self_train(run: Run, objects: Objects, test: Objects, args):
         run.given = objects.labels, torch.ones(len(objects), dtype=torch.bool)
 
     per_epoch = steps_per_epoch * batch_size
-    # disable=None: a bar only where a person looks on.
-    bar = tqdm(total=args.epochs * per_epoch, initial=run.epoch * per_epoch, desc="self-training",
-               unit="object", unit_scale=True, disable=None if leader() else True)
+    bar = tqdm(total=args.epochs * per_epoch, initial=run.epoch * per_epoch,
+               desc="self-training", unit="object", unit_scale=True,
+               disable=None if leader() else True)  # None: only where a person looks on
     last_save = time.perf_counter()
     for epoch in range(run.epoch, args.epochs):
         if args.labels == "together" and epoch % RENEW_EVERY == 0:
             run.given = name_together(run.teacher, objects, args)
 
         step = epoch * steps_per_epoch
-        interval, interval_began = [], time.perf_counter()
-        for batch, part, pictures in batches_of_epoch(epoch, objects, batch_size, image_size, args):
-            views = draw_views(points[part.to(args.device)], image_size, pictures)
+        interval, began = [], time.perf_counter()
+        batches = batches_of_epoch(epoch, objects, batch_size, image_size, args)
+        for batch, part, photographs in batches:
+            views = draw_views(points[part.to(args.device)], image_size, photographs)
             given = run.given and [value[batch].to(args.device) for value in run.given]
-            terms, labels = train_step(student, run.teacher, views, run.optimizer, step, total_steps, args,
-                                       given)
-            truth = None if objects.labels is None else objects.labels[batch].to(args.device)
+            terms, labels = train_step(student, run.teacher, views, run.optimizer, step,
+                                       total_steps, args, given)
+            truth = None  # for the log only
+            if objects.labels is not None:
+                truth = objects.labels[batch].to(args.device)
             interval.append((step, terms, labels, truth))
             step += 1
             bar.update(batch_size)
@@ -348,15 +388,18 @@ def self_train(run: Run, objects: Objects, test: Objects, args):
             # Reading a value waits for a GPU, so values are read once per interval.
             if step % args.log_every == 0 or step % steps_per_epoch == 0:
                 means = interval_means(interval, len(objects.class_names))
-                speed = interval_speed(len(interval), batch_size, time.perf_counter() - interval_began)
-                write_log(args.out, epoch=epoch + 1, step=step, **speed, **means)
-                bar.set_postfix(loss=f"{means['loss']:.2f}", coverage=f"{means['coverage']:.2f}")
-                interval, interval_began = [], time.perf_counter()
+                seconds = time.perf_counter() - began
+                speed = len(interval) * batch_size / seconds
+                write_log(args.out, epoch=epoch + 1, step=step, steps=len(interval),
+                          seconds=round(seconds, 3), objects_per_second=round(speed, 1), **means)
+                bar.set_postfix(loss=f"{means['loss']:.2f}",
+                                coverage=f"{means['coverage']:.2f}")
+                interval, began = [], time.perf_counter()
 
         run.epoch = epoch + 1
         is_last = run.epoch == args.epochs  # which train_and_score evaluates
-        is_due = args.eval_every > 0 and run.epoch % args.eval_every == 0 and not is_last
-        if is_due:
+        is_due = args.eval_every > 0 and run.epoch % args.eval_every == 0
+        if is_due and not is_last:
             teacher = assess(probs_of_all(run.teacher, test, args), test)
             write_log(args.out, epoch=run.epoch, step=step, teacher=in_short(teacher))
         if is_last or time.perf_counter() - last_save > SAVE_EVERY:
@@ -368,25 +411,22 @@ def self_train(run: Run, objects: Objects, test: Objects, args):
 def batches_of_epoch(epoch: int, objects: Objects, batch_size: int, image_size: int, args):
     """Shuffled batches of an epoch; what does not fill a batch is left out.
 
-    Returns for each batch its indices (B,), the part of them that is this process's, and that part's
-    photographs. All random numbers of an epoch follow from the seed and its number, so that a continued run
-    computes the same as one that never stopped. Processes shuffle alike, then each draws its own.
+    Returns for each batch its indices (B,), the part of them that is this process's, and that
+    part's photographs. All random numbers of an epoch follow from the seed and its number, so
+    that a continued run computes the same as one that never stopped. Processes shuffle alike,
+    then each draws its own.
     """
     # Large odd factors keep the seeds of other runs, epochs and processes apart.
     epoch_seed = args.seed * 100_003 + epoch
     torch.manual_seed(epoch_seed)
-    batches = torch.randperm(len(objects)).split(batch_size)[:len(objects) // batch_size]
+    count = len(objects) // batch_size
+    batches = torch.randperm(len(objects)).split(batch_size)[:count]
 
     process_seed = epoch_seed * 1_009 + rank()
     torch.manual_seed(process_seed)
     parts = [my_part(batch) for batch in batches]
-    return zip(batches, parts, training_photographs(objects, parts, image_size, process_seed))
-
-
-def interval_speed(steps: int, batch_size: int, seconds: float) -> dict:
-    """How many steps a line of the log is about, and how fast they were."""
-    speed = steps * batch_size / seconds
-    return {"steps": steps, "seconds": round(seconds, 3), "objects_per_second": round(speed, 1)}
+    photographs = training_photographs(objects, parts, image_size, process_seed)
+    return zip(batches, parts, photographs)
 
 
 def interval_means(interval: list, classes: int) -> dict:
@@ -396,15 +436,14 @@ def interval_means(interval: list, classes: int) -> dict:
     label_accuracy: right labels / kept labels; None without true labels.
     named: for each name, kept labels with that name / all labels.
     entropy: of the names among the kept labels, in nats.
-    Raises: UserError with the step, counted from 1 as in log.jsonl, and all terms where a loss is not finite.
+    Raises: UserError with the step, counted from 1, and all terms where a loss is not finite.
     """
-    losses = torch.stack([terms["loss"] for _, terms, _, _ in interval])
-    if not losses.isfinite().all():
-        first_bad = losses.isfinite().tolist().index(False)
-        step, terms, _, _ = interval[first_bad]
-        values = {name: float(value) for name, value in terms.items()}
-        raise UserError(f"the loss is not finite at step {step + 1}: {values}; lower --lr, or look at the "
-                        "data; last.pt is of an earlier epoch, if there was one")
+    for step, terms, _, _ in interval:
+        if not terms["loss"].isfinite():
+            values = {name: float(value) for name, value in terms.items()}
+            raise UserError(
+                f"the loss is not finite at step {step + 1}: {values}; lower --lr, or look at "
+                "the data; last.pt is of an earlier epoch, if there was one")
 
     _, first_terms, _, first_truth = interval[0]
     row = {}
@@ -415,7 +454,8 @@ def interval_means(interval: list, classes: int) -> dict:
     given, right, total = torch.zeros(classes), 0, 0
     for _, _, labels, truth in interval:
         for label, keep in labels.values():
-            given += label.bincount(keep.float(), minlength=classes).float().cpu()
+            counts = label.bincount(keep.float(), minlength=classes)
+            given += counts.float().cpu()
             total += len(label)
             if truth is not None:
                 right += ((label == truth) * keep).sum().item()
@@ -430,14 +470,15 @@ def interval_means(interval: list, classes: int) -> dict:
 def write_log(out: Path, **row):
     """Add a line to OUT/log.jsonl.
 
-    The first line of a run holds options, versions, commit and device. A line of means follows every
-    --log-every steps, with these keys:
+    The first line of a run holds options, versions, commit and device. A line of means follows
+    every --log-every steps, with these keys:
         epoch, step, steps: the first two count from 1; how many steps the line averages.
-        loss, and each term before weighting: self_image, fair_image, mim, gl_image, self_point ..., cross.
-        coverage, label_accuracy, named, entropy: of the pseudo-labels, see interval_means.
-        lr, seconds, objects_per_second: the learning rate, and the speed of training alone.
-    A line with `teacher` follows every --eval-every epochs and at the end: its accuracy on the test objects,
-    if they have labels, and agreement and information of eval.assess. Nothing is chosen by it.
+        loss, and each term before weighting: self_image, fair_image, mim, gl_image, cross ...
+        coverage, label_accuracy, named, entropy: of pseudo-labels, see interval_means.
+        lr, seconds, objects_per_second: learning rate, and the speed of training alone.
+    A line with `teacher` follows every --eval-every epochs and at the end: its accuracy on the
+    test objects, if they have labels, and agreement and information, see eval.assess. Nothing
+    is chosen by it.
     """
     if leader():
         with open(out / "log.jsonl", "a", encoding="utf-8") as file:
@@ -445,26 +486,28 @@ def write_log(out: Path, **row):
 
 
 def probs_of_all(model: CrossMoST, objects: Objects, args) -> dict[str, Tensor]:
-    """The model's probabilities (N, C); under torchrun each process embeds its part of the objects."""
+    """The model's probabilities (N, C); under torchrun each process embeds its part."""
     return to_probs(gather_embedded(embed, model, objects, args.views))
 
 
 def in_short(figures: dict) -> dict:
     """The figures of `assess` without those of single classes."""
-    return {name: value for name, value in figures.items() if name not in ("shares", "per_class")}
+    single = ("shares", "per_class")
+    return {name: value for name, value in figures.items() if name not in single}
 
 
 def name_together(teacher: CrossMoST, objects: Objects, args) -> tuple[Tensor, Tensor]:
-    """Name all training objects at once, by transduced_labels [together]. -> labels and keep (N,), on the CPU
+    """Name all training objects at once [together]. -> labels and keep (N,), on the CPU
 
-    In place of the names' texts stand the columns of the teacher's classifier. They are the texts at first,
-    and are trained like all other weights.
+    In place of the names' texts in transduced_labels stand the columns of the teacher's
+    classifier. They are the texts at first, and are trained like all other weights.
     """
     embedded = gather_embedded(embed, teacher, objects, args.views)
-    texts = F.normalize(teacher.classifier.detach().float(), dim=0).T.cpu()
+    columns = teacher.classifier.detach().float()
+    texts = F.normalize(columns, dim=0).T.cpu()
     features = embedded["image_features"], embedded["point_features"]
-    probs = transduced_labels(to_probs(embedded)["joint"], *features, texts)
-    confidence, labels = probs.max(dim=-1)
+    teacher_probs = to_probs(embedded)["joint"]
+    confidence, labels = transduced_labels(teacher_probs, *features, texts).max(dim=-1)
     return labels, confidence > args.threshold[0]
 
 
@@ -476,49 +519,59 @@ def main(argv=None) -> dict:
     refuse_contradictions(args)
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32; bfloat16 is the fast way
 
-    objects, test = (load_dataset(args.dataset, args.data_root, split, args.points, args.domain,
-                                  args.download, args.up, args.cache) for split in ("train", "test"))
+    load_split = partial(load_dataset, args.dataset, args.data_root, points=args.points,
+                         domain=args.domain, download=args.download, up=args.up,
+                         cache=args.cache)
+    objects, test = load_split(split="train"), load_split(split="test")
     refuse_wrong_data(args, objects)
     run = begin(args, objects)
     with only_writer(args.out), lost_processes_are_one_line():
         try:
             return train_and_score(run, objects, test, args)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt("stopped; the same command goes on from the last saved epoch, if there "
-                                    "is one") from None
+            raise KeyboardInterrupt("stopped; the same command goes on from the last saved "
+                                    "epoch, if there is one") from None
 
 
 def refuse_contradictions(args):
-    """Raises: UserError for options that do not go together. No data are needed to see that."""
+    """Raises: UserError for options that do not go together, which needs no data to see."""
     trains_both = args.modalities == "both"
+    is_published = args.model in STARTS
     if args.labels == "together" and not trains_both:
         raise UserError("--labels together needs both modalities; drop it, or --modalities")
-    if args.pretrained and args.model in STARTS:
-        raise UserError(f"--model {args.model} is one file; use --start-checkpoint FILE, no --pretrained")
-    if args.model not in STARTS:
+    if args.pretrained and is_published:
+        raise UserError(f"--model {args.model} is one file; use --start-checkpoint FILE, no "
+                        "--pretrained")
+    if not is_published:
         plain_towers(args.model, args.pretrained)
-    if args.model not in STARTS and not args.start_checkpoint:
+    if not is_published and not args.start_checkpoint:
         into = f"{args.model.replace('/', '-')}.pt"
-        raise UserError(f"--model {args.model} has no point encoder; make a start with python -m "
-                        f"tools.pretrain --model {args.model} --into {into}, then give "
-                        f"--start-checkpoint {into}")
-    if len(args.threshold) > (2 if args.labels == "separate" or not trains_both else 1):
-        raise UserError("--threshold takes one value; two, image's and point's, go with --labels separate")
+        raise UserError(
+            f"--model {args.model} has no point encoder; make a start with python -m "
+            f"tools.pretrain --model {args.model} --into {into}, then give "
+            f"--start-checkpoint {into}")
+    takes_two = args.labels == "separate" or not trains_both
+    if len(args.threshold) > (2 if takes_two else 1):
+        raise UserError("--threshold takes one value; two, image's and point's, go with "
+                        "--labels separate")
     if args.shares and not sum(args.shares):
-        raise UserError("--shares are all 0; expected a number for each class, not all of them 0")
+        raise UserError("--shares are all 0; expected a number for each class, not all of "
+                        "them 0")
     if args.out.is_file():
         raise UserError(f"--out {args.out} is a file; name a folder")
 
 
 def refuse_wrong_data(args, objects: Objects):
-    """Raises: UserError for options that do not go with these objects. Says where they fit badly."""
-    classes = objects.class_names
+    """Raises: UserError for options that do not go with these objects. Says where they fit
+    badly.
+    """
+    classes, batch = objects.class_names, min(args.batch_size, len(objects))
     if args.labels == "truth" and objects.labels is None:
-        raise UserError(f"--labels truth needs true labels, {objects.name} has none; use --labels joint")
+        raise UserError(f"--labels truth needs true labels, {objects.name} has none; use "
+                        "--labels joint")
     if args.shares and len(args.shares) != len(classes):
-        raise UserError(f"--shares has {len(args.shares)} numbers; expected {len(classes)}, for "
-                        f"{', '.join(classes)}")
-    batch = min(args.batch_size, len(objects))
+        raise UserError(f"--shares has {len(args.shares)} numbers; expected {len(classes)}, "
+                        f"for {', '.join(classes)}")
     if batch % world_size():
         raise UserError(f"{world_size()} processes cannot share a batch of {batch} objects; "
                         "change --batch-size")
@@ -526,8 +579,8 @@ def refuse_wrong_data(args, objects: Objects):
         warn_of_unknown_names(classes)
     if objects.images:
         count = sum(bool(paths) for paths in objects.images)
-        print(f"{count} of {len(objects)} training objects have photographs, the others get depth views; the "
-              f"texts around the names are those of --templates {args.templates}")
+        print(f"{count} of {len(objects)} training objects have photographs, the others get "
+              f"depth views; the texts around the names are --templates {args.templates}")
 
 
 def begin(args, objects: Objects) -> Run:
@@ -535,9 +588,10 @@ def begin(args, objects: Objects) -> Run:
     start = args.start_checkpoint
     if start is None and args.model in STARTS:
         start = start_file(args.model, args.cache, args.download)
-    student = build_model(args.model, objects.class_names, TEMPLATES[args.templates], args.pretrained, start,
-                          device=args.device, groups=args.groups, group_size=args.group_size,
-                          target=args.point_target)
+    student = build_model(
+        args.model, objects.class_names, TEMPLATES[args.templates], args.pretrained, start,
+        device=args.device, groups=args.groups, group_size=args.group_size,
+        target=args.point_target)
     student.precision = precision_for(args.precision, args.device)
     student.visual.set_grad_checkpointing(args.grad_checkpointing)
     # The teacher begins as the student, and no gradient ever reaches it.
@@ -555,14 +609,16 @@ def begin(args, objects: Objects) -> Run:
 
 
 def train_and_score(run: Run, objects: Objects, test: Objects, args) -> dict:
-    """Score the start, train, score again. Returns the results; they and the names are written to OUT."""
+    """Score the start, train, score again. Returns the results, which are written to OUT."""
     changed = as_options(args.changed) or "no option of the method changed"
     headline = f"{objects.name} with {args.model}, seed {args.seed}, {changed}"
-    settings = {option: value for option, value in run.options.items() if option not in NO_EFFECT_ON_RESULTS}
+    settings = {option: value for option, value in run.options.items()
+                if option not in NO_EFFECT_ON_RESULTS}
     print(f"{headline}\nall settings: python train.py {as_options(settings)}")
-    if args.resume and (args.out / "last.pt").exists():
+    last = args.out / "last.pt"
+    if args.resume and last.exists():
         load(run, args.out)
-        print(f"continuing {args.out / 'last.pt'} after epoch {run.epoch}")
+        print(f"continuing {last} after epoch {run.epoch}")
     else:
         start_over(run, objects, test, args)
     title = f"{test.name} {test.split}, {len(test)} objects"
@@ -575,16 +631,7 @@ def train_and_score(run: Run, objects: Objects, test: Objects, args) -> dict:
     probs = probs_of_all(run.teacher, test, args)
     teacher = assess(probs, test)
     write_log(args.out, epoch=args.epochs, teacher=in_short(teacher))
-    figures = {"start": run.zero_shot, "student": student, "teacher": teacher}
-    results = {"dataset": objects.name, "split": test.split, "objects": len(test),
-               "classes": len(test.class_names), "model": args.model, "start": start_name(args),
-               "seed": args.seed, "epochs": args.epochs, "precision": run.identity["precision"],
-               "changed": args.changed, "code": CODE, "commit": provenance(args.device)["commit"],
-               "zero_shot": top_one(run.zero_shot), "student": top_one(student), "teacher": top_one(teacher),
-               "teacher_per_class": teacher.get("per_class"), "seconds": round(run.seconds(), 1),
-               "gpu_gib": peak_memory(args.device)}
-    for key in ("agreement", "information", "shares"):
-        results[key] = {who: of_model[key] for who, of_model in figures.items()}
+    results = results_of(run, objects, test, student, teacher, args)
     if leader():
         lines = read_log(args.out / "log.jsonl")
         results["pseudo_label"] = pseudo_label_quality(lines, args.epochs)
@@ -600,7 +647,7 @@ def train_and_score(run: Run, objects: Objects, test: Objects, args) -> dict:
 
 
 def start_over(run: Run, objects: Objects, test: Objects, args):
-    """Look at the data, remove what an earlier run left in OUT, begin the log, and score the start."""
+    """Look at the data, remove an earlier run from OUT, begin the log, score the start."""
     of_objects = (objects.images or []) + (test.images or [])
     pictures = sorted({path for paths in of_objects for path in paths})
     if leader() and pictures:
@@ -612,24 +659,27 @@ def start_over(run: Run, objects: Objects, test: Objects, args):
 
     if leader():
         remove_earlier_run(args.out)
-        trainable = sum(p.numel() for group in run.optimizer.param_groups for p in group["params"])
-        write_log(args.out, options=run.options, start=start_name(args), train=len(objects), test=len(test),
-                  trainable=trainable, code=CODE, **provenance(args.device))
+        groups = run.optimizer.param_groups
+        trainable = sum(p.numel() for group in groups for p in group["params"])
+        write_log(args.out, options=run.options, start=start_name(args), train=len(objects),
+                  test=len(test), trainable=trainable, code=CODE, **provenance(args.device))
     probs = probs_of_all(run.student, test, args)
     run.zero_shot = assess(probs, test)
     run.start_named = tuple(probs["joint"].max(dim=-1))
 
 
 def remove_earlier_run(out: Path):
-    """Remove what an earlier run left: a folder with parts of two runs would mix up their numbers.
+    """Remove what an earlier run left: parts of two runs would mix up their numbers.
 
     Raises: UserError where files of these names are there that no run has written.
     """
     found = [out / name for name in LEFT_BY_A_RUN if (out / name).exists()]
     log = out / "log.jsonl"
-    is_ours = log.exists() and log.read_bytes()[:12] == b'{"options": '  # as start_over begins it
+    # As start_over begins it.
+    is_ours = log.exists() and log.read_bytes().startswith(b'{"options": ')
     if found and not is_ours:
-        raise UserError(f"{found[0]} is there, and no run of train.py has written it; name another --out")
+        raise UserError(f"{found[0]} is there, and no run of train.py has written it; name "
+                        "another --out")
     for path in found:
         path.unlink()
 
@@ -639,47 +689,51 @@ def start_name(args) -> str:
     return args.start_checkpoint.stem if args.start_checkpoint else args.model
 
 
+def results_of(run: Run, objects: Objects, test: Objects, student: dict, teacher: dict,
+               args) -> dict:
+    """What OUT/results.json holds. student, teacher: what `assess` says of these."""
+    results = {
+        "dataset": objects.name,
+        "split": test.split,
+        "objects": len(test),
+        "classes": len(test.class_names),
+        "model": args.model,
+        "start": start_name(args),
+        "seed": args.seed,
+        "epochs": args.epochs,
+        "precision": run.identity["precision"],
+        "changed": args.changed,
+        "code": CODE,
+        "commit": provenance(args.device)["commit"],
+        "zero_shot": top_one(run.zero_shot),
+        "student": top_one(student),
+        "teacher": top_one(teacher),
+        "teacher_per_class": teacher.get("per_class"),
+        "seconds": round(run.seconds(), 1),
+        "gpu_gib": peak_memory(args.device),
+    }
+    figures = {"start": run.zero_shot, "student": student, "teacher": teacher}
+    for key in ("agreement", "information", "shares"):
+        results[key] = {who: of_model[key] for who, of_model in figures.items()}
+    return results
+
+
 def report(results: dict, out: Path):
-    """Print what can be said of the pseudo-labels, of agreement and, where there are no labels, of names."""
-    quality, agreement, shares = results["pseudo_label"], results["agreement"], results["shares"]
-    accuracy = "" if quality["accuracy"] is None else f", {quality['accuracy']} % of these rightly"
-    print(f"in the last epoch {quality['coverage']} % of the pseudo-labels were sure enough to train on"
-          f"{accuracy}")
+    """Print what can be said of the pseudo-labels and, where there are no labels, of the run."""
+    quality, agreement = results["pseudo_label"], results["agreement"]
+    rightly = ""
+    if quality["accuracy"] is not None:
+        rightly = f", {quality['accuracy']} % of these rightly"
+    print(f"in the last epoch {quality['coverage']} % of the pseudo-labels were sure enough to "
+          f"train on{rightly}")
     print(f"image and point agree on {agreement['start']} % of the objects before training, "
           f"{agreement['teacher']} % after")
     if results["teacher"] is None:
-        before, after = shares["start"], shares["teacher"]
+        before, after = results["shares"]["start"], results["shares"]["teacher"]
         most_changed = sorted(before, key=lambda name: -abs(after[name] - before[name]))[:10]
         listed = [f"{name} {before[name]:.0f} -> {after[name]:.0f}" for name in most_changed]
-        print(f"names whose share of the objects changed most, before -> after, %: {', '.join(listed)}")
+        print(f"names whose share changed most, before -> after, %: {', '.join(listed)}")
     print(f"a name for each object: {out / 'predictions.csv'}")
-
-
-def provenance(device: str) -> dict:
-    """Versions, commit and device, for the first line of the log."""
-    name = torch.cuda.get_device_name(device) if "cuda" in device else f"{os.cpu_count()} CPU cores"
-    return {"python": sys.version.split()[0], "torch": str(torch.__version__),
-            "open_clip": open_clip.__version__, "commit": commit(), "device": name}
-
-
-def commit() -> str:
-    """The commit of these files; "unknown" outside of a repository of their own."""
-    root = Path(__file__).resolve().parent
-
-    def git(*words: str) -> str:  # --no-optional-locks: it writes nothing there
-        command = ["git", "--no-optional-locks", "-C", str(root), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    try:
-        # Unpacked inside somebody's repository, they are not of its commit.
-        is_ours = Path(git("rev-parse", "--show-toplevel")).resolve() == root
-        return git("describe", "--always", "--dirty") if is_ours else "unknown"
-    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
-        return "unknown"
-
-
-def peak_memory(device: str) -> float | None:
-    """GiB of GPU memory at most, None on a CPU."""
-    return round(torch.cuda.max_memory_allocated(device) / 2 ** 30, 1) if "cuda" in device else None
 
 
 if __name__ == "__main__":

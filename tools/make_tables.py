@@ -29,6 +29,7 @@ from model import TEMPLATES, CrossMoST, build_model, precision_for
 from support import UserError, write_whole
 from support.command_line import as_options, number, one_line_errors, option_parser
 from support.files import reading
+from support.provenance import provenance
 from support.resume import CODE_OF_STARTS
 from support.starts import read_start
 from support.transduction import transduced_labels
@@ -225,7 +226,7 @@ def score_rival(run: Run) -> dict:
         "dataset": test.name, "split": test.split, "objects": len(test), "rival": run.rival,
         "model": args.model, "start": train.start_name(args), "seed": args.seed, "changed": {},
         "precision": str(model.precision).removeprefix("torch."),
-        "commit": train.provenance(args.device)["commit"],
+        "commit": provenance(args.device)["commit"],
         "zero_shot": top_one(evaluate(model, test, args.views)),
         "accuracy": top_one(assess(probs, test)),
     }

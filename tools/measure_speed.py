@@ -17,6 +17,7 @@ from data import draw_views, load_dataset, training_photographs
 from eval import embed
 from model import hide_groups, hide_patches, train_mode, update_teacher
 from support.command_line import one_line_errors
+from support.provenance import provenance
 
 REPEATS = 10  # of which the median counts; one before them compiles and fills caches
 
@@ -151,7 +152,7 @@ def report(speed: dict, batch: int, precision: torch.dtype, args):
     step, evaluation = seconds.pop("step"), seconds.pop("evaluation")
     seconds["labels, losses and the rest"] = step - sum(seconds.values())
     performed = speed["tflop"] / step
-    made_by = ", ".join(f"{key} {value}" for key, value in train.provenance(args.device).items())
+    made_by = ", ".join(f"{key} {value}" for key, value in provenance(args.device).items())
     print(f"{args.model}, batch {batch}, {args.groups} groups, {args.points} points, {precision}"
           f"{', compiled' if args.compile else ''}; {made_by}")
     print(f"step: {1000 * step:.1f} ms, {batch / step:.1f} objects/s, {speed['memory']:.1f} GiB")

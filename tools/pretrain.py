@@ -41,7 +41,7 @@ from support.command_line import (COUNT, add_data_options, add_device_options, n
 from support.files import read_lines, read_objects, reading
 from support.resume import CODE_OF_STARTS
 from support.starts import STARTS, read_file, save_file, save_start
-from train import provenance
+from support.provenance import provenance
 
 # Of `tiny`, and of a point encoder beside a CLIP (whose batch, learning rate and weight decay are ULIP's).
 RECIPES = {
