@@ -751,7 +751,8 @@ def files_below(folder: Path) -> list[Path]:
 
 def printable(name: str) -> str:
     """The name of a file in characters that can be written; bytes that are no UTF-8 become U+FFFD."""
-    return os.fsencode(name).decode("utf-8", "replace")
+    # Not os.fsencode: a locale without UTF-8 cannot encode the names of classes.
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def composed(name: str) -> str:
