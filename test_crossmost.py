@@ -41,6 +41,7 @@ from losses import (RULES, cross_modal_alignment_loss, fairness_loss, global_loc
 from model import (CrossMoST, build_model, farthest_point_sample, group_points, hide_groups, hide_patches,
                    load_checkpoint, update_teacher)
 from support import UserError, command_line, parallel, pictures, resume, starts
+from support.results import read_log
 from tools import pretrain
 
 # Two processes of one thread each run the tests faster than one process of two threads.
@@ -660,7 +661,7 @@ def test_true_labels_do_not_touch_training(tmp_path, monkeypatch, request, kind)
     assert run(tmp_path / "permuted", lambda labels: labels.flip(0))[1]
     results, equal = run(tmp_path / "none", lambda labels: None)
     assert equal and results["zero_shot"] is None and results["pseudo_label"]["accuracy"] is None
-    pictures.plot_curves(evaluation.read_log(tmp_path / "none/log.jsonl"), None)  # of no accuracy
+    pictures.plot_curves(read_log(tmp_path / "none/log.jsonl"), None)  # of no accuracy
 
 
 def test_the_oracle_trains_with_true_labels_and_cannot_without(tmp_path, monkeypatch, finished):

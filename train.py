@@ -19,10 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data import (DATASETS, Objects, dataset_name, dataset_row, draw_views, load_dataset,
-                  training_photographs)
-from eval import (assess, axis_hint, embed, name_objects, predictions_csv, pseudo_label_quality,
-                  read_log, table, to_probs, top_one, warn_of_unknown_names)
+from data import (DATASETS, MODELNET10, Objects, dataset_name, dataset_row, draw_views,
+                  load_dataset, training_photographs)
+from eval import assess, axis_hint, embed, to_probs
 from losses import (RULES, cross_modal_alignment_loss, fairness_loss, masked_terms, pseudo_labels,
                     self_training_loss)
 from model import (TEMPLATES, CrossMoST, PointEncoder, build_model, hide_groups, hide_patches,
@@ -37,6 +36,8 @@ from support.parallel import (gather_embedded, join_processes, leader, lost_proc
                               world_size)
 from support.pictures import plot_curves
 from support.provenance import peak_memory, provenance
+from support.results import (name_objects, predictions_csv, pseudo_label_quality, read_log, table,
+                             top_one, warn_of_unknown_names)
 from support.resume import CODE, Run, identity_of, load, save
 from support.starts import STARTS, read_start, start_file
 from support.transduction import transduced_labels
@@ -576,7 +577,7 @@ def refuse_wrong_data(args, objects: Objects):
         raise UserError(f"{world_size()} processes cannot share a batch of {batch} objects; "
                         "change --batch-size")
     if args.model == "tiny":
-        warn_of_unknown_names(classes)
+        warn_of_unknown_names(classes, MODELNET10)
     if objects.images:
         count = sum(bool(paths) for paths in objects.images)
         print(f"{count} of {len(objects)} training objects have photographs, the others get "

@@ -121,8 +121,8 @@ def changes_of(before: dict, now: dict) -> list[str]:
 # ------ The code's hash -------------------------------------------------------------------------------------
 # What decides the weights that a run ends with, and those of a start that tools.pretrain makes.
 HASHED = ("losses", "model", "data", "eval", "train", "support/furniture", "support/files", "support/starts",
-          "support/farthest_points", "support/parallel", "support/transduction")
-HASHED_OF_STARTS = ("losses", "model", "data", "support/furniture", "support/files",
+          "support/published", "support/farthest_points", "support/parallel", "support/transduction")
+HASHED_OF_STARTS = ("losses", "model", "data", "support/furniture", "support/files", "support/published",
                     "support/farthest_points", "tools/pretrain")
 
 

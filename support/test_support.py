@@ -41,6 +41,7 @@ import model as models
 import train
 from model import CrossMoST, build_model, farthest_point_sample, group_points, load_checkpoint
 from support import UserError, fetch, files, furniture, pictures, resume, starts, workers
+from support.published import read_texts
 from support.transduction import similar_objects, transduced_labels
 from test_crossmost import (CLOUD, HERE, LEANING, MODELNET, NAMES, assert_refused, finished,  # noqa: F401
                             inputs, options, randomise, same, small_clip, small_flags, write_own,
@@ -564,7 +565,7 @@ def test_resampled_objects_stand_and_face_as_the_same_objects_of_the_h5_files():
     forty = data.load_dataset("modelnet40", MODELNET.parent, "test")
     for path in (MODELNET.parent / "samples/normal_resampled").iterdir():
         same_object = forty.points[forty.names.index(path.stem)]
-        cloud = data.to_unit_sphere(torch.from_numpy(data.read_texts([path], "")[:, :8192]))[0]
+        cloud = data.to_unit_sphere(torch.from_numpy(read_texts([path], "")[:, :8192]))[0]
         far = [torch.cdist(same_object, turned).amin(dim=1).mean() for turned in (
             cloud, cloud * torch.tensor([-1, -1, 1]), cloud[:, [1, 0, 2]] * torch.tensor([1, -1, 1]))]
         assert cloud.shape == (8192, 3) and far[0] < 0.03 and far[0] == min(far)

@@ -24,12 +24,13 @@ from torch import Tensor
 
 import train
 from data import Objects, load_dataset
-from eval import MODALITIES, assess, embed, evaluate, to_probs, top_one
+from eval import MODALITIES, assess, embed, evaluate, to_probs
 from model import TEMPLATES, CrossMoST, build_model, precision_for
 from support import UserError, write_whole
 from support.command_line import as_options, number, one_line_errors, option_parser
 from support.files import reading
 from support.provenance import provenance
+from support.results import top_one
 from support.resume import CODE_OF_STARTS
 from support.starts import read_start
 from support.transduction import transduced_labels

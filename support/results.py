@@ -1,0 +1,152 @@
+"""What a run or an evaluation says and leaves, as text or as the bytes of a file.
+
+The table, a line for each object, the files of predictions and embeddings, the end of a log, and a
+warning of names that a start does not know. `figures` are what eval.assess returns.
+"""
+import csv
+import difflib
+import io
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from support.files import class_key
+
+# The three predictions in every table: either modality's own, and "joint", the mean of the two
+# probabilities.
+MODALITIES = ("image", "point", "joint")
+
+
+def table(title: str, rows: dict[str, dict], every_class_of: str | None = None) -> str:
+    """The closing table: for each row top-1 accuracy, where there are labels, and information.
+
+    rows: name -> figures. every_class_of: a row; its mean over classes and a row for each class
+    follow.
+    """
+    rows = dict(rows)
+    per_class = rows[every_class_of].get("per_class") if every_class_of else None
+    if per_class:
+        rows[f"{every_class_of}, mean over classes"] = mean_over_classes(per_class)
+        rows |= per_class
+
+    # 42 columns, three of 8 and one of 13 fit into a terminal of 80.
+    has_labels = any("joint" in figures for figures in rows.values())
+    heads = MODALITIES if has_labels else ()
+    title = f"top-1 %, {title}" if has_labels else f"{title} without labels"
+    lines = [title.ljust(42) + "".join(head.rjust(8) for head in heads) + "information".rjust(13)]
+    for label, figures in rows.items():
+        line = label.ljust(42) + "".join(f"{figures[modality]:8.1f}" for modality in heads)
+        told = figures.get("information")
+        lines.append(line if told is None else f"{line}{told:13.2f}")
+    return "\n".join(lines)
+
+
+def mean_over_classes(per_class: dict[str, dict]) -> dict[str, float]:
+    """The mean of each modality's accuracy, in which every class counts the same."""
+    accuracies = per_class.values()
+    return {modality: statistics.mean(accuracy[modality] for accuracy in accuracies)
+            for modality in MODALITIES}
+
+
+def top_one(figures: dict) -> dict | None:
+    """The accuracy alone; None without labels."""
+    return {modality: figures[modality] for modality in MODALITIES} if "joint" in figures else None
+
+
+# ------ A line for each object ------------------------------------------------------------------------------
+def name_objects(objects, probs: dict[str, Tensor], start: tuple | None = None) -> list[dict]:
+    """The line of predictions.csv for each object.
+
+    It has the joint class and its probability, either modality's, whether these two agree, the
+    start's joint class and probability, and the true class where there are labels.
+    start: the start's joint confidence and label (N,), (N,), where it is known.
+    """
+    class_names = objects.class_names
+    confidences, names = {}, {}
+    for modality in MODALITIES:
+        largest, labels = probs[modality].amax(dim=-1), probs[modality].argmax(dim=-1)
+        confidences[modality] = [f"{confidence:.4f}" for confidence in largest.tolist()]
+        names[modality] = [class_names[k] for k in labels.tolist()]
+
+    lines = []
+    for i, name in enumerate(objects.names):
+        line = {
+            "object": name,
+            "class": names["joint"][i],
+            "confidence": confidences["joint"][i],
+            "image": names["image"][i],
+            "image_confidence": confidences["image"][i],
+            "point": names["point"][i],
+            "point_confidence": confidences["point"][i],
+            "agree": "yes" if names["image"][i] == names["point"][i] else "no",
+        }
+        if start is not None:
+            line["start"] = class_names[start[1][i]]
+            line["start_confidence"] = f"{start[0][i]:.4f}"
+        if objects.labels is not None:
+            line["true"] = class_names[objects.labels[i]]
+        lines.append(line)
+    return lines
+
+
+def predictions_csv(lines: list[dict]) -> bytes:
+    """A CSV file of the lines of `name_objects`."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=lines[0])
+    writer.writeheader()
+    writer.writerows(lines)
+    # The name of a file that is no UTF-8 is written as it is.
+    return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def embeddings_npz(embedded: dict, model, objects) -> bytes:
+    """An .npz file: what `embed` returns, classifier, class names, objects' names, labels (-1: none)."""
+    labels = torch.full((len(objects),), -1) if objects.labels is None else objects.labels
+    file = io.BytesIO()
+    np.savez_compressed(
+        file, **embedded, classifier=model.classifier.detach().cpu(), labels=labels,
+        class_names=np.array(objects.class_names), names=np.array(objects.names))
+    return file.getvalue()
+
+
+# ------ The end of a log ------------------------------------------------------------------------------------
+def read_log(path: Path) -> list[dict]:
+    """The lines of a run's log.jsonl."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def pseudo_label_quality(lines: list[dict], epochs: int) -> dict:
+    """Coverage and accuracy of the last epoch's pseudo-labels, percent; accuracy None without labels.
+
+    lines: of log.jsonl.
+    """
+    lines = [line for line in lines if line.get("epoch") == epochs and "coverage" in line]
+    # A line is a mean over its steps, which are fewer in an epoch's last line.
+    steps = [line["steps"] for line in lines]
+    shares = [(line["coverage"], line["coverage"] * (line["label_accuracy"] or 0)) for line in lines]
+    coverage, correct = np.average(shares, axis=0, weights=steps).tolist()
+
+    accuracy = None
+    if coverage > 0 and any(line["label_accuracy"] is not None for line in lines):
+        accuracy = round(100 * correct / coverage, 2)
+    return {"coverage": round(100 * coverage, 2), "accuracy": accuracy}
+
+
+# ------ Names that a start does not know --------------------------------------------------------------------
+def warn_of_unknown_names(class_names: list[str], known: tuple[str, ...]):
+    """Say on stderr which names the small start does not know, and which it may know."""
+    unknown = [name for name in class_names if class_key(name) not in known]
+    if not unknown:
+        return
+    listed = []
+    for name in unknown[:5]:
+        close = difflib.get_close_matches(class_key(name), known, 1)
+        listed.append(f"{name} (did you mean {close[0]}?)" if close else name)
+    print(f"warning: the small start knows ten kinds of furniture only ({', '.join(known)}); "
+          f"{len(unknown)} of {len(class_names)} names are others: {', '.join(listed)}. Expect little of "
+          "these, or take --model ulip2", file=sys.stderr)
