@@ -246,11 +246,10 @@ def pseudo_labels(rule: str, probs: dict[str, Tensor], thresholds: list[float],
     if rule == "mean":
         confidence, labels = ((image_probs + point_probs) / 2).max(dim=-1)
         keep = confidence > threshold
-    # `agree` begins as `joint` and then keeps fewer.
-    else:
+    else:  # `agree` begins as `joint` and then keeps fewer
         labels, keep = joint_pseudo_labels(image_probs, point_probs, threshold, point_weight)
-    # Each modality's own name counts here, however unsure it is.
     if rule == "agree":
+        # Each modality's own name counts here, however unsure it is.
         same_name = image_probs.argmax(dim=-1) == point_probs.argmax(dim=-1)
         keep = keep & same_name
     return {"image": (labels, keep), "point": (labels, keep)}

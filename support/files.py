@@ -6,7 +6,7 @@ Nothing is guessed and nothing repaired: a cloud that was read wrongly would be 
 **An object** is a cloud of points, or a mesh, from whose surface points are drawn by area. A mesh file
 without faces is a cloud. Extensions may be in upper case.
 
-- Text (.txt .xyz .csv): one row of numbers a point. Blanks, tabs, commas or semicolons stand between them;
+- Text (.txt .xyz .csv .pts .asc): one row of numbers a point. Blanks, tabs, commas or semicolons stand between them;
   they have decimal points, no decimal commas and no separators of thousands. Lines that begin with # or //
   are remarks. One line above the rows may name the columns, also as a remark: then those called x, y and z
   are read, wherever they stand. (A remark of as many words as there are columns is taken for their names.)
@@ -554,8 +554,9 @@ def gltf_bounds(tree: dict) -> list:
     return bounds
 
 
-READERS = {".npy": read_npy, ".txt": read_text, ".xyz": read_text, ".csv": read_text, ".off": read_off,
-           ".obj": read_obj, ".ply": read_ply, ".stl": read_stl, ".glb": read_gltf, ".gltf": read_gltf}
+READERS = {".npy": read_npy, ".txt": read_text, ".xyz": read_text, ".csv": read_text, ".pts": read_text,
+           ".asc": read_text, ".off": read_off, ".obj": read_obj, ".ply": read_ply, ".stl": read_stl,
+           ".glb": read_gltf, ".gltf": read_gltf}
 
 
 # ------ Many objects

@@ -145,7 +145,7 @@ def text_sizes(state: dict, embed_dim: int) -> dict:
 def block_sizes(state: dict, prefix: str, width: int) -> dict:
     """Sizes of a transformer whose numbered blocks have this prefix; published heads are 64 wide."""
     blocks = {key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)}
-    return dict(width=width, layers=len(blocks), heads=width // 64)
+    return dict(width=width, layers=len(blocks), heads=max(1, width // 64))
 
 
 TIMM_NAMES = {
