@@ -36,8 +36,8 @@ from support.parallel import (gather_embedded, join_processes, leader, lost_proc
                               world_size)
 from support.pictures import plot_curves
 from support.provenance import peak_memory, provenance
-from support.results import (name_objects, predictions_csv, pseudo_label_quality, read_log, table,
-                             top_one, warn_of_unknown_names)
+from support.results import (in_short, name_objects, predictions_csv, pseudo_label_quality, read_log,
+                             table, top_one, what_is_known, warn_of_unknown_names)
 from support.resume import CODE, Run, identity_of, load, save
 from support.starts import STARTS, read_start, start_file
 from support.transduction import transduced_labels
@@ -491,12 +491,6 @@ def probs_of_all(model: CrossMoST, objects: Objects, args) -> dict[str, Tensor]:
     return to_probs(gather_embedded(embed, model, objects, args.views))
 
 
-def in_short(figures: dict) -> dict:
-    """The figures of `assess` without those of single classes."""
-    single = ("shares", "per_class")
-    return {name: value for name, value in figures.items() if name not in single}
-
-
 def name_together(teacher: CrossMoST, objects: Objects, args) -> tuple[Tensor, Tensor]:
     """Name all training objects at once [together]. -> labels and keep (N,), on the CPU
 
@@ -642,8 +636,8 @@ def train_and_score(run: Run, objects: Objects, test: Objects, args) -> dict:
         write_whole(args.out / "results.json", json.dumps(results, indent=1).encode())
         rows = {"zero-shot": run.zero_shot, "student": student, "teacher": teacher}
         print(f"\n{table(title, rows)}")
-        report(results, args.out)
-        print(headline)
+        print("\n".join(what_is_known(results)))
+        print(f"a name for each object: {args.out / 'predictions.csv'}\n{headline}")
     return results
 
 
@@ -717,24 +711,6 @@ def results_of(run: Run, objects: Objects, test: Objects, student: dict, teacher
     for key in ("agreement", "information", "shares"):
         results[key] = {who: of_model[key] for who, of_model in figures.items()}
     return results
-
-
-def report(results: dict, out: Path):
-    """Print what can be said of the pseudo-labels and, where there are no labels, of the run."""
-    quality, agreement = results["pseudo_label"], results["agreement"]
-    rightly = ""
-    if quality["accuracy"] is not None:
-        rightly = f", {quality['accuracy']} % of these rightly"
-    print(f"in the last epoch {quality['coverage']} % of the pseudo-labels were sure enough to "
-          f"train on{rightly}")
-    print(f"image and point agree on {agreement['start']} % of the objects before training, "
-          f"{agreement['teacher']} % after")
-    if results["teacher"] is None:
-        before, after = results["shares"]["start"], results["shares"]["teacher"]
-        most_changed = sorted(before, key=lambda name: -abs(after[name] - before[name]))[:10]
-        listed = [f"{name} {before[name]:.0f} -> {after[name]:.0f}" for name in most_changed]
-        print(f"names whose share changed most, before -> after, %: {', '.join(listed)}")
-    print(f"a name for each object: {out / 'predictions.csv'}")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ Nothing is guessed and nothing repaired: a cloud that was read wrongly would be 
 **An object** is a cloud of points, or a mesh, from whose surface points are drawn by area. A mesh file
 without faces is a cloud. Extensions may be in upper case.
 
-- Text (.txt .xyz .csv .pts .asc): one row of numbers a point. Blanks, tabs, commas or semicolons stand between them;
-  they have decimal points, no decimal commas and no separators of thousands. Lines that begin with # or //
-  are remarks. One line above the rows may name the columns, also as a remark: then those called x, y and z
-  are read, wherever they stand. (A remark of as many words as there are columns is taken for their names.)
-  Or one line says how many rows follow. Other titles and closing words are refused.
+- Text (.txt .xyz .csv .pts .asc): one row of numbers a point. Between them stand blanks, tabs, commas or
+  semicolons; they have decimal points, no decimal commas and no separators of thousands. Lines that begin
+  with # or // are remarks. One line above the rows may name the columns, also as a remark: then those called
+  x, y and z are read, wherever they stand. (A remark of as many words as there are columns is taken for
+  their names.) Or one line says how many rows follow. Other titles and closing words are refused.
 - Without names, x, y and z are the first three columns. Where these look like others (counts, labels,
   times, intensities, colours, normals), the file is refused until they are named.
 - NumPy (.npy): an array (N, 3), also (1, N, 3) or with up to 13 more columns, whose first three are judged

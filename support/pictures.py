@@ -59,7 +59,8 @@ def plot_curves(lines: list[dict], start: dict) -> bytes:
         left.set(ylabel="test top-1, %", title="teacher (dotted: zero-shot)")
     else:
         by_epoch(left, "information", color="#0072B2", label="information, nats")
-        left.set(ylabel="nats", title="teacher: what image and point tell each other")
+        most = math.log(len(start["shares"]))  # if both gave each name equally often, and always the same
+        left.set(ylabel="nats", ylim=(0, most), title="teacher: what image and point tell each other")
     left.set(xlabel="epoch")
     left.xaxis.get_major_locator().set_params(integer=True)
 
