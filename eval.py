@@ -250,9 +250,8 @@ def preview(objects: Objects, size: int = 224, count: int = 8) -> bytes:
     spaced = torch.linspace(0, len(objects) - 1, min(count, len(objects))).long()
     shown = objects.pick(spaced)
     stills = [images[:, 0] for images in fixed_images(shown, None, size, count, "cpu")]
-    # One batch of all.
-    all_at_once = (torch.arange(len(shown)),)
-    photographs = next(iter(training_photographs(shown, all_at_once, size, seed=0)))
+    one_batch = (torch.arange(len(shown)),)
+    photographs = next(iter(training_photographs(shown, one_batch, size, seed=0)))
     views = draw_views(shown.points, size, photographs)
     columns = {"cloud": shown.points, "evaluation": torch.cat(stills), **views}
 

@@ -1,5 +1,4 @@
-"""Cross-modal self-training (Cross-MoST, arXiv 2404.10146): a zero-shot start, then training
-without labels.
+"""Cross-modal self-training (Cross-MoST, arXiv 2404.10146): a start, then training without labels.
 
     python train.py                                       # furniture made by programs, on a CPU
     python train.py --dataset modelnet10 --model tiny
@@ -176,17 +175,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--cache", type=path_of, default=Path("cache"), help="folder of fetched starts")
 
     add = parser.add_argument_group("method").add_argument
-    add("--modalities", choices=("both", "image", "point"), default="both",
-        help="what is trained")
+    add("--modalities", choices=("both", "image", "point"), default="both", help="what is trained")
     rules = "; ".join(f"{name}: {sentence}" for name, sentence in RULES.items())
     add("--labels", choices=tuple(RULES),
         help=f"joint-label: who names the objects (own folder: together). {rules}")
-    add("--threshold", type=SHARE, nargs="+",
-        help="joint-label: confidence to exceed; two if separate")
+    add("--threshold", type=SHARE, nargs="+", help="joint-label: confidence to exceed")
     add("--point-weight", type=WEIGHT, help="joint-label: factor on the point confidence")
     add("--w-fair", type=WEIGHT, default=1.0, help="fairness: weight; 0 leaves a term out")
-    add("--shares", type=WEIGHT, nargs="+",
-        help="fairness: roughly how many objects of each class")
+    add("--shares", type=WEIGHT, nargs="+", help="fairness: roughly the objects of each class")
     add("--w-mim", type=WEIGHT, default=1.0, help="mim: weight")
     add("--w-mpm", type=WEIGHT, default=1.0, help="mpm: weight")
     add("--w-gl", type=WEIGHT, default=0.2, help="gl-align: weight, of both modalities")
@@ -393,8 +389,7 @@ def self_train(run: Run, objects: Objects, test: Objects, args):
                 speed = len(interval) * batch_size / seconds
                 write_log(args.out, epoch=epoch + 1, step=step, steps=len(interval),
                           seconds=round(seconds, 3), objects_per_second=round(speed, 1), **means)
-                bar.set_postfix(loss=f"{means['loss']:.2f}",
-                                coverage=f"{means['coverage']:.2f}")
+                bar.set_postfix(loss=f"{means['loss']:.2f}", coverage=f"{means['coverage']:.2f}")
                 interval, began = [], time.perf_counter()
 
         run.epoch = epoch + 1
@@ -557,9 +552,7 @@ def refuse_contradictions(args):
 
 
 def refuse_wrong_data(args, objects: Objects):
-    """Raises: UserError for options that do not go with these objects. Says where they fit
-    badly.
-    """
+    """Raises: UserError for options that do not go with these objects. Warns of bad fits."""
     classes, batch = objects.class_names, min(args.batch_size, len(objects))
     if args.labels == "truth" and objects.labels is None:
         raise UserError(f"--labels truth needs true labels, {objects.name} has none; use "
