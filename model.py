@@ -756,7 +756,8 @@ def plain_towers(name: str, pretrained: str | None) -> tuple[int, dict, dict]:
     extras = (set(image) - plain_image) | (set(text) - plain_text)
     is_resnet = not isinstance(image["layers"], int)  # it has a list of layers
     if extras or is_resnet:
-        raise UserError(f"{name}'s towers are no plain transformers {sorted(extras)}; take a ViT-...")
+        found = ", ".join(sorted(extras)) or "a ResNet"
+        raise UserError(f"{name}'s towers are no plain transformers ({found}); take a ViT-...")
 
     # open_clip would only warn of another activation. To see it needs no weights.
     quick_gelu = config.get("quick_gelu", False)

@@ -11,9 +11,6 @@ import torch
 from torch import Tensor
 
 
-# farthest_point_sample's loop launches several small kernels a round, and a GPU mostly waits for them. One
-# H100 took 58 to 93 ms for a batch of 128 (512 of 2,048 points), twice in a step; one kernel with the loop
-# inside took 0.29 ms. The loop stays the reference: the kernel has to choose the same indices.
 @cache
 def farthest_point_kernel(device: torch.device):
     """The kernel, or None where it cannot be had: Triton is missing on Windows, and needs a C compiler."""

@@ -70,8 +70,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--seed", type=number(0, 2 ** 32, int), default=0, help="of weights, objects and views")
     add_device_options(add)
 
+    # --help, which needs no --into, comes second: it shows the defaults of what was asked.
     argv = sys.argv[1:] if argv is None else argv
-    asked = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
+    words = [word for word in argv if word not in ("-h", "--help")]
+    asked = parser.parse_args([*words, "--into", "any.pt"])
     of_data = SHAPENET55_ROW if asked.dataset == "shapenet55" else dataset_row(asked.dataset)
     recipe = {**of_data, **STARTS.get(asked.model, STARTS["crossmost"]), **recipe_of(asked.model)}
     parser.set_defaults(**{option: value for option, value in recipe.items() if option in asked})
