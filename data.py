@@ -200,7 +200,8 @@ def draw_views(points: Tensor, size: int, photographs: tuple | None = None) -> d
     """Weak [joint-label] and strong views [self-training] of clouds (B, P, 3) for one step.
 
     Images (B, 3, size, size) are the pair `photographs` that training_photographs gives,
-    or else two crops of one random depth view.
+    or else two crops of one random depth view. The student's strong clouds have as many
+    points as the teacher's weak ones (Deviation D7).
     """
     if photographs is None:
         weak, strong = depth_crops(points, size)

@@ -589,6 +589,7 @@ def train_mode(student: CrossMoST, freeze: list[str]):
 
 
 # ------ Class names to classifier ---------------------------------------------------------------------------
+# The original has 64 texts around a name (Deviation D23).
 OPENAI_TEMPLATES = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
 TEMPLATES = {
     "depth": ("a depth map of a {}.", "a depth image of one {}.", "a {} seen by a depth camera.",
