@@ -75,7 +75,7 @@ def to_unit_sphere(points: Tensor, names: list | None = None, up: str = "z") -> 
     """Turn clouds upright, centre each on its mean, scale its farthest point to norm 1.
 
     points (N, P, 3) -> a new tensor (N, P, 3) float32. up: the axis that points upwards
-    in `points` (see UP). names: the objects', for messages.
+    in `points` (see UP of support/files.py). names: the objects', for messages.
     Raises: UserError naming an object whose coordinates are not finite, or all the same.
     """
     names = names or range(len(points))
@@ -181,6 +181,7 @@ def smooth(image: Tensor) -> Tensor:
 
 def fixed_views(points: Tensor, views: int, size: int) -> Tensor:
     """Evaluation's views: azimuths evenly around, elevation 0.4. -> (B, V, 3, size, size)"""
+    # Half a step on, so that no view is exactly from the front.
     steps = torch.arange(views, device=points.device)[None] + 0.5  # (1, V)
     azimuths = steps * (2 * math.pi / views)
     return render_depth_views(points, azimuths, torch.full_like(azimuths, 0.4), size)
@@ -216,7 +217,7 @@ def depth_crops(points: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """The weak and the strong crop of one random depth view of each cloud: (B, 3, size, size).
 
     Deviation D22: a depth map has no colours for the original's RandAugment, and its
-    smaller crops would lose the object.
+    smaller crops would lose the object. The weak crop is scaled a little, too.
     """
     image = random_view(points, size)
     # The three channels of a depth view are equal, so that one crop does for them.
@@ -303,7 +304,7 @@ class Photographs(Dataset):
     """
 
     def __init__(self, objects: Objects, size: int, seed: int | None = None, views: int | None = None):
-        # Imported here: depth views do not need its 160 MB and its second.
+        # Imported here: depth views do not need torchvision's 160 MB and its second.
         from torchvision.transforms import v2
         self.objects, self.size, self.seed, self.views = objects, size, seed, views
         bicubic = v2.InterpolationMode.BICUBIC
@@ -399,7 +400,7 @@ def load_modelnet(root: Path, split: str, points: int, download: bool, cache: Pa
 
     More than 2,048 points come from `modelnet40_normal_resampled`, as in the original,
     fewer from the official h5 files. `depth_only` (the original's "ModelNet40-depth")
-    always reads these, and no pictures. Pictures are those in a `views` folder inside
+    always reads the h5 files, and no pictures. Pictures are those in a `views` folder inside
     either. Deviation D24: without them depth views are rendered, where the original has
     shaded pictures.
     """
@@ -448,10 +449,10 @@ def load_co3d(root: Path, split: str, _points, _download, _cache) -> Objects:
 
 
 # One row per data set: its loader, the axis that points up in its files, the texts around
-# its names. The rest is what the original code trains it with: points per cloud, threshold
-# of joint-label, those of images and points apart, point weight, and epochs and batch size
-# where they are not those of most sets. The axis of ScanObjectNN is from issue 33 of its
-# repository. Redwood and CO3D lie as a camera saw them, roughly y down.
+# its names. The rest is what the original code trains it with (it has no `shapes`): points
+# per cloud, threshold of joint-label, those of images and points apart, point weight, and
+# epochs and batch size where they are not those of most sets. The axis of ScanObjectNN is
+# from issue 33 of its repository. Redwood and CO3D lie as a camera saw them, roughly y down.
 CAD = dict(up="z", templates="depth", points=2048, threshold=[0.84], separate=[0.84, 0.84], point_weight=0.9)
 SCANS = dict(up="y", templates="depth", points=2048, threshold=[0.82], separate=[0.6, 0.6], point_weight=1.0)
 PHOTO = dict(SCANS, up="-y", templates="photo", points=8192)

@@ -62,8 +62,8 @@ def embed(model: CrossMoST, objects: Objects, views: int | None = None, batch_si
             done += len(images)
             outputs = model(model.normalise(images), points)._asdict()
             # Nothing is hidden here, so that the fields of [mim] and [mpm] are None.
-            given = {name: value for name, value in outputs.items() if value is not None}
-            batches.append({name: value.cpu() for name, value in given.items()})
+            present = {name: value for name, value in outputs.items() if value is not None}
+            batches.append({name: value.cpu() for name, value in present.items()})
             bar.update(len(images))
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
@@ -278,13 +278,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     group("--cache", type=path_of, default=Path("cache"), help="folder of fetched starts")
     group("--preview", type=path_of, help="FILE.png: no model, only draw what the models see of --dataset")
 
-    group = parser.add_argument_group("on (if not given: as the checkpoint was trained)").add_argument
+    group = parser.add_argument_group("on (data, if not given: as the checkpoint was trained)").add_argument
     group("files", nargs="*", type=path_of, help="single objects to name")
     group("--dataset", type=dataset_name, help=f"{', '.join(DATASETS)}, or a folder of your own")
     group("--split", choices=("train", "test"), default="test", help="which of its splits")
     add_data_options(group)
     add_device_options(group)
-    # None is filled in by as_trained, what is given stays.
+    # as_trained fills these two in, too.
     parser.set_defaults(data_root=None, precision=None)
 
     group = parser.add_argument_group("into").add_argument

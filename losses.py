@@ -57,7 +57,10 @@ def self_training_loss(logits: Tensor, labels: Tensor, keep: Tensor) -> Tensor:
 
 
 def mean_where(values: Tensor, chosen: Tensor) -> Tensor:
-    """The mean of the chosen values: sum_i v_i chosen_i / max(1, sum_i chosen_i)."""
+    """The mean of the chosen values: sum_i v_i chosen_i / max(1, sum_i chosen_i).
+
+    Weights in [0, 1] may stand for chosen; where they sum to less than 1, it is their weighted sum.
+    """
     # clamp: 0 / 0 would be NaN, and the run would end.
     return (values * chosen).sum() / chosen.sum().clamp(min=1)
 
@@ -144,7 +147,8 @@ def masked_image_loss(prediction: Tensor, images: Tensor, hidden: Tensor) -> Ten
 def masked_point_loss(prediction: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
     """Reconstruct the hidden point groups [mpm] (Deviations D1: what is rebuilt, D2: the divisor).
 
-    Tokens, (B, G, D): mean absolute error over hidden groups and D. Points, (B, G, S, 3): mean
+    Tokens, (B, G, D): mean absolute error over hidden groups and D. Their targets come out of a
+    layer that is trained (reduce_dim), so they move slowly. Points, (B, G, S, 3): mean
     Chamfer distance of the hidden groups. The target carries no gradient.
 
     Args:
@@ -256,7 +260,7 @@ def pseudo_labels(rule: str, probs: dict[str, Tensor], thresholds: list[float],
 
 
 def separate_labels(probs: dict[str, Tensor], thresholds: list[float]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Each modality's own most probable name, kept where it exceeds the modality's threshold."""
+    """Each modality's own most probable name, kept where it exceeds the modality's threshold (D14)."""
     # [-1]: a single threshold is that of both.
     taus = {"image": thresholds[0], "point": thresholds[-1]}
     labelled = {}

@@ -184,7 +184,7 @@ class PointEncoder(nn.Module):
     target: what is predicted of a hidden group: its "points", or its token ("tokens").
     """
 
-    # The mini-PointNet is frozen in the original, too (Deviation D12).
+    # The mini-PointNet, as in the original, whose BatchNorm moves nevertheless (Deviation D12).
     frozen_by_default = ("encoder",)
 
     def __init__(self, embed_dim: int, width: int = 384, layers: int = 12, heads: int = 6,
@@ -211,7 +211,7 @@ class PointEncoder(nn.Module):
         self.blocks = nn.ModuleDict({"blocks": nn.ModuleList(stack)})
         self.norm = nn.LayerNorm(width)
 
-        # CrossMoST.forward applies these two: proj maps CLS and tokens into the joint space
+        # CrossMoST.rebuild_groups applies these two: proj maps CLS and tokens into the joint space
         # [gl-align], lm_head predicts hidden groups [mpm].
         self.proj = nn.Parameter(torch.randn(width, embed_dim) * width ** -0.5)
         predicted = width if target == "tokens" else 3 * group_size
@@ -275,7 +275,7 @@ class ImageEncoder(VisionTransformer):
                          output_dim=embed_dim, no_ln_pre=not ln_pre,
                          norm_layer=norm, act_layer=activation)
         self.mask_token_embedding = nn.Parameter(torch.zeros(1, 1, width))
-        # CrossMoST.forward applies these two, to paint hidden patches back to pixels [mim].
+        # CrossMoST.repaint_images applies these two, to paint hidden patches back to pixels [mim].
         self.ln_patch = LayerNorm(width)
         pixels = 3 * patch_size ** 2
         self.decoder = nn.Sequential(nn.Conv2d(width, pixels, 1), nn.PixelShuffle(patch_size))
@@ -400,7 +400,7 @@ class CrossMoST(nn.Module):
     def group(self, points: Tensor) -> Groups:
         """Cut clouds (B, P, 3), z up, into the point encoder's groups, in its own axes."""
         if self.architecture["up"] == "y":
-            # A rotation, no mirror image: the inverse of data.UP["y"].
+            # A rotation, no mirror image: the inverse of UP["y"] in support/files.py.
             points = points[..., [1, 2, 0]]
         encoder = self.point_encoder
         with torch.no_grad(), torch.autocast(points.device.type, enabled=False):
@@ -418,7 +418,8 @@ class CrossMoST(nn.Module):
         fields = {}
         with self.in_precision():
             if images is not None:
-                # To the encoder every view is an image: (B V, 3, H, W).
+                # To the encoder every view is an image: (B V, 3, H, W). flatten(0, 0) leaves
+                # (B, 3, H, W) as it is.
                 per_view, patches = self.visual(images.flatten(0, -4), image_hidden)
                 mean = unit_norm(per_view).view(*images.shape[:-3], -1)  # (B, [V,] E)
                 if images.dim() == 5:
@@ -449,7 +450,10 @@ class CrossMoST(nn.Module):
             return scale * features.float() @ self.classifier.float()
 
     def repaint_images(self, patches: Tensor) -> dict[str, Tensor]:
-        """What [mim] and [gl-align] compare of images that have hidden patches."""
+        """What [mim] and [gl-align] compare of images that have hidden patches.
+
+        Both read them through ln_patch.
+        """
         patches = self.visual.ln_patch(patches)
         tokens = unit_norm(patches @ self.visual.proj)
         # (B, L, D) -> (B, D, rows, columns).

@@ -37,14 +37,14 @@ from support.pictures import plot_curves
 from support.provenance import peak_memory, provenance
 from support.results import (in_short, name_objects, predictions_csv, pseudo_label_quality, read_log,
                              table, top_one, what_is_known, warn_of_unknown_names)
-from support.resume import CODE, Run, identity_of, load, save
+from support.resume import CODE, Run, identity_of, load, remove_earlier_run, save
 from support.starts import STARTS, read_start, start_file
 from support.transduction import transduced_labels
 from support.workers import refuse_broken_photographs
 
 # ------ Options: which values hold for a data set and a start -----------------------------------------------
 # The small start is trained for hundreds of steps instead of thousands, so its learning rate is
-# larger. Its confidences are low, so the threshold is lower. It has 4 x 4 patches: few are
+# larger. Its confidences are low, so the threshold of `joint` is lower. It has 4 x 4 patches: few are
 # hidden, and painting them back weighs little. The temperature is CLIP's. The other weights and
 # the momentum were chosen by measuring on `shapes` and ModelNet10.
 SMALL = dict(
@@ -57,7 +57,7 @@ SMALL_ON_SCANS = dict(SMALL, epochs=6, momentum=0.98, w_fair=4.0)
 # A user's folder mostly holds a few hundred objects: more passes make enough steps.
 SMALL_ON_FOLDER = dict(SMALL, epochs=20)
 
-# A run may continue with other values of these: they do not change what is computed.
+# A run may continue with other values of these. Some of them change how sums are rounded.
 NO_EFFECT_ON_RESULTS = ("out", "cache", "data_root", "download", "resume", "device", "log_every",
                         "eval_every", "compile", "grad_checkpointing")
 # These name the data, the start and the seed. They are no changes of the method.
@@ -66,8 +66,6 @@ DATA_AND_START = ("dataset", "domain", "model", "pretrained", "start_checkpoint"
 
 RENEW_EVERY = 5  # epochs between two namings of all training objects by `--labels together`
 SAVE_EVERY = 60  # seconds between two saves, at the ends of epochs
-# What a run writes into OUT. One that starts over removes it first.
-LEFT_BY_A_RUN = ("last.pt", "log.jsonl", "results.json", "curves.png", "predictions.csv")
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -80,6 +78,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = make_parser()
     asked = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
     recipe = recipe_of(asked)
+    # `load` and `separate` of a data set's row are no options.
     known = {option: recipe[option] for option in recipe if option in asked}
     parser.set_defaults(**known)
     args = parser.parse_args(argv)
@@ -98,8 +97,9 @@ def parse_args(argv=None) -> argparse.Namespace:
 def recipe_of(asked: argparse.Namespace) -> dict:
     """The defaults that hold for a data set and a start in place of the original's.
 
-    asked: the command line, with None where it says nothing. A later layer wins: the data set's
-    row, the start's, the small start's recipe, a folder of the user's own, the start's file.
+    asked: the command line, with None where it says nothing. A later layer wins: the row of the
+    data set with the thresholds of its label rule, the start's row, the small start's recipe, a
+    folder of the user's own, `together`'s threshold, the sizes in the start's file.
     """
     is_folder = asked.dataset not in DATASETS
     trains_both = asked.modalities == "both"
@@ -156,7 +156,7 @@ def run_name(args, differing: dict) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Every option, with the original code's value as its default where it has one."""
+    """Every option, with the original code's value as its default where it has one (README: D25)."""
     parser = option_parser("Cross-modal self-training (Cross-MoST, arXiv 2404.10146)")
     yes_or_no = argparse.BooleanOptionalAction
 
@@ -236,11 +236,12 @@ def train_step(student, teacher, views, optimizer, step, total_steps, args, give
         student: CrossMoST, or under torchrun its DistributedDataParallel.
         views: what draw_views returns of this process's objects.
         step, total_steps: this step's number from 0, and how many the run has.
-        given: labels and keep (B,) of these objects, if they were named before the step.
+        given: labels and keep (B,) of the whole batch, if it was named before the step.
     Returns:
         terms: {name: value} of the total `loss`, each term before weighting, detached, and
             the learning rate `lr`.
-        labels: {modality: (labels (B,), keep (B,))}.
+        labels: {modality: (labels (B,), keep (B,))} of the whole batch, which under torchrun
+            are the objects of all processes.
     """
     rate = learning_rate(step, total_steps, args)
     for group in optimizer.param_groups:
@@ -280,8 +281,12 @@ def teacher_labels(teacher: CrossMoST, views: dict, args) -> dict[str, tuple[Ten
 
     Returns {modality: (labels (B,), keep (B,))} of the whole batch, of what is trained.
     """
-    images = None if args.modalities == "point" else teacher.normalise(views["weak_image"])
-    points = None if args.modalities == "image" else views["weak_points"]
+    images = points = None
+    if args.modalities != "point":
+        images = teacher.normalise(views["weak_image"])
+    if args.modalities != "image":
+        points = views["weak_points"]
+
     out = teacher(images, points)
     probs = {}
     if images is not None:
@@ -396,8 +401,8 @@ def self_train(run: Run, objects: Objects, test: Objects, args):
         is_last = run.epoch == args.epochs  # which train_and_score evaluates
         is_due = args.eval_every > 0 and run.epoch % args.eval_every == 0
         if is_due and not is_last:
-            teacher = assess(probs_of_all(run.teacher, test, args), test)
-            write_log(args.out, epoch=run.epoch, step=step, teacher=in_short(teacher))
+            figures = assess(probs_of_all(run.teacher, test, args), test)
+            write_log(args.out, epoch=run.epoch, step=step, teacher=in_short(figures))
         if is_last or time.perf_counter() - last_save > SAVE_EVERY:
             save(run, args.out)
             last_save = time.perf_counter()
@@ -407,10 +412,10 @@ def self_train(run: Run, objects: Objects, test: Objects, args):
 def batches_of_epoch(epoch: int, objects: Objects, batch_size: int, image_size: int, args):
     """Shuffled batches of an epoch; what does not fill a batch is left out.
 
-    Returns for each batch its indices (B,), the part of them that is this process's, and that
-    part's photographs. All random numbers of an epoch follow from the seed and its number, so
-    that a continued run computes the same as one that never stopped. Processes shuffle alike,
-    then each draws its own.
+    Yields for each batch its indices (B,), the part of them that is this process's, and that
+    part's photographs. All random numbers of an epoch follow from the run's seed and the
+    epoch's number, so that a continued run computes the same as one that never stopped.
+    Processes shuffle alike, then each draws its own.
     """
     # Large odd factors keep the seeds of other runs, epochs and processes apart.
     epoch_seed = args.seed * 100_003 + epoch
@@ -447,19 +452,19 @@ def interval_means(interval: list, classes: int) -> dict:
         values = [torch.as_tensor(terms[name]).double() for _, terms, _, _ in interval]
         row[name] = torch.stack(values).mean().item()
 
-    given, right, total = torch.zeros(classes), 0, 0
+    kept_per_name, right, total = torch.zeros(classes), 0, 0
     for _, _, labels, truth in interval:
         for label, keep in labels.values():
             counts = label.bincount(keep.float(), minlength=classes)
-            given += counts.float().cpu()
+            kept_per_name += counts.float().cpu()
             total += len(label)
             if truth is not None:
                 right += ((label == truth) * keep).sum().item()
-    kept = given.sum().item()
+    kept = kept_per_name.sum().item()
     row["coverage"] = kept / total
     row["label_accuracy"] = None if first_truth is None else right / max(kept, 1)
-    row["named"] = (given / total).tolist()
-    row["entropy"] = torch.special.entr(given / max(kept, 1)).sum().item()
+    row["named"] = (kept_per_name / total).tolist()
+    row["entropy"] = torch.special.entr(kept_per_name / max(kept, 1)).sum().item()
     return row
 
 
@@ -582,11 +587,12 @@ def begin(args, objects: Objects) -> Run:
         target=args.point_target)
     student.precision = precision_for(args.precision, args.device)
     student.visual.set_grad_checkpointing(args.grad_checkpointing)
-    # The teacher begins as the student, and no gradient ever reaches it.
+    # The teacher begins as the student, and no gradient ever reaches it. It stays in the eval mode
+    # that build_model gives; the student alone is set to training, in self_train.
     teacher = copy.deepcopy(student).requires_grad_(False)
-    groups = parameter_groups(student, args.weight_decay, args.layer_decay, args.freeze)
+    parameters = parameter_groups(student, args.weight_decay, args.layer_decay, args.freeze)
     # lr 0: train_step sets each group's rate at every step. The betas are the original's.
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.999), fused=True)
     if args.compile:
         student.compile_blocks()
         teacher.compile_blocks()
@@ -615,11 +621,11 @@ def train_and_score(run: Run, objects: Objects, test: Objects, args) -> dict:
     self_train(run, objects, test, args)
 
     # The last epoch counts, whatever its accuracy: no label chooses an epoch (Deviation D15).
-    student = assess(probs_of_all(run.student, test, args), test)
+    student_figures = assess(probs_of_all(run.student, test, args), test)
     probs = probs_of_all(run.teacher, test, args)
-    teacher = assess(probs, test)
-    write_log(args.out, epoch=args.epochs, teacher=in_short(teacher))
-    results = results_of(run, objects, test, student, teacher, args)
+    teacher_figures = assess(probs, test)
+    write_log(args.out, epoch=args.epochs, teacher=in_short(teacher_figures))
+    results = results_of(run, objects, test, student_figures, teacher_figures, args)
     if leader():
         lines = read_log(args.out / "log.jsonl")
         results["pseudo_label"] = pseudo_label_quality(lines, args.epochs)
@@ -627,7 +633,7 @@ def train_and_score(run: Run, objects: Objects, test: Objects, args) -> dict:
         write_whole(args.out / "predictions.csv", predictions_csv(named))
         write_whole(args.out / "curves.png", plot_curves(lines, run.zero_shot))
         write_whole(args.out / "results.json", json.dumps(results, indent=1).encode())
-        rows = {"zero-shot": run.zero_shot, "student": student, "teacher": teacher}
+        rows = {"zero-shot": run.zero_shot, "student": student_figures, "teacher": teacher_figures}
         print(f"\n{table(title, rows)}")
         print("\n".join(what_is_known(results)))
         print(f"a name for each object: {args.out / 'predictions.csv'}\n{headline}")
@@ -647,29 +653,12 @@ def start_over(run: Run, objects: Objects, test: Objects, args):
 
     if leader():
         remove_earlier_run(args.out)
-        groups = run.optimizer.param_groups
-        trainable = sum(p.numel() for group in groups for p in group["params"])
+        trainable = sum(p.numel() for p in run.student.parameters() if p.requires_grad)
         write_log(args.out, options=run.options, start=start_name(args), train=len(objects),
                   test=len(test), trainable=trainable, code=CODE, **provenance(args.device))
     probs = probs_of_all(run.student, test, args)
     run.zero_shot = assess(probs, test)
     run.start_named = tuple(probs["joint"].max(dim=-1))
-
-
-def remove_earlier_run(out: Path):
-    """Remove what an earlier run left: parts of two runs would mix up their numbers.
-
-    Raises: UserError where files of these names are there that no run has written.
-    """
-    found = [out / name for name in LEFT_BY_A_RUN if (out / name).exists()]
-    log = out / "log.jsonl"
-    # As start_over begins it.
-    is_ours = log.exists() and log.read_bytes().startswith(b'{"options": ')
-    if found and not is_ours:
-        raise UserError(f"{found[0]} is there, and no run of train.py has written it; name "
-                        "another --out")
-    for path in found:
-        path.unlink()
 
 
 def start_name(args) -> str:

@@ -15,6 +15,9 @@ from support.command_line import as_options
 from support.parallel import leader
 from support.starts import read_file, save_file
 
+# What a run writes into OUT. One that starts over removes it first.
+LEFT_BY_A_RUN = ("last.pt", "log.jsonl", "results.json", "curves.png", "predictions.csv")
+
 
 @dataclass
 class Run:
@@ -116,6 +119,22 @@ def changes_of(before: dict, now: dict) -> list[str]:
             was, is_now = (as_options({key: one}) or f"no --{key}" for one in (before.get(key), value))
             changes.append(in_words.get(key, f"it was begun with {was}, now {is_now}"))
     return changes
+
+
+def remove_earlier_run(out: Path):
+    """Remove what an earlier run left: parts of two runs would mix up their numbers.
+
+    Raises: UserError where files of these names are there that no run has written.
+    """
+    found = [out / name for name in LEFT_BY_A_RUN if (out / name).exists()]
+    log = out / "log.jsonl"
+    # As train.start_over begins it.
+    is_ours = log.exists() and log.read_bytes().startswith(b'{"options": ')
+    if found and not is_ours:
+        raise UserError(f"{found[0]} is there, and no run of train.py has written it; name "
+                        "another --out")
+    for path in found:
+        path.unlink()
 
 
 # ------ The code's hash -------------------------------------------------------------------------------------
