@@ -375,7 +375,7 @@ def self_train(run: Run, objects: Objects, test: Objects, args):
         step = epoch * steps_per_epoch
         interval, began = [], time.perf_counter()
         batches = batches_of_epoch(epoch, objects, batch_size, image_size, args)
-        for batch, part, photographs in batches:
+        for photographs, batch, part in batches:
             views = draw_views(points[part.to(args.device)], image_size, photographs)
             given = run.given and [value[batch].to(args.device) for value in run.given]
             terms, labels = train_step(student, run.teacher, views, run.optimizer, step,
@@ -412,10 +412,9 @@ def self_train(run: Run, objects: Objects, test: Objects, args):
 def batches_of_epoch(epoch: int, objects: Objects, batch_size: int, image_size: int, args):
     """Shuffled batches of an epoch; what does not fill a batch is left out.
 
-    Yields for each batch its indices (B,), the part of them that is this process's, and that
-    part's photographs. All random numbers of an epoch follow from the run's seed and the
-    epoch's number, so that a continued run computes the same as one that never stopped.
-    Processes shuffle alike, then each draws its own.
+    Yields for each batch the photographs of this process's part of it, its indices (B,), and those
+    of the part. All random numbers of an epoch follow from the run's seed and the epoch's number, so
+    that a continued run computes the same. Processes shuffle alike, then each draws its own.
     """
     # Large odd factors keep the seeds of other runs, epochs and processes apart.
     epoch_seed = args.seed * 100_003 + epoch
@@ -427,7 +426,8 @@ def batches_of_epoch(epoch: int, objects: Objects, batch_size: int, image_size: 
     torch.manual_seed(process_seed)
     parts = [my_part(batch) for batch in batches]
     photographs = training_photographs(objects, parts, image_size, process_seed)
-    return zip(batches, parts, photographs)
+    # photographs first: so zip reaches their end, and they end their workers while Ctrl-C counts.
+    return zip(photographs, batches, parts)
 
 
 def interval_means(interval: list, classes: int) -> dict:

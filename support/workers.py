@@ -2,6 +2,8 @@
 import os
 import re
 import signal
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,8 +25,10 @@ def in_workers(dataset: Dataset, indices: list[int], ahead: int = 2):
     loader = DataLoader(dataset, batch_sampler=[[i] for i in indices], collate_fn=list, prefetch_factor=ahead,
                         num_workers=min(8, usable_cores()), worker_init_fn=ignore_ctrl_c,
                         generator=torch.Generator())
-    items = iter(loader)
+    items = None
     try:
+        with ctrl_c_waits():
+            items = iter(loader)
         for (item,) in items:
             yield item
     except (UserError, OSError) as error:  # it comes with the worker's whole traceback as its text
@@ -32,7 +36,24 @@ def in_workers(dataset: Dataset, indices: list[int], ahead: int = 2):
         raise UserError(re.sub(r"^[\w.]+: ", "", last_line)) from None
     finally:
         # At once, not when Python collects it: Ctrl-C would be lost there.
-        items._shutdown_workers()
+        if items is not None:
+            items._shutdown_workers()
+
+
+@contextmanager
+def ctrl_c_waits():
+    """Hold a Ctrl-C back until the end, here and in workers that are started meanwhile."""
+    if threading.current_thread() is not threading.main_thread():  # no other thread may set handlers
+        yield
+        return
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def ignore_ctrl_c(_worker):

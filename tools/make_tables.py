@@ -1,8 +1,8 @@
 """The runs behind the tables of README and assets/tables.md, runs of one's own, and the tables of both.
 
-    python -m tools.make_tables --data "--dataset shapes" --rows "" "--w-cross 0" --seeds 0 1    # of one's own
-    python -m tools.make_tables --rivals             # all of assets/tables.md: days
-    python -m tools.make_tables --jobs 0 --into assets   # no run, only tables of those done
+    python -m tools.make_tables --data "--dataset shapes" --rows "" "--w-cross 0" --seeds 0 1
+    python -m tools.make_tables --rivals                # all of assets/tables.md: days
+    python -m tools.make_tables --jobs 0 --into assets  # no run, only tables of those done
 
 A row is a set of options of train.py, "" the method with its defaults. Each seed has a start of its own,
 which tools.pretrain makes first: a quarter of an hour on one core. A finished run is not run again, an
@@ -131,7 +131,7 @@ def main(argv=None) -> str:
 
 
 def parse_args(argv=None):
-    parser = option_parser(__doc__.splitlines()[0])
+    parser = option_parser("the runs behind the tables, runs of one's own, and the tables of both")
     add = parser.add_argument
     add("--rows", nargs="+", default=list(ROWS), metavar="OPTIONS", help="of train.py, a row each")
     add("--data", nargs="+", metavar="OPTIONS", help="data sets, as \"--dataset modelnet10 --domain target\"")

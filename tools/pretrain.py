@@ -56,7 +56,7 @@ NO_EFFECT_ON_START = ("into", "data_root", "download", "device")
 
 def parse_args(argv=None) -> argparse.Namespace:
     """All options; what the line leaves open follows from the model and the data set."""
-    parser = option_parser(__doc__.splitlines()[0])
+    parser = option_parser("make a start: align a Point-BERT with a CLIP, as ULIP does")
     add = parser.add_argument
     add("--into", type=Path, required=True, help="FILE.pt, which must not be there yet")
     add("--model", default="tiny", help="tiny, or the open_clip name of a CLIP")
