@@ -299,8 +299,8 @@ class Photographs(Dataset):
     With a `seed`, item i is the weak and the strong image (3, size, size) of one
     photograph of object i: a random crop [joint-label], and a crop of 0.3 to 1, flip,
     RandAugment of magnitude 9 [self-training] (Deviation D22: torchvision's 9 turns by 9
-    degrees, the original's by 27). Without a seed it is the centre crops (V, 3, size, size)
-    of all its photographs, or of `views` evenly spaced ones. An object that has no photograph has depth views, treated as everywhere.
+    degrees, the original's by 27). Without: centre crops (V, 3, size, size) of all its
+    photographs, or of `views` evenly spaced ones. One that has none gets depth views.
     """
 
     def __init__(self, objects: Objects, size: int, seed: int | None = None, views: int | None = None):
