@@ -178,8 +178,7 @@ def prepare(cloud, number: int, points: int, random: np.random.Generator) -> Ten
     # float64, because coordinates on a map (UTM) need the digits.
     cloud = torch.as_tensor(cloud, dtype=torch.float64, device="cpu")
     if cloud.dim() != 2 or cloud.shape[1] != 3:
-        raise UserError(f"cloud {number} has the shape {tuple(cloud.shape)}; expected a list of "
-                        "(points, 3)")
+        raise UserError(f"cloud {number} has the shape {tuple(cloud.shape)}; expected a list of (points, 3)")
     if len(cloud) > points:
         cloud = cloud[random.choice(len(cloud), points, replace=False)]
     return to_unit_sphere(cloud[None], [number])[0].float()

@@ -240,8 +240,7 @@ def train_step(student, teacher, views, optimizer, step, total_steps, args, give
     Returns:
         terms: {name: value} of the total `loss`, each term before weighting, detached, and
             the learning rate `lr`.
-        labels: {modality: (labels (B,), keep (B,))} of the whole batch, which under torchrun
-            are the objects of all processes.
+        labels: {modality: (labels (B,), keep (B,))} of the objects of all processes.
     """
     rate = learning_rate(step, total_steps, args)
     for group in optimizer.param_groups:
@@ -279,7 +278,7 @@ def train_step(student, teacher, views, optimizer, step, total_steps, args, give
 def teacher_labels(teacher: CrossMoST, views: dict, args) -> dict[str, tuple[Tensor, Tensor]]:
     """What `--labels` makes of the teacher's predictions for the weak views.
 
-    Returns {modality: (labels (B,), keep (B,))} of the whole batch, of what is trained.
+    Returns {modality: (labels (B,), keep (B,))} of the whole batch, for the modalities that are trained.
     """
     images = points = None
     if args.modalities != "point":
@@ -377,7 +376,9 @@ def self_train(run: Run, objects: Objects, test: Objects, args):
         batches = batches_of_epoch(epoch, objects, batch_size, image_size, args)
         for photographs, batch, part in batches:
             views = draw_views(points[part.to(args.device)], image_size, photographs)
-            given = run.given and [value[batch].to(args.device) for value in run.given]
+            given = None
+            if run.given is not None:
+                given = [value[batch].to(args.device) for value in run.given]
             terms, labels = train_step(student, run.teacher, views, run.optimizer, step,
                                        total_steps, args, given)
             truth = None  # for the log only
