@@ -1,22 +1,20 @@
 """The runs behind the tables of README and assets/tables.md, runs of one's own, and the tables of both.
 
     python -m tools.make_tables --data "--dataset shapes" --rows "" "--w-cross 0" --seeds 0 1
-    python -m tools.make_tables --rivals                # all of assets/tables.md: days
-    python -m tools.make_tables --jobs 0 --into assets  # no run, only tables of those done
+    OMP_NUM_THREADS=1 python -m tools.make_tables       # all of assets/tables.md: days
+    python -m tools.make_tables --gather --into assets  # no run, only tables of those done
 
-A row is a set of options of train.py, "" the method with its defaults. Each seed has a start of its own,
-which tools.pretrain makes first: a quarter of an hour on one core. A finished run is not run again, an
-unfinished one continues. tables.md and results.json are written beside the runs, into runs/tables.
+A row is a set of options of train.py, "" the method with its defaults, or the name of a rival, which trains
+nothing. Each seed has a start of its own, which tools.pretrain makes first: a quarter of an hour on one core.
+A finished run is not run again, an unfinished one continues. tables.md and results.json are written beside
+the runs, into runs/tables.
 """
 import json
-import os
-import signal
 import statistics
 import subprocess
 import sys
-import time
+from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +23,7 @@ from torch import Tensor
 import train
 from data import Objects, load_dataset
 from eval import MODALITIES, assess, embed, evaluate, to_probs
-from model import TEMPLATES, CrossMoST, build_model, precision_for
+from model import CrossMoST
 from support import UserError, write_whole
 from support.command_line import as_options, number, one_line_errors, option_parser
 from support.files import reading
@@ -62,61 +60,17 @@ ROWS = {
     "--momentum 0.99": (REAL,),
     "--momentum 0.999": (SHAPES,),  # whose default is 0.98
     "--mask-ratio 0": (SHAPES, REAL),
+    # Rivals: what the same start reaches without training.
+    "cache": (SHAPES, REAL, SCANNED),
+    "named together": (SHAPES, REAL, SCANNED),
 }
-
-
-class Run(NamedTuple):
-    """A run, or the score of a rival without training, for one row, data set and seed."""
-
-    name: str  # also its folder's
-    options: str  # of train.py; of a rival they say which data and which start
-    rival: str | None = None
-
-
-def planned_runs(rows: list[str], data_sets: list[str] | None, seeds: list[int], rivals: bool,
-                 folder: Path) -> list[Run]:
-    """All runs, then all rivals. A row's seeds stand together.
-
-    data_sets: for all rows; None takes those of ROWS, and `shapes` for a row that is not there.
-    """
-    runs = []
-    for row in rows:
-        for data_set in data_sets or ROWS.get(row, (SHAPES,)):
-            for seed in seeds:
-                name = f"{folder_name(data_set)}/{folder_name(row) or 'default'}/seed-{seed}"
-                runs.append(Run(name, f"{data_set} {row} {options_of(seed, folder)}"))
-
-    for rival in RIVALS if rivals else ():
-        for data_set in data_sets or ROWS[""]:
-            for seed in seeds:
-                name = f"{folder_name(data_set)}/{rival.replace(' ', '-')}/seed-{seed}"
-                runs.append(Run(name, f"{data_set} {options_of(seed, folder)}", rival))
-    return runs
-
-
-def folder_name(options: str) -> str:
-    """"--dataset modelnet10 --domain target" -> "modelnet10-target", "--w-cross 0" -> "w-cross-0"."""
-    words = options.replace("--dataset ", "").replace("--domain ", "").split()
-    return "-".join(word.removeprefix("--") for word in words)
-
-
-def options_of(seed: int, folder: Path) -> str:
-    """Options of all runs of a seed. Nothing reads the accuracy on the way, so only the end is evaluated."""
-    return f"--start-checkpoint {start_path(seed, folder)} --seed {seed} --eval-every 0"
-
-
-def start_path(seed: int, folder: Path) -> Path:
-    return folder / "starts" / f"tiny-seed-{seed}.pt"
 
 
 # ------ Running ---------------------------------------------------------------------------------------------
 def main(argv=None) -> str:
     """Run what is not done, then write the tables. Returns the short one."""
     args = parse_args(argv)
-    failed = []
-    if args.jobs:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: ends the runs, too
-        failed = run_all(args)
+    failed = [] if args.gather else run_all(args)
 
     results = gather(args.folder)
     short, document = tables(results)
@@ -133,100 +87,89 @@ def main(argv=None) -> str:
 def parse_args(argv=None):
     parser = option_parser("the runs behind the tables, runs of one's own, and the tables of both")
     add = parser.add_argument
-    add("--rows", nargs="+", default=list(ROWS), metavar="OPTIONS", help="of train.py, a row each")
-    add("--data", nargs="+", metavar="OPTIONS", help="data sets, as \"--dataset modelnet10 --domain target\"")
+    add("--rows", nargs="+", default=list(ROWS), metavar="ROW",
+        help=f"options of train.py, or a rival: {', '.join(RIVALS)}")
+    add("--data", nargs="+", metavar="OPTIONS",
+        help="data sets, as \"--dataset modelnet10 --domain target\"")
     add("--seeds", nargs="+", type=number(0, convert=int), default=[0, 1, 2], help="of starts and runs")
-    add("--rivals", action="store_true", help="score what the starts reach without training, too")
     add("--folder", type=Path, default=Path("runs/tables"), help="where the runs and their tables are")
-    add("--jobs", type=number(0, convert=int), default=2, help="runs at a time; 0 only gathers what is done")
+    add("--gather", action="store_true", help="run nothing, make the tables of what is done")
     add("--into", type=Path, help="a second folder for tables.md and results.json, for example assets")
     return parser.parse_args(argv)
 
 
 def run_all(args) -> list[str]:
-    """Make the seeds' starts, run, and score rivals, as far as it is not done. Returns the names that failed.
-
-    Raises: UserError for a start that other code made.
-    """
-    runs = planned_runs(args.rows, args.data, args.seeds, args.rivals, args.folder)
-    starts = {}
-    for seed in args.seeds:
-        path = start_path(seed, args.folder)
-        if not path.exists():
-            starts[f"starts/seed-{seed}"] = f"-m tools.pretrain --seed {seed} --into {path}"
-        elif read_start(path)["options"].get("code") != CODE_OF_STARTS:
-            raise UserError(f"{path} was made by other code; remove it, or name another --folder")
-
-    trainings = {run.name: f"{train.__file__} {run.options} --out {args.folder / run.name}"
-                 for run in runs if not run.rival and not results_path(args.folder, run).exists()}
-    failed = in_processes(starts, args.folder, args.jobs) + in_processes(trainings, args.folder, args.jobs)
-    for run in runs:
-        path = results_path(args.folder, run)
-        if run.rival and not path.exists():
-            write_whole(path, json.dumps(score_rival(run), indent=1).encode())
-            print(f"{run.name} done", flush=True)
+    """Make the seeds' starts, and run what is not done. Returns the folders of the runs that failed."""
+    starts = {seed: make_start(seed, args.folder) for seed in args.seeds}
+    failed = []
+    for row in args.rows:
+        data_sets = args.data or ROWS.get(row, (SHAPES,))
+        for data_set, seed in product(data_sets, args.seeds):
+            out = args.folder / folder_name(data_set) / folder_name(row) / f"seed-{seed}"
+            if (out / "results.json").exists():
+                continue
+            # Nothing reads the accuracy on the way, so only the end is evaluated.
+            options = f"{data_set} --start-checkpoint {starts[seed]} --seed {seed} --eval-every 0".split()
+            if row in RIVALS:
+                results = score_rival(row, options)
+                write_whole(out / "results.json", json.dumps(results, indent=1).encode())
+            elif not run_python([train.__file__, *options, *row.split(), "--out", str(out)], out):
+                failed.append(str(out))
     return failed
 
 
-def results_path(folder: Path, run: Run) -> Path:
-    return folder / run.name / "results.json"
+def make_start(seed: int, folder: Path) -> Path:
+    """The path of a seed's start, which is made if it is not there.
 
-
-def in_processes(commands: dict[str, str], folder: Path, jobs: int) -> list[str]:
-    """Run Python with each command line, `jobs` at a time. Returns the names of those that failed.
-
-    What one prints goes into output.txt in the folder of its name. Whatever ends this process ends them.
+    Raises: UserError for one that other code made, or where making it fails.
     """
-    waiting, running, failed = list(commands), {}, []
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                name = waiting.pop(0)
-                running[name] = launch(commands[name], folder / name, max(1, torch.get_num_threads() // jobs))
-            time.sleep(0.2)
-
-            for name, process in list(running.items()):
-                if process.poll() is not None:
-                    del running[name]
-                    if process.returncode:
-                        failed.append(name)
-                    ended = "failed" if process.returncode else "done"
-                    print(f"{name} {ended}, {len(waiting) + len(running)} remain", flush=True)
-    finally:
-        for process in running.values():
-            process.terminate()
-        for process in running.values():
-            process.wait()
-    return failed
+    path, out = folder / "starts" / f"tiny-seed-{seed}.pt", folder / "starts" / f"seed-{seed}"
+    if not path.exists():
+        pretrain = ["-m", "tools.pretrain", "--seed", str(seed), "--into", str(path)]
+        if not run_python(pretrain, out):
+            raise UserError(f"{path} was not made; {out}/output.txt says why")
+    if read_start(path)["options"].get("code") != CODE_OF_STARTS:
+        raise UserError(f"{path} was made by other code; remove it, or name another --folder")
+    return path
 
 
-def launch(command: str, out: Path, threads: int) -> subprocess.Popen:
-    """Python with a command line, whose output goes into a file."""
+def folder_name(options: str) -> str:
+    """"--dataset modelnet10 --domain target" -> "modelnet10-target", "--w-cross 0" -> "w-cross-0"."""
+    words = options.replace("--dataset ", "").replace("--domain ", "").split()
+    return "-".join(word.removeprefix("--") for word in words) or "default"
+
+
+def run_python(words: list[str], out: Path) -> bool:
+    """Run a command line of Python's. What it prints goes into OUT/output.txt. Returns whether it succeeded."""
     out.mkdir(parents=True, exist_ok=True)
-    root = Path(train.__file__).parent
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1",
-                   "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
     with open(out / "output.txt", "w") as output:
-        # A session of its own, so that a terminal's Ctrl-C comes from here alone, once.
-        return subprocess.Popen([sys.executable, *command.split()], stdout=output, stderr=subprocess.STDOUT,
-                                env=environment, start_new_session=True)
+        command = [sys.executable, "-u", *words]
+        ended = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT)
+    print(f"{out} {'failed' if ended.returncode else 'done'}", flush=True)
+    return ended.returncode == 0
 
 
 # ------ Rivals: what the same start reaches without training ------------------------------------------------
-def score_rival(run: Run) -> dict:
-    """The results of a rival, with the keys of train.py's as far as there is such a thing, and "accuracy"."""
-    args = train.parse_args(run.options.split())
+def score_rival(rival: str, options: list[str]) -> dict:
+    """The results of a rival, with those keys of train.py's that the tables read, and "accuracy".
+
+    options: of train.py, which say the data and the start.
+    """
+    args = train.parse_args(options)
     unlabelled, test = (load_dataset(args.dataset, args.data_root, split, args.points, args.domain,
                                      args.download, args.up, args.cache) for split in ("train", "test"))
-    model = build_model(args.model, test.class_names, TEMPLATES[args.templates], args.pretrained,
-                        args.start_checkpoint, groups=args.groups, group_size=args.group_size)
-    model = model.to(args.device)
-    model.precision = precision_for(args.precision, args.device)
-    probs = RIVALS[run.rival](model, unlabelled, test, args.views)
+    begun = train.begin(args, unlabelled)
+    model = begun.teacher
+    probs = RIVALS[rival](model, unlabelled, test, args.views)
     return {
-        "dataset": test.name, "split": test.split, "objects": len(test), "rival": run.rival,
-        "model": args.model, "start": train.start_name(args), "seed": args.seed, "changed": {},
-        "precision": str(model.precision).removeprefix("torch."),
+        "dataset": test.name,
+        "objects": len(test),
+        "rival": rival,
+        "model": args.model,
+        "start": train.start_name(args),
+        "seed": args.seed,
+        "changed": {},
+        "precision": begun.identity["precision"],
         "commit": provenance(args.device)["commit"],
         "zero_shot": top_one(evaluate(model, test, args.views)),
         "accuracy": top_one(assess(probs, test)),
@@ -294,13 +237,12 @@ def gather(folder: Path) -> list[dict]:
             run = json.loads(path.read_text())
             if not run["zero_shot"]:
                 continue
-            tables([run])
-            setting = str([options_label(run), *ceiling_key(run)])
+            setting = str([row_of(run), *ceiling_key(run)])
             if setting in runs:
                 raise ValueError("another run there has its options and its seed")
             runs[setting] = run
     if not runs:
-        raise FileNotFoundError(f"no results.json with accuracy below {folder}; --jobs 2 makes some")
+        raise FileNotFoundError(f"no results.json with accuracy below {folder}; run some rows first")
     return list(runs.values())
 
 
@@ -359,29 +301,26 @@ def ceiling_key(run: dict) -> tuple:
     return run["dataset"], *conditions(run).values(), run["seed"]
 
 
+def row_of(run: dict) -> str:
+    """What sets a run apart from the method with its defaults: options of train.py, or a rival's name."""
+    return run["rival"] if "rival" in run else as_options(run["changed"])
+
+
 def label(run: dict, runs: list[dict]) -> str:
-    """A row's name: the changed options, and those conditions that are not the same in all of `runs`."""
-    words = [options_label(run)]
+    """A row's name in the tables, with those conditions that are not the same in all of `runs`."""
+    row = row_of(run)
+    name = f"`{row}`" if row else "Cross-MoST"
+    words = [f"{row}, no training" if "rival" in run else name]
     for key, value in conditions(run).items():
         if any(conditions(other)[key] != value for other in runs):
             words.append(f"{key} {value}")
     return ", ".join(words)
 
 
-def options_label(run: dict) -> str:
-    """What sets a run apart from the method with its defaults, as options of train.py."""
-    if "rival" in run:
-        return f"{run['rival']}, no training"
-    options = as_options(run["changed"])
-    return f"`{options}`" if options else "Cross-MoST"
-
-
 def place(run: dict) -> int:
-    """Where a run's row stands: as in ROWS, then rivals, then anything else."""
-    options = [f"`{row}`" for row in ROWS if row]
-    order = ["Cross-MoST", *options, *(f"{rival}, no training" for rival in RIVALS)]
-    name = options_label(run)
-    return order.index(name) if name in order else len(order)
+    """Where a run's row stands: as in ROWS, or at the end."""
+    rows, row = list(ROWS), row_of(run)
+    return rows.index(row) if row in rows else len(rows)
 
 
 def summary(runs: list[dict], ceilings: dict) -> dict[str, str]:
