@@ -21,7 +21,7 @@ from data import load_dataset
 from eval import embed
 from model import train_mode
 from support.command_line import one_line_errors
-from support.provenance import peak_memory, provenance
+from support.provenance import provenance
 
 REPEATS = 10  # of which the median counts; one before them compiles and fills caches
 
@@ -123,8 +123,9 @@ def report(seconds: dict[str, float], tflop: float, product: float, precision: t
     step, evaluation = parts.pop("step"), parts.pop("evaluation")
     parts["labels, losses and the rest"] = step - sum(parts.values())
 
-    batch, gib = args.batch_size, peak_memory(args.device)
-    memory = f", {gib} GiB" if gib else ""  # only a GPU's is known
+    batch, memory = args.batch_size, ""
+    if "cuda" in args.device:
+        memory = f", {torch.cuda.max_memory_allocated(args.device) / 2 ** 30:.1f} GiB"
     made_by = ", ".join(f"{key} {value}" for key, value in provenance(args.device).items())
     compiled = ", compiled" if args.compile else ""
     print(f"{args.model}, batch {batch}, {args.groups} groups, {args.points} points, "

@@ -14,12 +14,9 @@ shapenet55 is Point-BERT's ShapeNet-55: data/ShapeNet-55/{train,test}.txt and da
 after the form at https://huggingface.co/datasets/ShapeNet/ShapeNetCore.
 
 Another CPU or number of threads rounds differently, which training amplifies: expect a slightly different
-start. Beside FILE.pt lie FILE.log.jsonl, a line per 100 steps, and until it is done FILE.last.pt, from which
-the same command goes on.
+start. Until it is done FILE.last.pt lies beside FILE.pt, from which the same command goes on.
 """
 import argparse
-import hashlib
-import json
 import math
 import sys
 import time
@@ -39,9 +36,9 @@ from support import UserError
 from support.command_line import (COUNT, add_data_options, add_device_options, number, one_line_errors,
                                   option_parser, plain_options)
 from support.files import read_lines, read_objects, reading
-from support.resume import CODE_OF_STARTS
-from support.starts import STARTS, read_file, save_file, save_start
 from support.provenance import provenance
+from support.resume import CODE_OF_STARTS, identity_of
+from support.starts import STARTS, read_file, save_file, save_start
 
 # Of `tiny`, and of a point encoder beside a CLIP (whose batch, learning rate and weight decay are ULIP's).
 RECIPES = {
@@ -91,34 +88,78 @@ def main(argv=None):
     if args.into.exists():
         raise UserError(f"{args.into} is there already; name another --into, or remove it")
     if args.model in STARTS and args.model != "tiny":
-        raise UserError(f"{args.model} is a finished start; --model takes tiny, or the open_clip name of a "
-                        "CLIP")
+        raise UserError(f"{args.model} is a finished start; --model takes tiny, or a CLIP's name")
+
+    objects = objects_to_see(args)
+    model, text = untrained(args, objects.class_names)
+    last_path = args.into.with_suffix(".last.pt")
+    align(model, text, objects, args, last_path)
+
+    model.classifier = None
+    made_by = {"code": CODE_OF_STARTS, **provenance(args.device)}
+    save_start(model, text, plain_options(args) | made_by, args.into)
+    last_path.unlink(missing_ok=True)
+    print(f"the start is {args.into}; give it as --start-checkpoint")
+
+
+def objects_to_see(args) -> Objects:
+    """The objects that a start is trained on; the label -1 says that one has no name."""
+    if args.dataset == "shapenet55":
+        return load_shapenet55(args.data_root, args.points)
+    count = recipe_of(args.model)["objects"]
+    named = sample_shapes(count, seed=1000 + args.seed, points=args.points)
+    if args.model == "tiny":
+        return named
+
+    target = load_dataset(args.dataset, args.data_root, "train", args.points, args.domain,
+                          args.download, args.up)
+    clouds = torch.cat([named.points, target.points])
+    labels = torch.cat([named.labels, torch.full((len(target),), -1)])
+    return Objects(clouds, labels, named.class_names)
+
+
+def untrained(args, class_names: list[str]) -> tuple:
+    """The model, and its text tower. Beside a CLIP the point encoder alone will be trained."""
+    point = {"groups": args.groups, "group_size": args.group_size}
+    if args.model == "tiny":
+        model, text = random_tiny(args.seed, **point)
+    else:
+        model, text = open_clip_start(args.model, args.pretrained, args.seed, **point)
+        names = embed_names(text.to(args.device), class_names, TEMPLATES[args.templates])
+        model.set_classifier(names, class_names)
+        model.visual.requires_grad_(False).eval()
+    model.precision = precision_for(args.precision, args.device)
+    return model.to(args.device), text.to(args.device)
+
+
+def align(model, text, objects: Objects, args, last_path: Path):
+    """Train the model, and `tiny`'s text tower; go on from the last saved epoch if there is one."""
     recipe = recipe_of(args.model)
-    model, text, clouds, labels, class_names = material(args, recipe["objects"])
-    trained_text = text if args.model == "tiny" else None
-    parameters = [p for part in (model, trained_text) if part
-                  for p in part.parameters() if p.requires_grad]
+    steps_per_epoch = len(objects) // recipe["batch_size"]
+    total_steps = args.epochs * steps_per_epoch
+    # A CLIP's towers need no gradient.
+    parameters = [p for p in (*model.parameters(), *text.parameters()) if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, recipe["lr"], betas=(0.9, 0.98),
                                   weight_decay=recipe["weight_decay"], fused=True)
-    batch_size = recipe["batch_size"]
-    steps_per_epoch = len(clouds) // batch_size
-    total_steps = args.epochs * steps_per_epoch
-    schedule = OneCycleLR(optimizer, recipe["lr"], total_steps, pct_start=0.05, cycle_momentum=False)
+    schedule = OneCycleLR(optimizer, recipe["lr"], total_steps, pct_start=0.05,
+                          cycle_momentum=False)
 
-    options = plain_options(args)
-    made_by = {option: value for option, value in options.items() if option not in NO_EFFECT_ON_START}
-    made_by |= {"code": CODE_OF_STARTS, "clouds": hashlib.sha256(clouds.contiguous().numpy()).hexdigest()}
     parts = {"model": model, "text": text, "optimizer": optimizer, "schedule": schedule}
-    last_path, log_path = args.into.with_suffix(".last.pt"), args.into.with_suffix(".log.jsonl")
+    made_by = identity_of(plain_options(args), NO_EFFECT_ON_START, objects, model.precision)
+    made_by["code"] = CODE_OF_STARTS
     first = go_on(parts, last_path, made_by)
-    bar = tqdm(total=total_steps, initial=first * steps_per_epoch, desc=f"pre-training {args.model}",
-               unit="step")
-    last_save, losses, began = time.perf_counter(), [], time.perf_counter()
+    bar = tqdm(total=total_steps, initial=first * steps_per_epoch,
+               desc=f"pre-training {args.model}", unit="step")
+    trained_text = text if args.model == "tiny" else None
+    last_save = time.perf_counter()
     for epoch in range(first, args.epochs):
         torch.manual_seed(args.seed * 100_003 + epoch)
-        for index in torch.randperm(len(clouds)).split(batch_size)[:steps_per_epoch]:
-            points = clouds[index].to(args.device)
-            loss = pretrain_loss(model, trained_text, points, labels[index], class_names)
+        losses = []
+        batches = torch.randperm(len(objects)).split(recipe["batch_size"])
+        for index in batches[:steps_per_epoch]:
+            points = objects.points[index].to(args.device)
+            labels = objects.labels[index]
+            loss = pretrain_loss(model, trained_text, points, labels, objects.class_names)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -126,75 +167,30 @@ def main(argv=None):
             schedule.step()
             losses.append(loss.detach())
             bar.update()
-            if len(losses) == 100 or bar.n % steps_per_epoch == 0:
-                write_log(log_path, bar.n, losses, len(losses) * batch_size / (time.perf_counter() - began))
-                losses, began = [], time.perf_counter()
+
+        # Once per epoch, because reading a value waits for a GPU.
+        mean = torch.stack(losses).mean().item()
+        bar.set_postfix(loss=f"{mean:.3f}")
+        if not math.isfinite(mean):
+            raise UserError(f"the loss of pre-training is not finite at step {bar.n}; look at the data")
         if time.perf_counter() - last_save > SAVE_EVERY:
             states = {name: part.state_dict() for name, part in parts.items()}
             save_file({**states, "epochs": epoch + 1, "made_by": made_by}, last_path)
-            last_save = began = time.perf_counter()
+            last_save = time.perf_counter()
     bar.close()
-
-    model.classifier = None
-    save_start(model, text, options | {"code": CODE_OF_STARTS, **provenance(args.device)}, args.into)
-    last_path.unlink(missing_ok=True)
-    print(f"the start is {args.into}; give it as --start-checkpoint")
 
 
 def go_on(parts: dict, last_path: Path, made_by: dict) -> int:
-    """Go back to the last saved epoch. Returns how many are done, 0 where none is saved.
-
-    Raises: UserError where other options, data or code began it.
-    """
+    """Go back to the last saved epoch. Returns how many are done, 0 where none is saved."""
     if not last_path.exists():
         return 0
     saved = read_file(last_path)
     if saved.get("made_by") != made_by:
-        raise UserError(f"{last_path} was begun with other options, data or code; remove it to begin anew, "
-                        "or name another --into")
+        raise UserError(f"{last_path} was begun with other options, data or code; remove it to "
+                        "begin anew, or name another --into")
     for name, part in parts.items():
         part.load_state_dict(saved[name])
     return saved["epochs"]
-
-
-def material(args, count: int) -> tuple:
-    """Model, its text tower, clouds (N, P, 3), labels (N,; -1: no name), class names."""
-    if args.dataset == "shapenet55":
-        source = load_shapenet55(args.data_root, args.points)
-    else:
-        source = sample_shapes(count, seed=1000 + args.seed, points=args.points)
-    clouds, labels = source.points, source.labels
-
-    point = {"groups": args.groups, "group_size": args.group_size}
-    if args.model == "tiny":
-        model, text = random_tiny(args.seed, **point)
-        text = text.to(args.device).train()
-        model = model.to(args.device).train()
-    else:
-        model, text = open_clip_start(args.model, args.pretrained, args.seed, **point)
-        text = text.to(args.device)
-        names = embed_names(text, source.class_names, TEMPLATES[args.templates])
-        model.set_classifier(names, source.class_names)
-        model = model.to(args.device).train()
-        model.visual.requires_grad_(False).eval()
-        if args.dataset != "shapenet55":
-            unnamed = load_dataset(args.dataset, args.data_root, "train", args.points, args.domain,
-                                   args.download, args.up)
-            clouds = torch.cat([clouds, unnamed.points])
-            labels = torch.cat([labels, torch.full((len(unnamed),), -1)])
-    model.precision = precision_for(args.precision, args.device)
-    return model, text, clouds, labels, source.class_names
-
-
-def write_log(path: Path, step: int, losses: list[Tensor], speed: float):
-    """Add a line to a start's log. Raises: UserError where a loss is not finite."""
-    loss = torch.stack(losses).mean().item()
-    if not math.isfinite(loss):
-        raise UserError(f"the loss of pre-training is not finite at step {step}; look at the data")
-    row = {"step": step, "loss": loss, "objects_per_second": round(speed, 1)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 def pretrain_loss(model, text, points, labels, class_names) -> Tensor:
