@@ -1,13 +1,13 @@
-"""The runs behind the tables of README and assets/tables.md, runs of one's own, and the tables of both.
+"""Tables of runs of one's own, and those of README and assets/tables.md; the runs behind them.
 
     python -m tools.make_tables --data "--dataset shapes" --rows "" "--w-cross 0" --seeds 0 1
     OMP_NUM_THREADS=1 python -m tools.make_tables       # all of assets/tables.md: days
     python -m tools.make_tables --gather --into assets  # no run, only tables of those done
 
-A row is a set of options of train.py, "" the method with its defaults, or the name of a rival, which trains
-nothing. Each seed has a start of its own, which tools.pretrain makes first: a quarter of an hour on one core.
-A finished run is not run again, an unfinished one continues. tables.md and results.json are written beside
-the runs, into runs/tables.
+A row is a set of options of train.py, "" the method with its defaults, or the name of a rival,
+which trains nothing. Each seed has a start of its own, which tools.pretrain makes first: a quarter
+of an hour on one core. A finished run is not run again, an unfinished one continues. tables.md and
+results.json are written beside the runs, into runs/tables.
 """
 import json
 import statistics
@@ -80,26 +80,28 @@ def main(argv=None) -> str:
             write_whole(folder / "results.json", json.dumps(results, indent=0).encode())
     print(short)
     if failed:
-        raise UserError(f"{len(failed)} runs failed; their output.txt says why: {', '.join(failed)}")
+        listed = ", ".join(failed)
+        raise UserError(f"{len(failed)} runs failed; their output.txt says why: {listed}")
     return short
 
 
 def parse_args(argv=None):
-    parser = option_parser("the runs behind the tables, runs of one's own, and the tables of both")
+    parser = option_parser("tables of runs, and the runs behind them")
     add = parser.add_argument
     add("--rows", nargs="+", default=list(ROWS), metavar="ROW",
         help=f"options of train.py, or a rival: {', '.join(RIVALS)}")
     add("--data", nargs="+", metavar="OPTIONS",
         help="data sets, as \"--dataset modelnet10 --domain target\"")
-    add("--seeds", nargs="+", type=number(0, convert=int), default=[0, 1, 2], help="of starts and runs")
-    add("--folder", type=Path, default=Path("runs/tables"), help="where the runs and their tables are")
+    add("--seeds", nargs="+", type=number(0, convert=int), default=[0, 1, 2],
+        help="of starts and runs")
+    add("--folder", type=Path, default=Path("runs/tables"), help="of the runs and their tables")
     add("--gather", action="store_true", help="run nothing, make the tables of what is done")
-    add("--into", type=Path, help="a second folder for tables.md and results.json, for example assets")
+    add("--into", type=Path, help="a second folder for tables.md and results.json, as assets")
     return parser.parse_args(argv)
 
 
 def run_all(args) -> list[str]:
-    """Make the seeds' starts, and run what is not done. Returns the folders of the runs that failed."""
+    """Make the seeds' starts, and run what is not done. Returns the folders of failed runs."""
     starts = {seed: make_start(seed, args.folder) for seed in args.seeds}
     failed = []
     for row in args.rows:
@@ -109,7 +111,8 @@ def run_all(args) -> list[str]:
             if (out / "results.json").exists():
                 continue
             # Nothing reads the accuracy on the way, so only the end is evaluated.
-            options = f"{data_set} --start-checkpoint {starts[seed]} --seed {seed} --eval-every 0".split()
+            options = [*data_set.split(), "--start-checkpoint", str(starts[seed])]
+            options += ["--seed", str(seed), "--eval-every", "0"]
             if row in RIVALS:
                 results = score_rival(row, options)
                 write_whole(out / "results.json", json.dumps(results, indent=1).encode())
@@ -134,13 +137,13 @@ def make_start(seed: int, folder: Path) -> Path:
 
 
 def folder_name(options: str) -> str:
-    """"--dataset modelnet10 --domain target" -> "modelnet10-target", "--w-cross 0" -> "w-cross-0"."""
+    """"--dataset shapes --domain target" -> "shapes-target", "--w-cross 0" -> "w-cross-0"."""
     words = options.replace("--dataset ", "").replace("--domain ", "").split()
     return "-".join(word.removeprefix("--") for word in words) or "default"
 
 
 def run_python(words: list[str], out: Path) -> bool:
-    """Run a command line of Python's. What it prints goes into OUT/output.txt. Returns whether it succeeded."""
+    """Run Python, which prints into OUT/output.txt. Returns whether it succeeded."""
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "output.txt", "w") as output:
         command = [sys.executable, "-u", *words]
@@ -156,8 +159,9 @@ def score_rival(rival: str, options: list[str]) -> dict:
     options: of train.py, which say the data and the start.
     """
     args = train.parse_args(options)
-    unlabelled, test = (load_dataset(args.dataset, args.data_root, split, args.points, args.domain,
-                                     args.download, args.up, args.cache) for split in ("train", "test"))
+    how = args.points, args.domain, args.download, args.up, args.cache
+    unlabelled = load_dataset(args.dataset, args.data_root, "train", *how)
+    test = load_dataset(args.dataset, args.data_root, "test", *how)
     begun = train.begin(args, unlabelled)
     model = begun.teacher
     probs = RIVALS[rival](model, unlabelled, test, args.views)
@@ -176,8 +180,9 @@ def score_rival(rival: str, options: list[str]) -> dict:
     }
 
 
-def predict_by_cache(model: CrossMoST, unlabelled: Objects, objects: Objects, views: int | None = None,
-                     shots: int = 16, sharpness: float = 5.5) -> dict[str, Tensor]:
+def predict_by_cache(model: CrossMoST, unlabelled: Objects, objects: Objects,
+                     views: int | None = None, shots: int = 16,
+                     sharpness: float = 5.5) -> dict[str, Tensor]:
     """Names borrowed from confident objects that look alike, after Point-Cache (arXiv 2503.12150).
 
     logits_m + s sum_k exp(-sharpness (1 - f_m . f_mk)) onehot(y_k) / shots, in each modality m, with the
@@ -229,7 +234,7 @@ the same training with true labels (`--labels truth`) was closed; the mean of th
 def gather(folder: Path) -> list[dict]:
     """The results.json of all runs below the folder, without those that had no labels.
 
-    Raises: UserError for a broken file, or two runs that differ in nothing; FileNotFoundError without any.
+    Raises: UserError for a broken file, two runs that differ in nothing, or no run.
     """
     runs = {}
     for path in sorted(folder.glob("*/**/results.json")):  # FOLDER/results.json is what is gathered
@@ -242,7 +247,7 @@ def gather(folder: Path) -> list[dict]:
                 raise ValueError("another run there has its options and its seed")
             runs[setting] = run
     if not runs:
-        raise FileNotFoundError(f"no results.json with accuracy below {folder}; run some rows first")
+        raise UserError(f"no results.json with accuracy below {folder}; run some rows first")
     return list(runs.values())
 
 
@@ -302,7 +307,7 @@ def ceiling_key(run: dict) -> tuple:
 
 
 def row_of(run: dict) -> str:
-    """What sets a run apart from the method with its defaults: options of train.py, or a rival's name."""
+    """What a run differs in from the method's defaults: options of train.py, or a rival."""
     return run["rival"] if "rival" in run else as_options(run["changed"])
 
 

@@ -1,9 +1,9 @@
 """The speed of a training step, whole and by part, with the options of train.py.
 
-    python -m tools.measure_speed                                            # the default run's step
-    python -m tools.measure_speed --model ViT-B-16-quickgelu --batch-size 4  # full size, random weights
+    python -m tools.measure_speed                                 # the default run's step
+    python -m tools.measure_speed --model ViT-B-16-quickgelu --batch-size 4   # random weights
 
-Training always sees depth views here, also where there are photographs, which other processes decode.
+Training sees depth views here, also where there are photographs, which other processes decode.
 """
 import statistics
 import time
@@ -43,7 +43,9 @@ def main(argv=None) -> dict:
             "step": seconds_of(device, whole_step, run, points, args),
             **parts_of_a_step(run, points, args),
             "evaluation": seconds_of(device, embed, run.teacher, batch, args.views)})
-    median = {name: statistics.median(seconds[name] for seconds in rounds[1:]) for name in rounds[0]}
+    median = {}
+    for name in rounds[0]:
+        median[name] = statistics.median(seconds[name] for seconds in rounds[1:])
 
     # The counter does not see into compiled code.
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
@@ -131,8 +133,9 @@ def report(seconds: dict[str, float], tflop: float, product: float, precision: t
     print(f"{args.model}, batch {batch}, {args.groups} groups, {args.points} points, "
           f"{precision}{compiled}; {made_by}")
     print(f"step: {1000 * step:.1f} ms, {batch / step:.1f} objects/s{memory}")
-    share = tflop / step / product
-    print(f"work: {tflop / step:.2f} TFLOP/s, {100 * share:.0f} % of a matrix product's {product:.2f}")
+    speed = tflop / step
+    print(f"work: {speed:.2f} TFLOP/s, {100 * speed / product:.0f} % of a matrix product's "
+          f"{product:.2f}")
     for part, value in parts.items():
         print(f"  {part:28}{1000 * value:9.1f} ms{100 * value / step:6.0f} %")
     print(f"evaluation: {1000 * evaluation / batch:.1f} ms an object")

@@ -172,7 +172,8 @@ def align(model, text, objects: Objects, args, last_path: Path):
         mean = torch.stack(losses).mean().item()
         bar.set_postfix(loss=f"{mean:.3f}")
         if not math.isfinite(mean):
-            raise UserError(f"the loss of pre-training is not finite at step {bar.n}; look at the data")
+            raise UserError(f"the loss of pre-training is not finite at step {bar.n}; look at "
+                            "the data")
         if time.perf_counter() - last_save > SAVE_EVERY:
             states = {name: part.state_dict() for name, part in parts.items()}
             save_file({**states, "epochs": epoch + 1, "made_by": made_by}, last_path)
