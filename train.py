@@ -10,7 +10,6 @@ import math
 import re
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,22 +39,21 @@ from support.results import (in_short, name_objects, predictions_csv, pseudo_lab
 from support.resume import CODE, Run, identity_of, load, remove_earlier_run, save
 from support.starts import STARTS, read_start, start_file
 from support.transduction import transduced_labels
-from support.workers import refuse_broken_photographs
 
 # ------ Options: which values hold for a data set and a start -----------------------------------------------
 # The small start is trained for hundreds of steps instead of thousands, so its learning rate is
-# larger. Its confidences are low, so the threshold of `joint` is lower. It has 4 x 4 patches: few are
-# hidden, and painting them back weighs little. The temperature is CLIP's. The other weights and
-# the momentum were chosen by measuring on `shapes` and ModelNet10.
+# larger. Its confidences are low, so the threshold of `joint` is lower. It has 4 x 4 patches: few
+# are hidden, and painting them back weighs little. The temperature is CLIP's. The other weights
+# and the momentum were chosen by measuring on `shapes` and ModelNet10.
 SMALL = dict(
     epochs=3, batch_size=32, lr=2e-3, layer_decay=1.0, momentum=0.999, points=1024, views=12,
     threshold=[0.6], mask_ratio=0.1, w_fair=2.0, w_mim=0.1, w_mpm=0.1, w_gl=0.02,
     cross_temperature=0.07, precision="fp32", eval_every=2)
 # Scans look unlike what the small start has seen. Therefore more epochs, a teacher that follows
 # the student faster, and more fairness: in the first epochs many names are wrong.
-SMALL_ON_SCANS = dict(SMALL, epochs=6, momentum=0.98, w_fair=4.0)
+SMALL_ON_SCANS = dict(epochs=6, momentum=0.98, w_fair=4.0)
 # A user's folder mostly holds a few hundred objects: more passes make enough steps.
-SMALL_ON_FOLDER = dict(SMALL, epochs=20)
+SMALL_ON_FOLDER = dict(epochs=20)
 
 # A run may continue with other values of these. Some of them change how sums are rounded.
 NO_EFFECT_ON_RESULTS = ("out", "cache", "data_root", "download", "resume", "device", "log_every",
@@ -64,18 +62,18 @@ NO_EFFECT_ON_RESULTS = ("out", "cache", "data_root", "download", "resume", "devi
 DATA_AND_START = ("dataset", "domain", "model", "pretrained", "start_checkpoint", "precision",
                   "seed")
 
-RENEW_EVERY = 5  # epochs between two namings of all training objects by `--labels together`
-SAVE_EVERY = 60  # seconds between two saves, at the ends of epochs
+# Epochs between two namings of all training objects by `--labels together`.
+RENEW_EVERY = 5
+# Seconds between two saves, at the ends of epochs.
+SAVE_EVERY = 60
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    """All options of a run; `changed` holds those of the method that are not at their defaults.
-
-    The data set and the start decide the defaults. Therefore the line is parsed once more when
-    these are known.
-    """
+    """All options of a run; `changed` holds those of the method that are not at their defaults."""
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser()
+    # The data set and the start decide the defaults, so the line is parsed once more when these
+    # are known. Only then --help is answered, to show them.
     asked = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
     recipe = recipe_of(asked)
     # `load` and `separate` of a data set's row are no options.
@@ -83,23 +81,23 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.set_defaults(**known)
     args = parser.parse_args(argv)
 
-    differing = {}
-    for option, value in vars(args).items():
-        if value != parser.get_default(option) and option not in NO_EFFECT_ON_RESULTS:
-            differing[option] = value
-    if args.out is None:
-        args.out = Path("runs", run_name(args, differing))
+    differing = {option: value for option, value in vars(args).items()
+                 if value != parser.get_default(option) and option not in NO_EFFECT_ON_RESULTS}
     args.changed = {option: value for option, value in differing.items()
                     if option not in DATA_AND_START}
+    if args.out is None:
+        shown = {option: value for option, value in differing.items()
+                 if option not in ("dataset", "model")}
+        name = f"{Path(args.dataset).name} {args.model} {as_options(shown)}"
+        # 200: file systems allow 255 bytes.
+        args.out = Path("runs", re.sub(r"[^\w.+]+", "-", name).strip("-")[:200])
     return args
 
 
 def recipe_of(asked: argparse.Namespace) -> dict:
     """The defaults that hold for a data set and a start in place of the original's.
 
-    asked: the command line, with None where it says nothing. A later layer wins: the row of the
-    data set with the thresholds of its label rule, the start's row, the small start's recipe, a
-    folder of the user's own, `together`'s threshold, the sizes in the start's file.
+    asked: the command line, with None where it says nothing. A later layer wins.
     """
     is_folder = asked.dataset not in DATASETS
     trains_both = asked.modalities == "both"
@@ -112,47 +110,31 @@ def recipe_of(asked: argparse.Namespace) -> dict:
     usual_labels = "together" if is_folder and trains_both else "joint"
     labels = asked.labels or usual_labels
 
+    # The data set's row, with the thresholds of its label rule.
     recipe = {**dataset_row(asked.dataset), "model": model, "labels": usual_labels}
     if labels == "separate" or not trains_both:
         recipe["threshold"] = recipe["separate"]
-    # A CLIP of open_clip's has no row: its clouds are cut as those of `crossmost`.
+    # The start. A CLIP of open_clip's has no row: its clouds are cut as those of `crossmost`.
     recipe |= STARTS.get(model, STARTS["crossmost"])
+    usual_domain = "target" if asked.dataset == "shapes" else "source"
+    is_scanned = (asked.domain or usual_domain) == "target"
     if model == "tiny":
-        recipe |= small_recipe(asked)
+        recipe |= SMALL
+        if is_folder:
+            recipe |= SMALL_ON_FOLDER
+        elif is_scanned:
+            recipe |= SMALL_ON_SCANS
+    # Nobody knows a folder's axis: see start_over.
     if is_folder:
-        del recipe["up"]  # nobody knows it: see start_over
-    if is_folder and asked.shares is None:
-        recipe["w_fair"] = 0.0  # a pull towards equal shares is wrong where most are chairs
+        recipe["up"] = None
+    # A pull towards equal shares is wrong where most objects are chairs.
+    if is_folder and not asked.shares:
+        recipe["w_fair"] = 0.0
     if labels == "together":
         recipe["threshold"] = [0.8]
-    for option in ("points", "groups", "group_size"):
-        if in_file.get(option):
-            recipe[option] = in_file[option]
+    sizes = ("points", "groups", "group_size")
+    recipe |= {option: in_file[option] for option in sizes if option in in_file}
     return recipe
-
-
-def small_recipe(asked: argparse.Namespace) -> dict:
-    """The values for `tiny` on these objects."""
-    if asked.dataset not in DATASETS:
-        return SMALL_ON_FOLDER
-    is_shapes_as_usual = asked.dataset == "shapes" and asked.domain is None
-    is_scanned = asked.domain == "target" or is_shapes_as_usual
-    return SMALL_ON_SCANS if is_scanned else SMALL
-
-
-def run_name(args, differing: dict) -> str:
-    """The results folder's name: data set, start, and what differs from the defaults.
-
-    The options stand in the parser's order, so that one command always has one folder.
-    """
-    shown = {}
-    for option, value in differing.items():
-        if option not in ("dataset", "model"):
-            shown[option] = value.stem if isinstance(value, Path) else value
-    options = as_options(shown).replace("--", "")
-    name = f"{Path(args.dataset).name} {args.model} {options}".strip()
-    # File systems allow 255 bytes. Should two runs then have one name, last.pt knows its own.
-    return re.sub(r"[^\w.+-]+", "-", name)[:200]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -187,40 +169,29 @@ def make_parser() -> argparse.ArgumentParser:
     add("--w-mpm", type=WEIGHT, default=1.0, help="mpm: weight")
     add("--w-gl", type=WEIGHT, default=0.2, help="gl-align: weight, of both modalities")
     add("--w-cross", type=WEIGHT, default=1.0, help="cross-align: weight")
-    add("--cross-temperature", type=number(1e-3), default=1.0,
-        help="cross-align: divisor of similarities")
-    add("--point-target", choices=("tokens", "points"), default="tokens",
-        help="mpm: what is reconstructed")
-    add("--mask-ratio", type=SHARE, default=0.3,
-        help="share of patches and groups hidden; 0 hides nothing")
-    add("--momentum", type=SHARE, default=0.9998,
-        help="ema: the teacher's momentum from step 400 on; 0.99 at the first step")
+    add("--cross-temperature", type=number(1e-3), default=1.0, help="cross-align: divisor")
+    add("--point-target", choices=("tokens", "points"), default="tokens", help="mpm: target")
+    add("--mask-ratio", type=SHARE, default=0.3, help="mim, mpm: share of patches and groups hidden")
+    add("--momentum", type=SHARE, default=0.9998, help="ema: from step 400 on; 0.99 at first")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=COUNT, default=200, help="passes over the training objects")
     add("--batch-size", type=COUNT, default=128, help="objects per step, of all GPUs")
-    add("--lr", type=WEIGHT, default=2e-5,
-        help="peak learning rate of a batch of 256; a batch of 128 gets half of it")
+    add("--lr", type=WEIGHT, default=2e-5, help="peak learning rate for a batch of 256 objects")
     add("--weight-decay", type=WEIGHT, default=0.05, help="AdamW, not on 1-D parameters")
-    add("--layer-decay", type=SHARE, default=0.65,
-        help="factor on lr per image block, from the last on")
+    add("--layer-decay", type=SHARE, default=0.65, help="lr's factor per image block, last first")
     add("--warmup-epochs", type=WEIGHT, default=1.0, help="epochs of linear warm-up")
     frozen = [f"point_encoder.{name}" for name in PointEncoder.frozen_by_default]
-    add("--freeze", nargs="*", default=frozen,
-        help="modules or parameters that are not trained; without a name all are")
+    add("--freeze", nargs="*", default=frozen, help="modules or parameters not to train")
 
     add = parser.add_argument_group("run").add_argument
-    add("--out", type=path_of,
-        help="results folder (default: runs/DATASET-MODEL and what differs from the defaults)")
+    add("--out", type=path_of, help="results folder (default: runs/DATASET-MODEL-CHANGES)")
     add("--seed", type=number(0, 2 ** 32, int), default=0, help="of views, order and masks")
     add("--resume", action=yes_or_no, default=True, help="continue OUT/last.pt")
     add_device_options(add)
-    add("--compile", action=yes_or_no, default=False,
-        help="compile the encoders' blocks: the first step is slow, later ones are faster")
-    add("--grad-checkpointing", action=yes_or_no, default=False,
-        help="less memory: compute image blocks twice")
-    add("--eval-every", type=number(0, convert=int), default=5,
-        help="epochs between evaluations of the teacher; 0: only at the end")
+    add("--compile", action=yes_or_no, default=False, help="slow first step, faster later ones")
+    add("--grad-checkpointing", action=yes_or_no, default=False, help="less memory, slower")
+    add("--eval-every", type=number(0, convert=int), default=5, help="epochs; 0: only at the end")
     add("--log-every", type=COUNT, default=10, help="steps per line of log.jsonl")
     return parser
 
@@ -278,7 +249,7 @@ def train_step(student, teacher, views, optimizer, step, total_steps, args, give
 def teacher_labels(teacher: CrossMoST, views: dict, args) -> dict[str, tuple[Tensor, Tensor]]:
     """What `--labels` makes of the teacher's predictions for the weak views.
 
-    Returns {modality: (labels (B,), keep (B,))} of the whole batch, for the modalities that are trained.
+    Returns {modality: (labels (B,), keep (B,))} of the modalities that are trained.
     """
     images = points = None
     if args.modalities != "point":
@@ -287,6 +258,7 @@ def teacher_labels(teacher: CrossMoST, views: dict, args) -> dict[str, tuple[Ten
         points = views["weak_points"]
 
     out = teacher(images, points)
+    # (B, C) of the whole batch, also under torchrun.
     probs = {}
     if images is not None:
         probs["image"] = whole_batch(out.image_logits).softmax(dim=-1)
@@ -306,7 +278,8 @@ def student_terms(student, views: dict, labels: dict, args) -> dict[str, Tensor]
     if args.modalities != "point":
         images = model.normalise(views["strong_image"])
     if args.modalities != "image":
-        groups = model.group(views["strong_points"])  # here, because masks need their centres
+        # Here, because masks need their centres.
+        groups = model.group(views["strong_points"])
 
     # Masks are drawn anew for each object and step [mim, mpm].
     image_hidden = point_hidden = None
@@ -337,15 +310,15 @@ def learning_rate(step: int, total_steps: int, args) -> float:
 
     The peak is lr x --batch-size / 256, also where there are fewer objects than that: the
     original's 2e-5 is 4e-5 for its 512 objects, and 1e-5 for our 128 (Deviation D25). The first
-    step uses peak / warm-up steps, because a rate of 0 would waste it (Deviation D26). A run as
-    long as its warm-up ends at the peak, a shorter one below it.
+    step uses peak / warm-up steps, because a rate of 0 would waste it (Deviation D26).
     """
     peak = args.lr * args.batch_size / 256
     warmup_steps = int(args.warmup_epochs * total_steps / args.epochs)
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
-    floor = peak / 20  # the original's ratio: 1e-6 of 2e-5
+    # The original's ratio: 1e-6 of 2e-5.
+    floor = peak / 20
     return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
 
 
@@ -356,16 +329,16 @@ def self_train(run: Run, objects: Objects, test: Objects, args):
     steps_per_epoch = len(objects) // batch_size
     total_steps = args.epochs * steps_per_epoch
     image_size = run.student.visual.image_size[0]
+    # (N, P, 3). All clouds are on the device, so that a step copies none.
     points = objects.points.to(args.device)
     student = with_ddp(run.student)
     train_mode(run.student, args.freeze)
     if args.labels == "truth":
         run.given = objects.labels, torch.ones(len(objects), dtype=torch.bool)
 
-    per_epoch = steps_per_epoch * batch_size
-    bar = tqdm(total=args.epochs * per_epoch, initial=run.epoch * per_epoch,
-               desc="self-training", unit="object", unit_scale=True,
-               disable=None if leader() else True)  # None: only where a person looks on
+    # disable=None: a bar only where a person looks on.
+    bar = tqdm(total=total_steps, initial=run.epoch * steps_per_epoch, desc="self-training",
+               unit="step", disable=None if leader() else True)
     last_save = time.perf_counter()
     for epoch in range(run.epoch, args.epochs):
         if args.labels == "together" and epoch % RENEW_EVERY == 0:
@@ -376,17 +349,16 @@ def self_train(run: Run, objects: Objects, test: Objects, args):
         batches = batches_of_epoch(epoch, objects, batch_size, image_size, args)
         for photographs, batch, part in batches:
             views = draw_views(points[part.to(args.device)], image_size, photographs)
-            given = None
-            if run.given is not None:
-                given = [value[batch].to(args.device) for value in run.given]
+            given = run.given and [value[batch].to(args.device) for value in run.given]
             terms, labels = train_step(student, run.teacher, views, run.optimizer, step,
                                        total_steps, args, given)
-            truth = None  # for the log only
+            # For the log only.
+            truth = None
             if objects.labels is not None:
                 truth = objects.labels[batch].to(args.device)
             interval.append((step, terms, labels, truth))
             step += 1
-            bar.update(batch_size)
+            bar.update()
 
             # Reading a value waits for a GPU, so values are read once per interval.
             if step % args.log_every == 0 or step % steps_per_epoch == 0:
@@ -399,10 +371,11 @@ def self_train(run: Run, objects: Objects, test: Objects, args):
                 interval, began = [], time.perf_counter()
 
         run.epoch = epoch + 1
-        is_last = run.epoch == args.epochs  # which train_and_score evaluates
-        is_due = args.eval_every > 0 and run.epoch % args.eval_every == 0
+        # The last epoch is evaluated by train_and_score.
+        is_last = run.epoch == args.epochs
+        is_due = args.eval_every and run.epoch % args.eval_every == 0
         if is_due and not is_last:
-            figures = assess(probs_of_all(run.teacher, test, args), test)
+            _, figures = score(run.teacher, test, args)
             write_log(args.out, epoch=run.epoch, step=step, teacher=in_short(figures))
         if is_last or time.perf_counter() - last_save > SAVE_EVERY:
             save(run, args.out)
@@ -443,9 +416,8 @@ def interval_means(interval: list, classes: int) -> dict:
     for step, terms, _, _ in interval:
         if not terms["loss"].isfinite():
             values = {name: float(value) for name, value in terms.items()}
-            raise UserError(
-                f"the loss is not finite at step {step + 1}: {values}; lower --lr, or look at "
-                "the data; last.pt is of an earlier epoch, if there was one")
+            raise UserError(f"the loss is not finite at step {step + 1}: {values}; lower --lr, "
+                            "or look at the data")
 
     _, first_terms, _, first_truth = interval[0]
     row = {}
@@ -487,9 +459,11 @@ def write_log(out: Path, **row):
             file.write(json.dumps(row) + "\n")
 
 
-def probs_of_all(model: CrossMoST, objects: Objects, args) -> dict[str, Tensor]:
-    """The model's probabilities (N, C); under torchrun each process embeds its part."""
-    return to_probs(gather_embedded(embed, model, objects, args.views))
+def score(model: CrossMoST, objects: Objects, args) -> tuple[dict, dict]:
+    """Probabilities (N, C) of each modality, and what `assess` says of them."""
+    # Under torchrun each process embeds its part of the objects.
+    probs = to_probs(gather_embedded(embed, model, objects, args.views))
+    return probs, assess(probs, objects)
 
 
 def name_together(teacher: CrossMoST, objects: Objects, args) -> tuple[Tensor, Tensor]:
@@ -510,55 +484,44 @@ def name_together(teacher: CrossMoST, objects: Objects, args) -> tuple[Tensor, T
 # ------ A whole run -----------------------------------------------------------------------------------------
 def main(argv=None) -> dict:
     """Run all of it. Returns what it writes to OUT/results.json."""
-    join_processes()  # before anything opens a context on a GPU
+    # Before anything opens a context on a GPU.
+    join_processes()
     args = parse_args(argv)
     refuse_contradictions(args)
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32; bfloat16 is the fast way
-
-    load_split = partial(load_dataset, args.dataset, args.data_root, points=args.points,
-                         domain=args.domain, download=args.download, up=args.up,
-                         cache=args.cache)
-    objects, test = load_split(split="train"), load_split(split="test")
+    # float32 is float32; bfloat16 is the fast way.
+    torch.backends.cudnn.allow_tf32 = False
+    objects, test = [
+        load_dataset(args.dataset, args.data_root, split, args.points, args.domain,
+                     args.download, args.up, args.cache)
+        for split in ("train", "test")]
     refuse_wrong_data(args, objects)
     run = begin(args, objects)
     with only_writer(args.out), lost_processes_are_one_line():
-        try:
-            return train_and_score(run, objects, test, args)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("stopped; the same command goes on from the last saved "
-                                    "epoch, if there is one") from None
+        return train_and_score(run, objects, test, args)
 
 
 def refuse_contradictions(args):
     """Raises: UserError for options that do not go together, which needs no data to see."""
     trains_both = args.modalities == "both"
-    is_published = args.model in STARTS
     if args.labels == "together" and not trains_both:
         raise UserError("--labels together needs both modalities; drop it, or --modalities")
-    if args.pretrained and is_published:
-        raise UserError(f"--model {args.model} is one file; use --start-checkpoint FILE, no "
-                        "--pretrained")
-    if not is_published:
-        plain_towers(args.model, args.pretrained)
-    if not is_published and not args.start_checkpoint:
-        into = f"{args.model.replace('/', '-')}.pt"
-        raise UserError(
-            f"--model {args.model} has no point encoder; make a start with python -m "
-            f"tools.pretrain --model {args.model} --into {into}, then give "
-            f"--start-checkpoint {into}")
     takes_two = args.labels == "separate" or not trains_both
     if len(args.threshold) > (2 if takes_two else 1):
         raise UserError("--threshold takes one value; two, image's and point's, go with "
                         "--labels separate")
-    if args.shares and not sum(args.shares):
-        raise UserError("--shares are all 0; expected a number for each class, not all of "
-                        "them 0")
-    if args.out.is_file():
-        raise UserError(f"--out {args.out} is a file; name a folder")
+    if args.model in STARTS:
+        return
+    # Raises for what is no CLIP of plain transformers.
+    plain_towers(args.model, args.pretrained)
+    if not args.start_checkpoint:
+        raise UserError(
+            f"--model {args.model} has no point encoder; make a start with python -m "
+            f"tools.pretrain --model {args.model} --into START.pt, then give "
+            "--start-checkpoint START.pt")
 
 
 def refuse_wrong_data(args, objects: Objects):
-    """Raises: UserError for options that do not go with these objects. Warns of bad fits."""
+    """Raises: UserError for options that do not go with these objects."""
     classes, batch = objects.class_names, min(args.batch_size, len(objects))
     if args.labels == "truth" and objects.labels is None:
         raise UserError(f"--labels truth needs true labels, {objects.name} has none; use "
@@ -571,10 +534,6 @@ def refuse_wrong_data(args, objects: Objects):
                         "change --batch-size")
     if args.model == "tiny":
         warn_of_unknown_names(classes, MODELNET10)
-    if objects.images:
-        count = sum(bool(paths) for paths in objects.images)
-        print(f"{count} of {len(objects)} training objects have photographs, the others get "
-              f"depth views; the texts around the names are --templates {args.templates}")
 
 
 def begin(args, objects: Objects) -> Run:
@@ -607,9 +566,7 @@ def train_and_score(run: Run, objects: Objects, test: Objects, args) -> dict:
     """Score the start, train, score again. Returns the results, which are written to OUT."""
     changed = as_options(args.changed) or "no option of the method changed"
     headline = f"{objects.name} with {args.model}, seed {args.seed}, {changed}"
-    settings = {option: value for option, value in run.options.items()
-                if option not in NO_EFFECT_ON_RESULTS}
-    print(f"{headline}\nall settings: python train.py {as_options(settings)}")
+    print(f"{headline}\nall settings: python train.py {as_options(run.options)}")
     last = args.out / "last.pt"
     if args.resume and last.exists():
         load(run, args.out)
@@ -622,11 +579,10 @@ def train_and_score(run: Run, objects: Objects, test: Objects, args) -> dict:
     self_train(run, objects, test, args)
 
     # The last epoch counts, whatever its accuracy: no label chooses an epoch (Deviation D15).
-    student_figures = assess(probs_of_all(run.student, test, args), test)
-    probs = probs_of_all(run.teacher, test, args)
-    teacher_figures = assess(probs, test)
-    write_log(args.out, epoch=args.epochs, teacher=in_short(teacher_figures))
-    results = results_of(run, objects, test, student_figures, teacher_figures, args)
+    _, student = score(run.student, test, args)
+    probs, teacher = score(run.teacher, test, args)
+    write_log(args.out, epoch=args.epochs, teacher=in_short(teacher))
+    results = results_of(run, objects, test, student, teacher, args)
     if leader():
         lines = read_log(args.out / "log.jsonl")
         results["pseudo_label"] = pseudo_label_quality(lines, args.epochs)
@@ -634,7 +590,7 @@ def train_and_score(run: Run, objects: Objects, test: Objects, args) -> dict:
         write_whole(args.out / "predictions.csv", predictions_csv(named))
         write_whole(args.out / "curves.png", plot_curves(lines, run.zero_shot))
         write_whole(args.out / "results.json", json.dumps(results, indent=1).encode())
-        rows = {"zero-shot": run.zero_shot, "student": student_figures, "teacher": teacher_figures}
+        rows = {"zero-shot": run.zero_shot, "student": student, "teacher": teacher}
         print(f"\n{table(title, rows)}")
         print("\n".join(what_is_known(results)))
         print(f"a name for each object: {args.out / 'predictions.csv'}\n{headline}")
@@ -642,23 +598,17 @@ def train_and_score(run: Run, objects: Objects, test: Objects, args) -> dict:
 
 
 def start_over(run: Run, objects: Objects, test: Objects, args):
-    """Look at the data, remove an earlier run from OUT, begin the log, score the start."""
-    of_objects = (objects.images or []) + (test.images or [])
-    pictures = sorted({path for paths in of_objects for path in paths})
-    if leader() and pictures:
-        refuse_broken_photographs(pictures, whole=args.dataset not in DATASETS)
-    if args.up is None:  # nobody said how a folder's objects stand
-        hint = axis_hint(run.student, objects, partial(gather_embedded, embed))
-        if hint:
-            raise UserError(hint)
-
+    """Look at the axis, remove an earlier run from OUT, begin the log, score the start."""
+    # Nobody said how a folder's objects stand.
+    hint = axis_hint(run.student, objects) if args.up is None else None
+    if hint:
+        raise UserError(hint)
     if leader():
         remove_earlier_run(args.out)
         trainable = sum(p.numel() for p in run.student.parameters() if p.requires_grad)
         write_log(args.out, options=run.options, start=start_name(args), train=len(objects),
                   test=len(test), trainable=trainable, code=CODE, **provenance(args.device))
-    probs = probs_of_all(run.student, test, args)
-    run.zero_shot = assess(probs, test)
+    probs, run.zero_shot = score(run.student, test, args)
     run.start_named = tuple(probs["joint"].max(dim=-1))
 
 
@@ -671,24 +621,13 @@ def results_of(run: Run, objects: Objects, test: Objects, student: dict, teacher
                args) -> dict:
     """What OUT/results.json holds. student, teacher: what `assess` says of these."""
     results = {
-        "dataset": objects.name,
-        "split": test.split,
-        "objects": len(test),
-        "classes": len(test.class_names),
-        "model": args.model,
-        "start": start_name(args),
-        "seed": args.seed,
-        "epochs": args.epochs,
-        "precision": run.identity["precision"],
-        "changed": args.changed,
-        "code": CODE,
-        "commit": provenance(args.device)["commit"],
-        "zero_shot": top_one(run.zero_shot),
-        "student": top_one(student),
-        "teacher": top_one(teacher),
-        "teacher_per_class": teacher.get("per_class"),
-        "seconds": round(run.seconds(), 1),
-        "gpu_gib": peak_memory(args.device),
+        "dataset": objects.name, "split": test.split, "objects": len(test),
+        "classes": len(test.class_names), "model": args.model, "start": start_name(args),
+        "seed": args.seed, "epochs": args.epochs, "precision": run.identity["precision"],
+        "changed": args.changed, "code": CODE, "commit": provenance(args.device)["commit"],
+        "zero_shot": top_one(run.zero_shot), "student": top_one(student),
+        "teacher": top_one(teacher), "teacher_per_class": teacher.get("per_class"),
+        "seconds": round(run.seconds(), 1), "gpu_gib": peak_memory(args.device),
     }
     figures = {"start": run.zero_shot, "student": student, "teacher": teacher}
     for key in ("agreement", "information", "shares"):
