@@ -8,7 +8,6 @@ import argparse
 import json
 import os
 import sys
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,10 +24,10 @@ from support.command_line import (add_data_options, add_device_options, one_line
                                   path_of)
 from support.files import UP, class_key, clean_class_names, printable, read_lines, read_object, to_z_up
 from support.information import information
+from support.parallel import gather_embedded
 from support.pictures import draw_grid, plot_confusion
 from support.results import (MODALITIES, embeddings_npz, name_objects, predictions_csv, table,
                              warn_of_unknown_names)
-from support.resume import CODE
 from support.starts import STARTS, read_start, start_file
 
 
@@ -51,48 +50,37 @@ def embed(model: CrossMoST, objects: Objects, views: int | None = None, batch_si
     refuse_other_classes(model, objects)
     device = model.logit_scale.device
     size = model.visual.image_size[0]
-    batches = []
-    done = 0  # objects
+    # A student's frozen modules are in eval mode while the rest trains (Deviation D12), so that
+    # `model.train()` at the end would be wrong.
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+    fields = "image_logits", "point_logits", "image_features", "point_features"
+    parts = {field: [] for field in fields}
+    done = 0
     # disable=None: a bar only where a person looks on.
-    bar = tqdm(total=len(objects), desc="evaluating", unit="object", leave=False, disable=None)
-    with evaluation_mode(model), bar:
+    with tqdm(total=len(objects), desc="evaluating", leave=False, disable=None) as bar:
+        # (b, V, 3, H, W). Parts are of any size: with photographs they are single objects.
         for images in fixed_images(objects, views, size, batch_size, device):
-            # Images come in parts of any size: photographs one object at a time.
             points = objects.points[done:done + len(images)].to(device)
+            outputs = model(model.normalise(images), points)
+            for field in fields:
+                parts[field].append(getattr(outputs, field).cpu())
             done += len(images)
-            outputs = model(model.normalise(images), points)._asdict()
-            # Nothing is hidden here, so that the fields of [mim] and [mpm] are None.
-            present = {name: value for name, value in outputs.items() if value is not None}
-            batches.append({name: value.cpu() for name, value in present.items()})
             bar.update(len(images))
-    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    for module in in_training:
+        module.training = True
+    return {field: torch.cat(parts[field]) for field in fields}
 
 
 def refuse_other_classes(model: CrossMoST, objects: Objects):
     """Raises: UserError where the model's classes are not the objects', in the same order."""
-    named = list(model.class_names)
+    names, known = list(objects.class_names), list(model.class_names)
     # The authors' trained file has no class names: read_start numbers its classes.
-    numbers = [str(k) for k in range(len(objects.class_names))]
-    if named not in (list(objects.class_names), numbers):
-        raise UserError(f"{objects.name} has the classes {objects.class_names[:4]} ..., the model "
-                        f"{model.class_names[:4]} ...; evaluate a checkpoint on the data set it was "
-                        "trained for, or give a start as --start-checkpoint")
-
-
-@contextmanager
-def evaluation_mode(model: torch.nn.Module):
-    """Every module in eval mode, and afterwards each in its own mode again.
-
-    A student's frozen modules are in eval mode while the rest trains (Deviation D12), so
-    that `model.train()` at the end would be wrong.
-    """
-    in_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in in_training:
-            module.training = True
+    numbers = [str(k) for k in range(len(names))]
+    if known not in (names, numbers):
+        raise UserError(f"{objects.name} has the classes {names[:4]} ..., the model {known[:4]} ...; "
+                        "evaluate a checkpoint on the data set it was trained for, or give a start "
+                        "as --start-checkpoint")
 
 
 def to_probs(logits: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -122,6 +110,7 @@ def assess(probs: dict[str, Tensor], objects: Objects) -> dict:
         return round(100 * hits.double().mean().item(), 2)
 
     classes = objects.class_names
+    # Numbers of classes (N,), by modality.
     named = {modality: p.argmax(dim=-1) for modality, p in probs.items()}
     told = information(named["image"], named["point"], len(classes))
     figures = {
@@ -160,60 +149,49 @@ def classify(model: CrossMoST, clouds, points: int | None = None,
     """
     points = points or model.trained_with.get("points", 1024)
     views = views or model.trained_with.get("views")
+    # The same points each time.
     random = np.random.default_rng(0)
-    ready = [prepare(cloud, i, points, random) for i, cloud in enumerate(clouds)]
-
-    probs = torch.empty(len(clouds), len(model.class_names))
-    # Clouds of one size go through the model together.
-    for size in {len(cloud) for cloud in ready}:
-        index = [i for i, cloud in enumerate(ready) if len(cloud) == size]
-        same_size = torch.stack([ready[i] for i in index])
-        objects = Objects(same_size, None, model.class_names)
-        probs[index] = to_probs(embed(model, objects, views))["joint"]
+    probs = []
+    # One by one, because clouds of different sizes make no batch.
+    for i, cloud in enumerate(clouds):
+        # float64, because coordinates on a map (UTM) need the digits.
+        cloud = torch.as_tensor(cloud, dtype=torch.float64, device="cpu")
+        if cloud.dim() != 2 or cloud.shape[1] != 3:
+            raise UserError(f"cloud {i} has the shape {tuple(cloud.shape)}; expected a list "
+                            "of (points, 3)")
+        if len(cloud) > points:
+            cloud = cloud[random.choice(len(cloud), points, replace=False)]
+        objects = Objects(to_unit_sphere(cloud[None], [i]), None, model.class_names)
+        probs.append(to_probs(embed(model, objects, views))["joint"])
+    probs = torch.cat(probs)
     return [model.class_names[k] for k in probs.argmax(dim=-1).tolist()], probs
 
 
-def prepare(cloud, number: int, points: int, random: np.random.Generator) -> Tensor:
-    """A user's cloud (P, 3) in the unit sphere, thinned to at most `points` points."""
-    # float64, because coordinates on a map (UTM) need the digits.
-    cloud = torch.as_tensor(cloud, dtype=torch.float64, device="cpu")
-    if cloud.dim() != 2 or cloud.shape[1] != 3:
-        raise UserError(f"cloud {number} has the shape {tuple(cloud.shape)}; expected a list of (points, 3)")
-    if len(cloud) > points:
-        cloud = cloud[random.choice(len(cloud), points, replace=False)]
-    return to_unit_sphere(cloud[None], [number])[0].float()
-
-
 # ------ What can be said without labels ---------------------------------------------------------------------
-# In nats. Measured on thousands of folders that stood upright (assets/information.md): of
-# those with 20 objects or more and several kinds of them, less than one in a hundred
-# seemed to have another axis up.
-CLEARLY_MORE = 0.2
+def axis_hint(model: CrossMoST, objects: Objects) -> str | None:
+    """What to say of objects that seem to have another axis up than z, as they were read.
 
-
-def axis_hint(model: CrossMoST, objects: Objects, embed_all=embed) -> str | None:
-    """What to say of objects that seem to have another axis up than they were read with.
-
-    Compares how much image and point tell each other if z, y, or -y points up, on at most
-    100 objects and two views of each. None: nothing seems wrong.
-    objects: read as z up. embed_all: embed, or what shares it between processes.
+    Compares how much image and point tell each other if z, y, or -y points up, from two
+    views of each object. None: nothing seems wrong.
     """
-    # Fewer objects tell too little, and more than 100 only take longer.
+    # Fewer tell too little, and more than 100 only take longer.
     if len(objects) < 20:
         return None
-    numbers = list(range(len(objects)))
-    shown = objects.pick(torch.tensor(evenly_spaced(numbers, 100)))
+    shown = objects.pick(torch.tensor(evenly_spaced(range(len(objects)), 100)))
     told = {}
     for up in UP:
         turned = replace(shown, points=to_z_up(shown.points, up))
-        probs = to_probs(embed_all(model, turned, 2))
+        probs = to_probs(gather_embedded(embed, model, turned, 2))
         told[up] = assess(probs, turned)["information"]
     best = max(told, key=told.get)
-    if told[best] - told["z"] < CLEARLY_MORE:
+    # 0.2 nats: measured on thousands of folders that stood upright (assets/information.md). Of
+    # those with 20 objects or more and several kinds of them, less than one in a hundred seemed
+    # to have another axis up.
+    if told[best] - told["z"] < 0.2:
         return None
     listed = ", ".join(f"{value:.2f} with {up}" for up, value in told.items())
-    return (f"the objects seem to lie on their side: image and point tell each other {listed} up (in nats, "
-            f"more is better); give --up={best}, or --up z to keep them as they are")
+    return ("the objects seem to lie on their side: image and point tell each other "
+            f"{listed} up (in nats, more is better); give --up={best}, or --up z to keep them")
 
 
 # ------ What the models see ---------------------------------------------------------------------------------
@@ -238,18 +216,19 @@ def gallery(lines: list[dict], objects: Objects, count: int = 12) -> bytes:
                     "point: {point} {point_confidence}").format(**line)
         cells.append((images[0, 0], opinions))
         cells.append((objects.points[i], f"is {line['true']}" if "true" in line else ""))
-    why = "image and point disagree" if objects.labels is None else "named wrongly, or in two ways"
-    return draw_grid(cells, 6, f"{len(doubtful)} of {len(objects)} objects: {why}")
+    # Three objects a row.
+    title = f"{len(doubtful)} of {len(objects)} objects: named wrongly, or in two ways"
+    return draw_grid(cells, 6, title)
 
 
 def preview(objects: Objects, size: int = 224, count: int = 8) -> bytes:
     """A sheet of objects: cloud, one evaluation view, weak and strong views."""
     # The same sheet each time.
     torch.manual_seed(0)
-    spaced = torch.linspace(0, len(objects) - 1, min(count, len(objects))).long()
-    shown = objects.pick(spaced)
+    shown = objects.pick(torch.tensor(evenly_spaced(range(len(objects)), count)))
     stills = [images[:, 0] for images in fixed_images(shown, None, size, count, "cpu")]
     one_batch = (torch.arange(len(shown)),)
+    # None where views are rendered.
     photographs = next(iter(training_photographs(shown, one_batch, size, seed=0)))
     views = draw_views(shown.points, size, photographs)
     columns = {"cloud": shown.points, "evaluation": torch.cat(stills), **views}
@@ -266,32 +245,32 @@ def preview(objects: Objects, size: int = 224, count: int = 8) -> bytes:
 def parse_args(argv=None) -> argparse.Namespace:
     parser = option_parser("accuracy, names and pictures of a checkpoint, a zero-shot start, single files")
 
-    group = parser.add_argument_group("what").add_argument
-    group("--checkpoint", type=path_of, help="a last.pt of train.py, or the authors' trained file")
-    group("--model", help=f"or a zero-shot start: {', '.join(STARTS)}, or an open_clip name, whose "
-                          "point encoder is untrained")
-    group("--pretrained", help="open_clip's weights of --model: a tag or a file")
-    group("--start-checkpoint", type=path_of, help="the start's file, of any family")
-    group("--templates", choices=sorted(TEMPLATES), help="texts around a class name of a start")
-    group("--classes", help="names for a start instead of the data set's: \"a,b,c\" or a file, a name a line")
-    group("--cache", type=path_of, default=Path("cache"), help="folder of fetched starts")
-    group("--preview", type=path_of, help="FILE.png: no model, only draw what the models see of --dataset")
+    add = parser.add_argument_group("what").add_argument
+    add("--checkpoint", type=path_of, help="a last.pt of train.py, or the authors' trained file")
+    add("--model", help=f"or a zero-shot start: {', '.join(STARTS)}, or an open_clip name, whose "
+                        "point encoder is untrained")
+    add("--pretrained", help="open_clip's weights of --model: a tag or a file")
+    add("--start-checkpoint", type=path_of, help="the start's file, of any family")
+    add("--templates", choices=sorted(TEMPLATES), help="texts around a class name of a start")
+    add("--classes", help="other names for a start: \"a,b,c\", or a file with a name a line")
+    add("--cache", type=path_of, default=Path("cache"), help="folder of fetched starts")
+    add("--preview", type=path_of, help="FILE.png: no model, only draw what the models see of --dataset")
 
-    group = parser.add_argument_group("on (data, if not given: as the checkpoint was trained)").add_argument
-    group("files", nargs="*", type=path_of, help="single objects to name")
-    group("--dataset", type=dataset_name, help=f"{', '.join(DATASETS)}, or a folder of your own")
-    group("--split", choices=("train", "test"), default="test", help="which of its splits")
-    add_data_options(group)
-    add_device_options(group)
+    add = parser.add_argument_group("on (data, if not given: as the checkpoint was trained)").add_argument
+    add("files", nargs="*", type=path_of, help="single objects to name")
+    add("--dataset", type=dataset_name, help=f"{', '.join(DATASETS)}, or a folder of your own")
+    add("--split", choices=("train", "test"), default="test", help="which of its splits")
+    add_data_options(add)
+    add_device_options(add)
     # as_trained fills these two in, too.
     parser.set_defaults(data_root=None, precision=None)
 
-    group = parser.add_argument_group("into").add_argument
-    group("--predictions", type=path_of, help="FILE.csv: each object's name, and those of image and point")
-    group("--embeddings", type=path_of, help="FILE.npz: features, logits, classifier")
-    group("--confusion", type=path_of, help="FILE.png: the confusion matrix")
-    group("--gallery", type=path_of, help="FILE.png: objects named wrongly or in two ways")
-    group("--json", type=path_of, help="FILE.json: all figures")
+    add = parser.add_argument_group("into").add_argument
+    add("--predictions", type=path_of, help="FILE.csv: each object's name, and those of image and point")
+    add("--embeddings", type=path_of, help="FILE.npz: features, logits, classifier")
+    add("--confusion", type=path_of, help="FILE.png: the confusion matrix")
+    add("--gallery", type=path_of, help="FILE.png: objects named wrongly or in two ways")
+    add("--json", type=path_of, help="FILE.json: all figures")
     return parser.parse_args(argv)
 
 
@@ -303,46 +282,42 @@ def main(argv=None) -> dict | None:
     """
     args = parse_args(argv)
     refuse_contradictions(args)
-    path, saved = read_asked(args)
-    chosen = as_trained(args, saved["options"])
-    objects = load_objects(args, chosen, saved["architecture"]["class_names"])
+    path = args.checkpoint or args.start_checkpoint
+    if args.model in STARTS and not (path or args.preview):
+        path = start_file(args.model, args.cache, args.download)
+    saved = read_start(path) if path else {"options": {}, "architecture": {"class_names": []}}
+    args = as_trained(args, saved["options"])
+    objects = load_objects(args, saved["architecture"]["class_names"])
     if args.preview:
         write_whole(args.preview, preview(objects))
         print(f"{args.preview} shows some of the {len(objects)} {objects.split} objects of {objects.name}")
         return None
-    if args.confusion and objects.labels is None:
-        raise UserError("--confusion needs labels, of classes that are all among the names")
-    if chosen["model"] == "tiny":
-        warn_of_unknown_names(objects.class_names, MODELNET10)
 
-    results = {"dataset": objects.name, "split": objects.split, "objects": len(objects)}
-    if args.checkpoint:
-        student = load_model("student", args, chosen, path, objects.class_names)
-        results["student"] = evaluate(student, objects, chosen["views"])
-
-    # Names, embeddings and pictures are the teacher's, or the start's.
-    which = "teacher" if args.checkpoint else "zero_shot"
-    model = load_model(which, args, chosen, path, objects.class_names)
-    embedded = embed(model, objects, chosen["views"])
-    probs = to_probs(embedded)
-    results[which] = assess(probs, objects)
+    figures = {}
+    for which in ("student", "teacher") if args.checkpoint else ("zero-shot",):
+        model = load_model(which, args, path, objects.class_names)
+        embedded = embed(model, objects, args.views)
+        probs = to_probs(embedded)
+        figures[which] = assess(probs, objects)
+    # Names, embeddings and pictures are of the last of these: the teacher's, or the start's.
     lines = name_objects(objects, probs)
+    results = {"dataset": objects.name, "split": objects.split, "objects": len(objects)}
+    results |= {name.replace("-", "_"): of_model for name, of_model in figures.items()}
 
     # Files first, because whoever reads what is printed may close the pipe.
-    if args.embeddings:
-        write_whole(args.embeddings, embeddings_npz(embedded, model, objects))
-    write_files(args, results, objects, probs, lines)
+    write_files(args, results, objects, model, embedded, lines)
     if args.files:
-        print_names(lines)
+        for line in lines:
+            print("{object}: {class} {confidence} (image: {image} {image_confidence}, "
+                  "point: {point} {point_confidence})".format(**line))
     else:
-        print_figures(results, objects, which)
+        title = f"{objects.name} {objects.split}, {len(objects)} objects"
+        print(table(title, figures, which))
     # Published data sets have a known axis, folders only where somebody said it.
-    is_unsaid = chosen["dataset"] not in DATASETS and chosen["up"] is None
-    hint = axis_hint(model, objects) if is_unsaid and not args.files else None
+    is_known = args.dataset in DATASETS or args.up
+    hint = None if is_known else axis_hint(model, objects)
     if hint:
         print(f"note: {hint}", file=sys.stderr)
-    if len(objects) < len(args.files):
-        raise UserError(f"only {len(objects)} of {len(args.files)} files could be read, see above")
     return results
 
 
@@ -354,91 +329,61 @@ def refuse_contradictions(args):
                         "--checkpoint: it only knows the classes it was trained for")
     if not (args.preview or args.checkpoint or is_start):
         raise UserError("nothing to evaluate; name a --checkpoint, or a start as --model")
-    if args.files and args.dataset:
-        raise UserError("name single files or a --dataset, not both")
     is_plain = args.model and args.model not in STARTS
     if is_plain and not (args.pretrained or args.preview):
         raise UserError(f"--model {args.model} without --pretrained is random; add the weights' tag "
                         "or file")
 
 
-def read_asked(args) -> tuple[Path | None, dict]:
-    """The file of the checkpoint or start asked for, if it has one, and what the file holds."""
-    path = args.checkpoint or args.start_checkpoint
-    if args.model in STARTS and not (path or args.preview):
-        path = start_file(args.model, args.cache, args.download)
-    if path is None:
-        return None, {"options": {}, "architecture": {"class_names": []}}
-    saved = read_start(path)
-    made_by = saved.get("identity", {}).get("code", CODE)
-    if made_by != CODE:
-        print(f"note: {path} was trained by other code ({made_by}, now {CODE}); figures may have "
-              "changed", file=sys.stderr)
-    return path, saved
+def as_trained(args, trained: dict) -> argparse.Namespace:
+    """The options, those that the command line leaves open as the model was trained.
 
-
-def as_trained(args, trained: dict) -> dict:
-    """Fill in what the command line leaves open: model, data set, how clouds are read, precision.
-
-    `trained` holds the options of the checkpoint or start, or nothing where no file was
-    given. From it come
-    - always: model, data set, points, views;
-    - only on the data set it was trained on: domain, up;
-    - only of a checkpoint: data root and precision, because a start was perhaps made on
-      another machine.
-    Where neither the command line nor the file names a data set, it is `shapes`, for
-    single files, too: they get its upright axis and its points.
+    trained: the options of the checkpoint or start, or nothing where no file was given.
     """
-    dataset = args.dataset or trained.get("dataset", "shapes")
-    row = dataset_row(dataset)
-    on_this_data_set = trained if dataset == trained.get("dataset") else {}
+    chosen = argparse.Namespace(**vars(args))
+    # Without any file it is `shapes`, for single files, too: they get its axis and its points.
+    chosen.dataset = args.dataset or trained.get("dataset", "shapes")
+    chosen.model = args.model or trained.get("model")
+    chosen.views = args.views or trained.get("views")
+    usual_points = dataset_row(chosen.dataset)["points"]
+    chosen.points = args.points or trained.get("points") or usual_points
+    # These two are of the data set it was trained on.
+    if chosen.dataset == trained.get("dataset"):
+        chosen.domain = args.domain or trained.get("domain")
+        chosen.up = args.up or trained.get("up")
+    # A start was perhaps made on another machine, a checkpoint was not.
     of_checkpoint = trained if args.checkpoint else {}
-    return {
-        "dataset": dataset,
-        "model": args.model or trained.get("model"),
-        "data_root": args.data_root or Path(of_checkpoint.get("data_root", "data")),
-        "domain": args.domain or on_this_data_set.get("domain"),
-        "up": args.up or on_this_data_set.get("up"),
-        "points": args.points or trained.get("points") or row["points"],
-        "views": args.views or trained.get("views"),
-        "precision": args.precision or of_checkpoint.get("precision", "auto"),
-    }
+    chosen.data_root = args.data_root or Path(of_checkpoint.get("data_root", "data"))
+    chosen.precision = args.precision or of_checkpoint.get("precision", "auto")
+    return chosen
 
 
-def load_objects(args, chosen: dict, trained_names: list[str]) -> Objects:
+def load_objects(args, trained_names: list[str]) -> Objects:
     """The files or the data set asked for, under the class names asked for."""
     if args.files:
-        up = chosen["up"] or dataset_row(chosen["dataset"])["up"]
-        objects = load_files(args.files, chosen["points"], up)
+        up = args.up or dataset_row(args.dataset)["up"]
+        clouds = np.stack([read_object(path, args.points, up=up) for path in args.files])
+        names = [printable(str(path)) for path in args.files]
         # A start has no classes yet.
-        objects.class_names = trained_names if args.checkpoint else []
+        classes = trained_names if args.checkpoint else []
+        points = to_unit_sphere(torch.from_numpy(clouds), names)
+        objects = Objects(points, None, classes, "files", names=names)
     else:
-        objects = load_dataset(chosen["dataset"], chosen["data_root"], args.split, chosen["points"],
-                               chosen["domain"], args.download, chosen["up"], args.cache)
+        objects = load_dataset(args.dataset, args.data_root, args.split, args.points, args.domain,
+                               args.download, args.up, args.cache)
     if args.classes:
         # Not Path.is_file, which raises for a long list of names.
         is_file = os.path.isfile(args.classes)
         names = read_lines(Path(args.classes)) if is_file else args.classes.split(",")
         rename(objects, [name.strip() for name in names])
+
     if not (objects.class_names or args.preview):
         raise UserError("a start names files by --classes \"mug,bowl,...\"; add it")
+    if args.confusion and objects.labels is None:
+        raise UserError("--confusion needs labels, of classes that are all among the names")
+    if args.model == "tiny":
+        warn_of_unknown_names(objects.class_names, MODELNET10)
     return objects
-
-
-def load_files(files: list[Path], points: int, up: str) -> Objects:
-    """Single objects without labels. Of each file that cannot be read a line on stderr says why."""
-    clouds, names = [], []
-    # One by one, because a broken file should not keep the others from being named.
-    for path in files:
-        try:
-            cloud = torch.from_numpy(read_object(path, points, up=up))
-            clouds.append(to_unit_sphere(cloud[None], [path]))
-            names.append(printable(str(path)))
-        except (UserError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-    if not clouds:
-        raise UserError(f"none of {len(files)} files could be read")
-    return Objects(torch.cat(clouds), None, [], "files", names=names)
 
 
 def rename(objects: Objects, names: list[str]):
@@ -458,51 +403,35 @@ def rename(objects: Objects, names: list[str]):
     objects.class_names = names
 
 
-def load_model(which: str, args, chosen: dict, path: Path | None, class_names: list[str]) -> CrossMoST:
-    """The "student" or "teacher" of a checkpoint, or the "zero_shot" start for the class names."""
+def load_model(which: str, args, path: Path | None, class_names: list[str]) -> CrossMoST:
+    """The "student" or "teacher" of a checkpoint, or the "zero-shot" start for the class names."""
     # A checkpoint holds its classifier, a start gets one from the texts of the class names.
-    if which == "zero_shot":
-        templates = TEMPLATES[args.templates or dataset_row(chosen["dataset"])["templates"]]
-        model = build_model(chosen["model"], class_names, templates, args.pretrained, path,
-                            device=args.device)
+    if args.checkpoint:
+        model = load_checkpoint(path, which)
     else:
-        model = load_checkpoint(path, which=which)
-    model.precision = precision_for(chosen["precision"], args.device)
+        templates = TEMPLATES[args.templates or dataset_row(args.dataset)["templates"]]
+        model = build_model(args.model, class_names, templates, args.pretrained, path,
+                            device=args.device)
+    model.precision = precision_for(args.precision, args.device)
     return model.to(args.device)
 
 
-def write_files(args, results: dict, objects: Objects, probs: dict[str, Tensor], lines: list[dict]):
-    """Write the files that the command line asks for, and say so."""
-    files = {}
+def write_files(args, results: dict, objects: Objects, model: CrossMoST, embedded: dict,
+                lines: list[dict]):
+    """Write the files that are asked for. embedded, lines: of embed and name_objects."""
     if args.predictions:
-        files[args.predictions] = predictions_csv(lines)
+        write_whole(args.predictions, predictions_csv(lines))
+    if args.embeddings:
+        write_whole(args.embeddings, embeddings_npz(embedded, model, objects))
     if args.confusion:
         title = f"{objects.name} {objects.split}, joint, % of a class"
-        named = probs["joint"].argmax(dim=-1)
-        files[args.confusion] = plot_confusion(objects.labels, named, objects.class_names, title)
+        named = to_probs(embedded)["joint"].argmax(dim=-1)
+        picture = plot_confusion(objects.labels, named, objects.class_names, title)
+        write_whole(args.confusion, picture)
     if args.gallery:
-        files[args.gallery] = gallery(lines, objects)
+        write_whole(args.gallery, gallery(lines, objects))
     if args.json:
-        files[args.json] = json.dumps(results, indent=1).encode() + b"\n"
-    # All are made before the first is written, so that an error leaves none of them.
-    for path, content in files.items():
-        write_whole(path, content)
-        print(f"{path} is written", file=sys.stderr)
-
-
-def print_names(lines: list[dict]):
-    """Print what each single file was named. lines: of name_objects."""
-    for line in lines:
-        print("{object}: {class} {confidence} (image: {image} {image_confidence}, "
-              "point: {point} {point_confidence})".format(**line))
-
-
-def print_figures(results: dict, objects: Objects, which: str):
-    """Print the closing table, with every class of the model `which`."""
-    title = f"{objects.name} {objects.split}, {len(objects)} objects"
-    of_models = {name: figures for name, figures in results.items() if isinstance(figures, dict)}
-    rows = {name.replace("_", "-"): figures for name, figures in of_models.items()}
-    print(table(title, rows, which.replace("_", "-")))
+        write_whole(args.json, json.dumps(results, indent=1).encode() + b"\n")
 
 
 if __name__ == "__main__":
