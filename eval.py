@@ -79,8 +79,7 @@ def refuse_other_classes(model: CrossMoST, objects: Objects):
     numbers = [str(k) for k in range(len(names))]
     if known not in (names, numbers):
         raise UserError(f"{objects.name} has the classes {names[:4]} ..., the model {known[:4]} ...; "
-                        "evaluate a checkpoint on the data set it was trained for, or give a start "
-                        "as --start-checkpoint")
+                        "evaluate a checkpoint on the data set it was trained for")
 
 
 def to_probs(logits: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -243,7 +242,7 @@ def preview(objects: Objects, size: int = 224, count: int = 8) -> bytes:
 
 # ------ The command line ------------------------------------------------------------------------------------
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = option_parser("accuracy, names and pictures of a checkpoint, a zero-shot start, single files")
+    parser = option_parser("Accuracy, names and pictures of a checkpoint or a zero-shot start")
 
     add = parser.add_argument_group("what").add_argument
     add("--checkpoint", type=path_of, help="a last.pt of train.py, or the authors' trained file")
@@ -254,9 +253,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--templates", choices=sorted(TEMPLATES), help="texts around a class name of a start")
     add("--classes", help="other names for a start: \"a,b,c\", or a file with a name a line")
     add("--cache", type=path_of, default=Path("cache"), help="folder of fetched starts")
-    add("--preview", type=path_of, help="FILE.png: no model, only draw what the models see of --dataset")
+    add("--preview", type=path_of, help="FILE.png: only draw what the models see of --dataset")
 
-    add = parser.add_argument_group("on (data, if not given: as the checkpoint was trained)").add_argument
+    add = parser.add_argument_group("on (if not given: as it was trained)").add_argument
     add("files", nargs="*", type=path_of, help="single objects to name")
     add("--dataset", type=dataset_name, help=f"{', '.join(DATASETS)}, or a folder of your own")
     add("--split", choices=("train", "test"), default="test", help="which of its splits")
@@ -266,7 +265,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.set_defaults(data_root=None, precision=None)
 
     add = parser.add_argument_group("into").add_argument
-    add("--predictions", type=path_of, help="FILE.csv: each object's name, and those of image and point")
+    add("--predictions", type=path_of, help="FILE.csv: a name for each object, by each modality")
     add("--embeddings", type=path_of, help="FILE.npz: features, logits, classifier")
     add("--confusion", type=path_of, help="FILE.png: the confusion matrix")
     add("--gallery", type=path_of, help="FILE.png: objects named wrongly or in two ways")
@@ -288,9 +287,10 @@ def main(argv=None) -> dict | None:
     saved = read_start(path) if path else {"options": {}, "architecture": {"class_names": []}}
     args = as_trained(args, saved["options"])
     objects = load_objects(args, saved["architecture"]["class_names"])
+    title = f"{objects.name} {objects.split}, {len(objects)} objects"
     if args.preview:
         write_whole(args.preview, preview(objects))
-        print(f"{args.preview} shows some of the {len(objects)} {objects.split} objects of {objects.name}")
+        print(f"{args.preview} shows some of {title}")
         return None
 
     figures = {}
@@ -311,7 +311,6 @@ def main(argv=None) -> dict | None:
             print("{object}: {class} {confidence} (image: {image} {image_confidence}, "
                   "point: {point} {point_confidence})".format(**line))
     else:
-        title = f"{objects.name} {objects.split}, {len(objects)} objects"
         print(table(title, figures, which))
     # Published data sets have a known axis, folders only where somebody said it.
     is_known = args.dataset in DATASETS or args.up
@@ -336,12 +335,12 @@ def refuse_contradictions(args):
 
 
 def as_trained(args, trained: dict) -> argparse.Namespace:
-    """The options, those that the command line leaves open as the model was trained.
+    """The options; those that the command line leaves open are as the model was trained.
 
-    trained: the options of the checkpoint or start, or nothing where no file was given.
+    trained: the options of the checkpoint's or the start's file, empty where there is none.
     """
     chosen = argparse.Namespace(**vars(args))
-    # Without any file it is `shapes`, for single files, too: they get its axis and its points.
+    # Single files without a checkpoint, too, are read as those of `shapes`: its axis and points.
     chosen.dataset = args.dataset or trained.get("dataset", "shapes")
     chosen.model = args.model or trained.get("model")
     chosen.views = args.views or trained.get("views")
@@ -351,7 +350,7 @@ def as_trained(args, trained: dict) -> argparse.Namespace:
     if chosen.dataset == trained.get("dataset"):
         chosen.domain = args.domain or trained.get("domain")
         chosen.up = args.up or trained.get("up")
-    # A start was perhaps made on another machine, a checkpoint was not.
+    # These two only of a checkpoint: a start was perhaps made on another machine.
     of_checkpoint = trained if args.checkpoint else {}
     chosen.data_root = args.data_root or Path(of_checkpoint.get("data_root", "data"))
     chosen.precision = args.precision or of_checkpoint.get("precision", "auto")

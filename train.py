@@ -116,22 +116,22 @@ def recipe_of(asked: argparse.Namespace) -> dict:
         recipe["threshold"] = recipe["separate"]
     # The start. A CLIP of open_clip's has no row: its clouds are cut as those of `crossmost`.
     recipe |= STARTS.get(model, STARTS["crossmost"])
-    usual_domain = "target" if asked.dataset == "shapes" else "source"
-    is_scanned = (asked.domain or usual_domain) == "target"
     if model == "tiny":
+        is_scanned = asked.domain == "target" or (asked.dataset == "shapes" and not asked.domain)
         recipe |= SMALL
         if is_folder:
             recipe |= SMALL_ON_FOLDER
         elif is_scanned:
             recipe |= SMALL_ON_SCANS
-    # Nobody knows a folder's axis: see start_over.
     if is_folder:
+        # Nobody knows its axis: see start_over.
         recipe["up"] = None
-    # A pull towards equal shares is wrong where most objects are chairs.
     if is_folder and not asked.shares:
+        # A pull towards equal shares is wrong where most objects are chairs.
         recipe["w_fair"] = 0.0
     if labels == "together":
         recipe["threshold"] = [0.8]
+    # The file of a start says how its clouds were cut.
     sizes = ("points", "groups", "group_size")
     recipe |= {option: in_file[option] for option in sizes if option in in_file}
     return recipe
@@ -428,8 +428,7 @@ def interval_means(interval: list, classes: int) -> dict:
     kept_per_name, right, total = torch.zeros(classes), 0, 0
     for _, _, labels, truth in interval:
         for label, keep in labels.values():
-            counts = label.bincount(keep.float(), minlength=classes)
-            kept_per_name += counts.float().cpu()
+            kept_per_name += label.bincount(keep.float(), minlength=classes).cpu()
             total += len(label)
             if truth is not None:
                 right += ((label == truth) * keep).sum().item()
@@ -516,8 +515,7 @@ def refuse_contradictions(args):
     if not args.start_checkpoint:
         raise UserError(
             f"--model {args.model} has no point encoder; make a start with python -m "
-            f"tools.pretrain --model {args.model} --into START.pt, then give "
-            "--start-checkpoint START.pt")
+            f"tools.pretrain --model {args.model} --into FILE, then give --start-checkpoint FILE")
 
 
 def refuse_wrong_data(args, objects: Objects):
