@@ -22,7 +22,7 @@ from model import TEMPLATES, CrossMoST, build_model, load_checkpoint, precision_
 from support import UserError, write_whole
 from support.command_line import (add_data_options, add_device_options, one_line_errors, option_parser,
                                   path_of)
-from support.files import UP, class_key, clean_class_names, printable, read_lines, read_object, to_z_up
+from support.files import UP, class_key, clean_class_names, printable, read_lines, read_objects, to_z_up
 from support.information import information
 from support.parallel import gather_embedded
 from support.pictures import draw_grid, plot_confusion
@@ -361,7 +361,7 @@ def load_objects(args, trained_names: list[str]) -> Objects:
     """The files or the data set asked for, under the class names asked for."""
     if args.files:
         up = args.up or dataset_row(args.dataset)["up"]
-        clouds = np.stack([read_object(path, args.points, up=up) for path in args.files])
+        clouds = read_objects(args.files, args.points, args.points, up)
         names = [printable(str(path)) for path in args.files]
         # A start has no classes yet.
         classes = trained_names if args.checkpoint else []
@@ -418,19 +418,23 @@ def load_model(which: str, args, path: Path | None, class_names: list[str]) -> C
 def write_files(args, results: dict, objects: Objects, model: CrossMoST, embedded: dict,
                 lines: list[dict]):
     """Write the files that are asked for. embedded, lines: of embed and name_objects."""
+    files = {}
     if args.predictions:
-        write_whole(args.predictions, predictions_csv(lines))
+        files[args.predictions] = predictions_csv(lines)
     if args.embeddings:
-        write_whole(args.embeddings, embeddings_npz(embedded, model, objects))
+        files[args.embeddings] = embeddings_npz(embedded, model, objects)
     if args.confusion:
         title = f"{objects.name} {objects.split}, joint, % of a class"
         named = to_probs(embedded)["joint"].argmax(dim=-1)
-        picture = plot_confusion(objects.labels, named, objects.class_names, title)
-        write_whole(args.confusion, picture)
+        names = objects.class_names
+        files[args.confusion] = plot_confusion(objects.labels, named, names, title)
     if args.gallery:
-        write_whole(args.gallery, gallery(lines, objects))
+        files[args.gallery] = gallery(lines, objects)
     if args.json:
-        write_whole(args.json, json.dumps(results, indent=1).encode() + b"\n")
+        files[args.json] = json.dumps(results, indent=1).encode() + b"\n"
+    for path, content in files.items():
+        write_whole(path, content)
+        print(f"{path} is written", file=sys.stderr)
 
 
 if __name__ == "__main__":

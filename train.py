@@ -39,6 +39,7 @@ from support.results import (in_short, name_objects, predictions_csv, pseudo_lab
 from support.resume import CODE, Run, identity_of, load, remove_earlier_run, save
 from support.starts import STARTS, read_start, start_file
 from support.transduction import transduced_labels
+from support.workers import refuse_broken_photographs
 
 # ------ Options: which values hold for a data set and a start -----------------------------------------------
 # The small start is trained for hundreds of steps instead of thousands, so its learning rate is
@@ -86,8 +87,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     args.changed = {option: value for option, value in differing.items()
                     if option not in DATA_AND_START}
     if args.out is None:
-        shown = {option: value for option, value in differing.items()
-                 if option not in ("dataset", "model")}
+        shown = {option: value.stem if isinstance(value, Path) else value
+                 for option, value in differing.items() if option not in ("dataset", "model")}
         name = f"{Path(args.dataset).name} {args.model} {as_options(shown)}"
         # 200: file systems allow 255 bytes.
         args.out = Path("runs", re.sub(r"[^\w.+]+", "-", name).strip("-")[:200])
@@ -508,6 +509,10 @@ def refuse_contradictions(args):
     if len(args.threshold) > (2 if takes_two else 1):
         raise UserError("--threshold takes one value; two, image's and point's, go with "
                         "--labels separate")
+    if args.shares and not sum(args.shares):
+        raise UserError("--shares are all 0; expected a number for each class, not all of them 0")
+    if args.out.is_file():
+        raise UserError(f"--out {args.out} is a file; name a folder")
     if args.model in STARTS:
         return
     # Raises for what is no CLIP of plain transformers.
@@ -519,7 +524,7 @@ def refuse_contradictions(args):
 
 
 def refuse_wrong_data(args, objects: Objects):
-    """Raises: UserError for options that do not go with these objects."""
+    """Raises: UserError for options that do not go with these objects. Warns of bad fits."""
     classes, batch = objects.class_names, min(args.batch_size, len(objects))
     if args.labels == "truth" and objects.labels is None:
         raise UserError(f"--labels truth needs true labels, {objects.name} has none; use "
@@ -532,6 +537,10 @@ def refuse_wrong_data(args, objects: Objects):
                         "change --batch-size")
     if args.model == "tiny":
         warn_of_unknown_names(classes, MODELNET10)
+    if objects.images:
+        count = sum(bool(paths) for paths in objects.images)
+        print(f"{count} of {len(objects)} training objects have photographs, the others get "
+              f"depth views; the texts around the names are --templates {args.templates}")
 
 
 def begin(args, objects: Objects) -> Run:
@@ -596,7 +605,11 @@ def train_and_score(run: Run, objects: Objects, test: Objects, args) -> dict:
 
 
 def start_over(run: Run, objects: Objects, test: Objects, args):
-    """Look at the axis, remove an earlier run from OUT, begin the log, score the start."""
+    """Look at the data, remove an earlier run from OUT, begin the log, score the start."""
+    of_objects = (objects.images or []) + (test.images or [])
+    pictures = sorted({path for paths in of_objects for path in paths})
+    if leader() and pictures:
+        refuse_broken_photographs(pictures, whole=args.dataset not in DATASETS)
     # Nobody said how a folder's objects stand.
     hint = axis_hint(run.student, objects) if args.up is None else None
     if hint:
