@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from support import UserError, write_whole
+from support import write_whole
 from support.files import LAYOUT, find_photographs, read_lines, reading, to_z_up
-
-FEWER_POINTS = "--points 2048 reads modelnet40_ply_hdf5_2048 instead"
 
 # Classes in the order of the labels.
 SCANOBJECTNN = [
@@ -40,16 +38,14 @@ def read_modelnet_h5(folder: Path, split: str) -> dict:
 
     -> points, labels, class_names, names
     """
-    lines = read_lines(folder / "shape_names.txt", LAYOUT)
+    lines = read_lines(folder / "shape_names.txt")
     class_names = [line.replace("_", " ") for line in lines]
-    listed = folder / f"{split}_files.txt"
     # The list has paths of its authors' machine.
-    files = [folder / Path(line).name for line in read_lines(listed, LAYOUT)]
+    listed = read_lines(folder / f"{split}_files.txt")
+    files = [folder / Path(line).name for line in listed]
     clouds, labels, names = zip(*(read_h5(file, len(class_names)) for file in files))
-    names = None if None in names else sum(names, [])
-    with reading(listed, "expected files of equally many points"):
-        points, labels = torch.cat(clouds), torch.cat(labels)
-    return dict(points=points, labels=labels, class_names=class_names, names=names)
+    return dict(points=torch.cat(clouds), labels=torch.cat(labels), class_names=class_names,
+                names=sum(names, []))
 
 
 def read_resampled(folder: Path, split: str, cache: Path) -> dict:
@@ -60,85 +56,63 @@ def read_resampled(folder: Path, split: str, cache: Path) -> dict:
     random ones, for k = 256 to 8,192. So the first 8,192 are farthest points, as ULIP's
     protocol takes, and the same every time.
     """
-    folders = read_lines(folder / "modelnet40_shape_names.txt", FEWER_POINTS)
+    folders = read_lines(folder / "modelnet40_shape_names.txt")
+    class_names = [name.replace("_", " ") for name in folders]
     listed = folder / f"modelnet40_{split}.txt"
-    names = read_lines(listed, FEWER_POINTS)
+    names = read_lines(listed)
+    folder_of = [name.rpartition("_")[0] for name in names]
     with reading(listed, "expected names CLASS_NUMBER of classes in modelnet40_shape_names.txt"):
-        labels = [folders.index(name.rpartition("_")[0]) for name in names]
+        labels = [folders.index(name) for name in folder_of]
 
     # Text takes a minute or two, so it is read once, into one file beside the folder, or in
     # `cache` where that cannot be written. Another list of names makes another file.
-    places = [place / f"{folder.name}-{split}.h5" for place in (folder.parent, cache)]
-    path = next((place for place in places if place.exists() and names_in(place) == names), None)
-    if path is None:
-        path = places[0] if os.access(folder.parent, os.W_OK) else places[1]
-        texts = [folder / name.rpartition("_")[0] / f"{name}.txt" for name in names]
-        clouds = read_texts(texts, f"reading {folder.name} once")
+    version = hashlib.sha256(listed.read_bytes()).hexdigest()[:8]
+    path = folder.parent / f"{folder.name}-{split}-{version}.npy"
+    if not path.exists() and not os.access(folder.parent, os.W_OK):
+        path = cache / path.name
+    if not path.exists():
+        texts = [folder / owner / f"{name}.txt" for owner, name in zip(folder_of, names)]
         buffer = io.BytesIO()
-        with h5py.File(buffer, "w") as file:
-            file.update(data=clouds, label=labels, name=[name.encode() for name in names])
+        np.save(buffer, read_texts(texts))
         write_whole(path, buffer.getbuffer())
-    points, labels, names = read_h5(path, len(folders))
-    class_names = [name.replace("_", " ") for name in folders]
-    return dict(points=points, labels=labels, class_names=class_names, names=names)
+    with reading(path, "remove it, and it is made again"):
+        clouds = np.load(path)
+    return dict(points=clouds, labels=labels, class_names=class_names, names=names)
 
 
-def names_in(path: Path) -> list[str]:
-    """The names of the objects in an h5 file that read_resampled made."""
-    with reading(path, "remove it, and it is made again"), open_h5(path) as file:
-        return [name.decode() for name in file["name"]]
-
-
-def read_texts(files: list[Path], purpose: str) -> np.ndarray:
+def read_texts(files: list[Path]) -> np.ndarray:
     """Clouds (N, P, 3) of files of lines x,y,z,nx,ny,nz; from y up to z up, as in h5 files."""
-    clouds = None
-    for i, path in enumerate(tqdm(files, purpose, unit="object", disable=None)):
-        with reading(path, "expected lines x,y,z,nx,ny,nz; fetch it again", FEWER_POINTS):
+    clouds = []
+    for path in tqdm(files, "reading ModelNet's text once", unit="object", disable=None):
+        with reading(path, "expected lines x,y,z,nx,ny,nz; fetch it again"):
             x, y, z = np.loadtxt(path, np.float32, delimiter=",", usecols=(0, 1, 2), ndmin=2).T
-            if clouds is None:
-                # Filled in place: the set is 1.2 GB, and should not be in memory twice.
-                clouds = np.empty((len(files), len(x), 3), np.float32)
-            if len(x) != clouds.shape[1]:
-                raise ValueError(f"it has {len(x)} points, the others {clouds.shape[1]}")
-            clouds[i] = np.stack([-x, z, y], axis=1)
-    return clouds
+            if clouds and len(x) != len(clouds[0]):
+                raise ValueError(f"it has {len(x)} points, the others {len(clouds[0])}")
+        clouds.append(np.stack([-x, z, y], axis=1))
+    return np.stack(clouds)
 
 
-def read_h5(path: Path, classes: int) -> tuple[Tensor, Tensor, list | None]:
-    """Clouds (N, P, 3), labels (N,) and, if there are any, names of an h5 file.
+def read_h5(path: Path, classes: int) -> tuple[Tensor, Tensor, list[str]]:
+    """Clouds (N, P, 3), labels (N,) and names of an h5 file; no names where it holds none.
 
-    Clouds in PointNet's own files are y up and are turned. The normals that these files hold
-    tell them from others.
     Raises: UserError naming the file and what it holds instead.
     """
-    with reading(path, "expected data (N, P, 3) and label; fetch it again", LAYOUT), open_h5(path) as file:
-        points = file["data"][:]
-        # Far from the origin float32 has too few digits, so clouds are centred before.
-        if points.dtype.itemsize > 4:
-            points = points - points.mean(axis=1, keepdims=True)
-        clouds = torch.from_numpy(points.astype(np.float32, copy=False))
-        labels = torch.from_numpy(file["label"][:].reshape(-1).astype(np.int64))
-        names = [name.decode() for name in file["name"]] if "name" in file else None
-        # PointNet's files have their names beside them.
-        names_file = path.with_name(f"{path.stem[:-1]}_{path.stem[-1]}_id2file.json")
-        if names is None and names_file.is_file():
-            names = [Path(name).stem for name in json.loads(names_file.read_bytes())]
-        if "normal" in file:
-            clouds = to_z_up(clouds, "y")
+    with reading(path, "expected data (N, P, 3) and label; fetch it again"):
+        # Without a lock, which not all file systems know.
+        with h5py.File(path, locking=False) as file:
+            clouds = torch.from_numpy(file["data"][:]).float()
+            labels = torch.from_numpy(file["label"][:]).long().flatten()
+            names = [name.decode() for name in file.get("name", [])]
+            # PointNet's own files are y up. They hold normals, others do not.
+            if "normal" in file:
+                clouds = to_z_up(clouds, "y")
 
-        counts = {len(clouds), len(labels), len(labels if names is None else names)}
-        if clouds.shape[2:] != (3,) or len(counts) > 1:
-            contents = f"data {tuple(clouds.shape)}, {len(labels)} labels"
-            raise ValueError(contents if names is None else f"{contents}, {len(names)} names")
-    wrong = labels[(labels < 0) | (labels >= classes)]
-    if len(wrong):
-        raise UserError(f"{path} has the label {wrong[0]}, expected 0 to {classes - 1}; fetch it again")
+        if clouds.shape[2:] != (3,) or len(clouds) != len(labels):
+            raise ValueError(f"data {tuple(clouds.shape)}, {len(labels)} labels")
+        wrong = labels[(labels < 0) | (labels >= classes)]
+        if len(wrong):
+            raise ValueError(f"it has the label {wrong[0]}, expected 0 to {classes - 1}; fetch it again")
     return clouds, labels, names
-
-
-def open_h5(path: Path) -> h5py.File:
-    """An h5 file to read. Without a lock, which not all file systems know."""
-    return h5py.File(path, locking=False)
 
 
 def find_redwood(folder: Path, split: str) -> dict:
@@ -148,9 +122,8 @@ def find_redwood(folder: Path, split: str) -> dict:
     -> points: the files; labels, names, images
     """
     listed = folder / "categories.json"
-    tool = f"github.com/isl-org/redwood-3dscan fetches it; {LAYOUT}"
     label_of = {}
-    with reading(listed, "expected class -> ids", tool):
+    with reading(listed, "expected class -> ids", f"github.com/isl-org/redwood-3dscan fetches it; {LAYOUT}"):
         ids = json.loads(listed.read_bytes())
         for label, class_name in enumerate(REDWOOD):
             label_of |= dict.fromkeys(ids[class_name], label)
@@ -159,10 +132,13 @@ def find_redwood(folder: Path, split: str) -> dict:
     files = {file.stem: file for file in [*folder.glob("points/*.npy"), *folder.glob("meshes/*.ply")]}
     names = [scan_id for scan_id in label_of if scan_id in files and in_split(scan_id, split)]
     if not names:
-        raise FileNotFoundError(f"no mesh of a listed id in {folder / 'meshes'}; {tool}")
-    labels = [label_of[name] for name in names]
-    images = find_photographs(folder / "images", names)
-    return dict(points=[files[name] for name in names], labels=labels, names=names, images=images)
+        raise FileNotFoundError(f"no mesh of a listed id in {folder / 'meshes'}; {LAYOUT}")
+    return dict(
+        points=[files[name] for name in names],
+        labels=[label_of[name] for name in names],
+        names=names,
+        images=find_photographs(folder / "images", names),
+    )
 
 
 def find_co3d(folder: Path, split: str) -> dict:
@@ -173,10 +149,10 @@ def find_co3d(folder: Path, split: str) -> dict:
     """
     files, labels = [], []
     for label, category in enumerate(CO3D):
-        clouds = sorted((folder / category).glob("*/pointcloud.ply"))
-        clouds = [file for file in clouds if in_split(file.parent.name, split)]
-        files += clouds
-        labels += [label] * len(clouds)
+        for file in sorted((folder / category).glob("*/pointcloud.ply")):
+            if in_split(file.parent.name, split):
+                files.append(file)
+                labels.append(label)
     if not files:
         raise FileNotFoundError(f"no {folder}/CATEGORY/SEQUENCE/pointcloud.ply; "
                                 f"github.com/facebookresearch/co3d fetches them; {LAYOUT}")
