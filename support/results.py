@@ -4,7 +4,6 @@ The table, a line for each object, the files of predictions and embeddings, the 
 warning of names that a start does not know. `figures` are what eval.assess returns.
 """
 import csv
-import difflib
 import io
 import json
 import statistics
@@ -31,8 +30,10 @@ def table(title: str, rows: dict[str, dict], every_class_of: str | None = None) 
     rows = dict(rows)
     per_class = rows[every_class_of].get("per_class") if every_class_of else None
     if per_class:
-        rows[f"{every_class_of}, mean over classes"] = mean_over_classes(per_class)
-        rows |= per_class
+        # Every class counts the same.
+        mean = {modality: statistics.mean(accuracy[modality] for accuracy in per_class.values())
+                for modality in MODALITIES}
+        rows |= {f"{every_class_of}, mean over classes": mean, **per_class}
 
     # 42 columns, three of 8 and one of 13 fit into a terminal of 80.
     has_labels = any("joint" in figures for figures in rows.values())
@@ -44,13 +45,6 @@ def table(title: str, rows: dict[str, dict], every_class_of: str | None = None) 
         told = figures.get("information")
         lines.append(line if told is None else f"{line}{told:13.2f}")
     return "\n".join(lines)
-
-
-def mean_over_classes(per_class: dict[str, dict]) -> dict[str, float]:
-    """The mean of each modality's accuracy, in which every class counts the same."""
-    accuracies = per_class.values()
-    return {modality: statistics.mean(accuracy[modality] for accuracy in accuracies)
-            for modality in MODALITIES}
 
 
 def top_one(figures: dict) -> dict | None:
@@ -65,32 +59,28 @@ def in_short(figures: dict) -> dict:
 
 
 def what_is_known(results: dict) -> list[str]:
-    """Sentences on a run's pseudo-labels and, where no labels say whether it helped, on what can be known.
+    """Sentences on a run's pseudo-labels, and without labels on whether it helped.
 
     results: what results.json holds.
     """
     quality, agreement = results["pseudo_label"], results["agreement"]
-    rightly = ""
-    if quality["accuracy"] is not None:
-        rightly = f", {quality['accuracy']} % of these rightly"
     sentences = [
-        f"in the last epoch {quality['coverage']} % of the pseudo-labels were sure enough to train "
-        f"on{rightly}",
+        f"in the last epoch {quality['coverage']} % of the pseudo-labels were sure enough to train on",
         f"image and point agree on {agreement['start']} % of the objects before training, "
         f"{agreement['teacher']} % after"]
+    if quality["accuracy"] is not None:
+        sentences[0] += f", {quality['accuracy']} % of these rightly"
     if results["teacher"] is not None:
         return sentences
 
-    told = results["information"]
-    rise = told["teacher"] - told["start"]
-    sentences.append(f"their names tell each other {told['start']:.2f} nats before training, "
-                     f"{told['teacher']:.2f} after: {meaning_of(rise)}")
-    before, after = results["shares"]["start"], results["shares"]["teacher"]
-    changed = [name for name in before if abs(after[name] - before[name]) >= 0.5]
-    changed.sort(key=lambda name: -abs(after[name] - before[name]))
+    told, shares = results["information"], results["shares"]
+    before, after = told["start"], told["teacher"]
+    sentences.append(f"their names tell each other {before:.2f} nats before training, {after:.2f} "
+                     f"after: {meaning_of(after - before)}")
+    before, after = shares["start"], shares["teacher"]
+    changed = sorted(before, key=lambda name: -abs(after[name] - before[name]))
     listed = [f"{name} {before[name]:.0f} -> {after[name]:.0f}" for name in changed[:10]]
-    if listed:
-        sentences.append(f"names whose share changed most, before -> after, %: {', '.join(listed)}")
+    sentences.append(f"names whose share changed most, before -> after, %: {', '.join(listed)}")
     return sentences
 
 
@@ -112,32 +102,22 @@ def name_objects(objects, probs: dict[str, Tensor], start: tuple | None = None) 
     start's joint class and probability, and the true class where there are labels.
     start: the start's joint confidence and label (N,), (N,), where it is known.
     """
-    class_names = objects.class_names
-    confidences, names = {}, {}
-    for modality in MODALITIES:
-        largest, labels = probs[modality].amax(dim=-1), probs[modality].argmax(dim=-1)
-        confidences[modality] = [f"{confidence:.4f}" for confidence in largest.tolist()]
-        names[modality] = [class_names[k] for k in labels.tolist()]
+    columns = {"object": objects.names}
 
-    lines = []
-    for i, name in enumerate(objects.names):
-        line = {
-            "object": name,
-            "class": names["joint"][i],
-            "confidence": confidences["joint"][i],
-            "image": names["image"][i],
-            "image_confidence": confidences["image"][i],
-            "point": names["point"][i],
-            "point_confidence": confidences["point"][i],
-            "agree": "yes" if names["image"][i] == names["point"][i] else "no",
-        }
-        if start is not None:
-            line["start"] = class_names[start[1][i]]
-            line["start_confidence"] = f"{start[0][i]:.4f}"
-        if objects.labels is not None:
-            line["true"] = class_names[objects.labels[i]]
-        lines.append(line)
-    return lines
+    def add(name: str, confidence_name: str, confidence: Tensor, labels: Tensor):
+        columns[name] = [objects.class_names[k] for k in labels.tolist()]
+        columns[confidence_name] = [f"{share:.4f}" for share in confidence.tolist()]
+
+    add("class", "confidence", *probs["joint"].max(dim=-1))
+    add("image", "image_confidence", *probs["image"].max(dim=-1))
+    add("point", "point_confidence", *probs["point"].max(dim=-1))
+    pairs = zip(columns["image"], columns["point"])
+    columns["agree"] = ["yes" if image == point else "no" for image, point in pairs]
+    if start is not None:
+        add("start", "start_confidence", *start)
+    if objects.labels is not None:
+        columns["true"] = [objects.class_names[k] for k in objects.labels.tolist()]
+    return [dict(zip(columns, line)) for line in zip(*columns.values())]
 
 
 def predictions_csv(lines: list[dict]) -> bytes:
@@ -176,23 +156,16 @@ def pseudo_label_quality(lines: list[dict], epochs: int) -> dict:
     steps = [line["steps"] for line in lines]
     shares = [(line["coverage"], line["coverage"] * (line["label_accuracy"] or 0)) for line in lines]
     coverage, correct = np.average(shares, axis=0, weights=steps).tolist()
-
-    accuracy = None
-    if coverage > 0 and any(line["label_accuracy"] is not None for line in lines):
-        accuracy = round(100 * correct / coverage, 2)
+    is_known = lines[0]["label_accuracy"] is not None and coverage > 0
+    accuracy = round(100 * correct / coverage, 2) if is_known else None
     return {"coverage": round(100 * coverage, 2), "accuracy": accuracy}
 
 
 # ------ Names that a start does not know --------------------------------------------------------------------
 def warn_of_unknown_names(class_names: list[str], known: tuple[str, ...]):
-    """Say on stderr which names the small start does not know, and which it may know."""
+    """Say on stderr which names the small start does not know."""
     unknown = [name for name in class_names if class_key(name) not in known]
-    if not unknown:
-        return
-    listed = []
-    for name in unknown[:5]:
-        close = difflib.get_close_matches(class_key(name), known, 1)
-        listed.append(f"{name} (did you mean {close[0]}?)" if close else name)
-    print(f"warning: the small start knows ten kinds of furniture only ({', '.join(known)}); "
-          f"{len(unknown)} of {len(class_names)} names are others: {', '.join(listed)}. Expect little of "
-          "these, or take --model ulip2", file=sys.stderr)
+    if unknown:
+        print(f"warning: the small start knows {', '.join(known)} only; {len(unknown)} of "
+              f"{len(class_names)} names are others: {', '.join(unknown[:5])}. Expect little of these, "
+              "or take --model ulip2", file=sys.stderr)

@@ -3,7 +3,6 @@ import argparse
 import codecs
 import io
 import math
-import re
 from pathlib import Path
 
 import numpy as np
@@ -63,16 +62,16 @@ def read_start(path: str | Path, which: str = "teacher") -> dict:
     content = read_file(path)
     try:
         if "architecture" not in content:
-            content = published_start(content, which, path)
+            content = published_start(content, which)
         point = content["architecture"]["point"]
-        options = {"model": "tiny", **content.get("options", {})}
         point |= {**USUAL_GROUPS, **point}  # what the file does not say
+        options = {"model": "tiny", **content.get("options", {})}
         options |= {key: point[key] for key in USUAL_GROUPS}
         state = content["model"] if "model" in content else content[which]
         return {"may_be_missing": (), **content, "options": options, "model": state}
     except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is broken, or of no known family: {error!r}, found {list(content)[:4]}; "
-                        "get or make it again") from error
+        raise UserError(f"{path} is broken, or of no known family (OpenShape's and Uni3D's are other networks): "
+                        f"{error!r}, found {list(content)[:4]}; get or make it again") from error
 
 
 # ------ Each family's layout --------------------------------------------------------------------------------
@@ -82,36 +81,31 @@ MAY_BE_MISSING = ("visual.mask_token_embedding", "visual.ln_patch.", "visual.dec
 TEXT_KEYS = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
 
 
-def published_start(content: dict, which: str, path: str | Path) -> dict:
+def published_start(content: dict, which: str) -> dict:
     """Another family's file for read_start: keys are renamed, sizes are read off the shapes."""
     # Files nest their weights under one of these names; get() leaves a dict without the name as it is.
     for name in ("model_ema" if which == "teacher" else "model", "model", "state_dict"):
         content = content.get(name, content)
     state = {key.removeprefix("module."): value for key, value in content.items()}
-    for family, sign in {"OpenShape": "ppat.", "Uni3D": "trans2embed"}.items():
-        if any(sign in key for key in state):
-            raise UserError(f"{path} is {family}'s, another network than Point-BERT; see README, Starts")
-
     text = {f"tower.{key}": state.pop(key) for key in list(state) if key.startswith(TEXT_KEYS)}
+
     slip = "visual.cls_token" in state  # SLIP's image tower, so the file is one of ULIP's
     if slip:
         state = from_timm(state)
     if "image_projection" in state:
         state["visual.proj"] = state.pop("image_projection")
-
-    embed_dim = state["pc_projection"].shape[1]
     image = image_sizes(state, slip) if "visual.conv1.weight" in state else None
     of_ulip = slip or image is None
-    cut = {key: STARTS["ulip2" if of_ulip else "crossmost"][key] for key in ("groups", "group_size")}
+    groups = STARTS["ulip2" if of_ulip else "crossmost"]
     classes = state["classifier"].shape[1] if "classifier" in state else 0
-    pixels = dict(mean=IMAGENET_MEAN, std=IMAGENET_STD) if slip else {}
-    start = {
-        "model": state,
-        "architecture": dict(embed_dim=embed_dim, image=image, point={**point_sizes(state), **cut}, up="y",
-                             class_names=[str(k) for k in range(classes)], **pixels),
-        "may_be_missing": MAY_BE_MISSING,
-        "options": {"model": "ulip2" if slip else "crossmost"},
-    }
+
+    embed_dim = state["pc_projection"].shape[1]
+    architecture = dict(embed_dim=embed_dim, image=image, point={**point_sizes(state), **groups}, up="y",
+                        class_names=[str(k) for k in range(classes)])
+    if slip:
+        architecture |= dict(mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    start = {"model": state, "architecture": architecture, "may_be_missing": MAY_BE_MISSING,
+             "options": {"model": "ulip2" if slip else "crossmost"}}
     if text:
         start |= {"text": text, "text_architecture": text_sizes(text, embed_dim)}
     return start
@@ -211,22 +205,16 @@ def read_file(path: str | Path) -> dict:
                                 "Starts, says where to get the file of a start")
 
     # Published files hold options and accuracies: a Namespace and NumPy scalars, of NumPy 1 or 2.
-    codes = "?" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]
+    dtypes = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"]}
     scalar, _ = np.float64(0).__reduce__()
-    harmless = [argparse.Namespace, codecs.encode, np.dtype, *(type(np.dtype(code)) for code in codes),
+    harmless = [argparse.Namespace, codecs.encode, np.dtype, *dtypes,
                 (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
     try:
         with torch.serialization.safe_globals(harmless):
             return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (OSError, MemoryError):  # of the disk, or forbidden: it names the file; or too little memory
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # torch raises a different type for each way a file can be broken
-        if "DefaultCPUAllocator: can't" in str(error):  # too little memory, too: the file may be whole
-            raise
-        # torch's own message advises to load such a file unsafely.
-        foreign = re.search(r"(?i:unsupported).* GLOBAL ([\w.]+)", str(error))
-        if foreign:
-            raise UserError(f"{path} holds {foreign[1]}, which could run code; only tensors and plain values "
-                            "are read: get the checkpoint from its authors") from error
-        raise UserError(f"{path} is no checkpoint, or only a part of one; expected a file that torch.save "
-                        "wrote: get or make it again") from error
+        # torch's own message is left out, because it advises to load such a file unsafely.
+        raise UserError(f"{path} is no checkpoint, or only a part of one, or holds more than tensors and "
+                        "plain values, which could run code; get or make it again") from error
