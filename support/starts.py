@@ -36,13 +36,10 @@ TINY = {
 
 
 def start_file(name: str, cache: Path, allowed: bool = True) -> Path:
-    """Find a start's file: tiny's is in the repository, crossmost's is put there by hand, others are fetched.
-
-    allowed: whether a file that is missing may be fetched.
-    """
+    """Find a start's file, or fetch one of ULIP's where that is allowed."""
     if name == "tiny":
         return Path(__file__).parents[1] / "assets" / "tiny.pt"
-    if name == "crossmost":
+    if name == "crossmost":  # put there by hand
         return cache / "ulip-june11-checkpoint_best.pt"
     return fetch(name, cache, allowed)
 
@@ -174,18 +171,19 @@ def from_timm(state: dict) -> dict:
 # ------ Reading and writing ---------------------------------------------------------------------------------
 def save_start(model: nn.Module, text: nn.Module | None, options: dict, path: Path):
     """Write a start's file: a CrossMoST and its TextEncoder in half precision, and what made them."""
-    content = {"architecture": {**model.architecture, "class_names": []}, "model": halved(model)}
+    architecture = {**model.architecture, "class_names": []}
+    content = {"architecture": architecture, "model": halved(model.state_dict()), "options": options}
     if text:
-        # Fixed token embeddings are made again by TextEncoder.
-        remade = ("tower.token_embedding.",) if text.architecture["fixed_tokens"] else ()
-        content |= {"text_architecture": text.architecture, "text": halved(text, remade)}
-    save_file({**content, "options": options}, path)
+        state = text.state_dict()
+        if text.architecture["fixed_tokens"]:
+            del state["tower.token_embedding.weight"]  # TextEncoder makes it again
+        content |= {"text_architecture": text.architecture, "text": halved(state)}
+    save_file(content, path)
 
 
-def halved(module: nn.Module, without: tuple[str, ...] = ()) -> dict:
-    """A module's state in half precision, without what begins with one of `without`."""
-    return {key: value.half() if value.is_floating_point() else value
-            for key, value in module.state_dict().items() if not key.startswith(without)}
+def halved(state: dict) -> dict:
+    """Weights in half precision; whole numbers stay."""
+    return {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
 
 
 def save_file(content: dict, path: Path):
@@ -201,9 +199,7 @@ def read_file(path: str | Path) -> dict:
     Raises: FileNotFoundError, or UserError if it is no such file.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}; a run's checkpoint is OUT/last.pt, and README, "
-                                "Starts, says where to get the file of a start")
-
+        raise FileNotFoundError(f"no file {path}; README, Starts, says where to get a start's")
     # Published files hold options and accuracies: a Namespace and NumPy scalars, of NumPy 1 or 2.
     dtypes = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"]}
     scalar, _ = np.float64(0).__reduce__()
