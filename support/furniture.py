@@ -15,9 +15,10 @@ from torch import Tensor
 def part(kind: str, centre, size, tilt=(0.0, 0.0, 0.0), taper=1.0) -> list:
     """A piece of one solid, a list of one part.
 
-    kind: box, tube (elliptic), ball, or bowl (the lower half of a ball). centre: (x, y, z), or its height z in
-    the middle. size: its full extents. tilt: turns about x, y, z around its centre. taper: how wide the top of
-    a box or tube is, as a share of its bottom.
+    kind: box, tube (elliptic), ball, or bowl (the lower half of a ball).
+    centre: (x, y, z), or its height z alone in the middle. size: its full extents.
+    tilt: turns about x, y, z around its centre.
+    taper: how wide the top of a box or tube is, as a share of its bottom.
     """
     if not isinstance(centre, tuple):
         centre = (0, 0, centre)
@@ -110,8 +111,7 @@ def bathtub(u):
     sunk = frame(w, d, h / 2, h, wall) + frame(w, d, h, 0.02, 0.1)
     sunk += bowl(h, (0.9 * w, 0.9 * d, deep))
     shell = bowl(h, (w, d, deep)) + bowl(h, (w - wall, d - wall, 0.9 * deep))
-    raised_end = bowl((-0.3 * w, 0, 1.25 * h), (0.38 * w, 0.95 * d, h))
-    shell += u.perhaps(0.5, raised_end)
+    shell += u.perhaps(0.5, bowl((-0.3 * w, 0, 1.25 * h), (0.38 * w, 0.95 * d, h)))
     plinth = tube(0.15 * h, (0.6 * w, 0.6 * d, 0.3 * h))
     claws = four_legs(u, 0.6 * w, 0.6 * d, foot + 0.2 * h, 0.06)
     tap = tube((0.42 * w, 0, h + 0.08), (0.04, 0.04, 0.18))
@@ -176,8 +176,7 @@ def dresser(u):
     w, d, foot, high = u(0.5, 1.7), u(0.38, 0.6), u.pick(0.01, u(0.04, 0.2)), u(0.5, 0.9)
     wide = w > 0.9
     h, columns = u(0.65, 1.3) if wide else u(0.9, 1.7), u.integers(1, 4 if wide else 3)
-    glass_kind = u.pick(box, ball)
-    glass = glass_kind((0, d / 2 - 0.04, h + high / 2), (w * u(0.5, 0.95), 0.05, high))
+    glass = u.pick(box, ball)((0, d / 2 - 0.04, h + high / 2), (w * u(0.5, 0.95), 0.05, high))
     top = u.perhaps(0.6, box(h, (1.05 * w, 1.08 * d, 0.04)))
     legs = four_legs(u, w, d, foot, u(0.04, 0.1))
     chest = drawers(u, w, d, h - foot, u.integers(3, 7), columns, z=foot)

@@ -122,8 +122,9 @@ def find_redwood(folder: Path, split: str) -> dict:
     -> points: the files; labels, names, images
     """
     listed = folder / "categories.json"
+    tool = f"github.com/isl-org/redwood-3dscan fetches it; {LAYOUT}"
     label_of = {}
-    with reading(listed, "expected class -> ids", f"github.com/isl-org/redwood-3dscan fetches it; {LAYOUT}"):
+    with reading(listed, "expected class -> ids", tool):
         ids = json.loads(listed.read_bytes())
         for label, class_name in enumerate(REDWOOD):
             label_of |= dict.fromkeys(ids[class_name], label)
@@ -132,7 +133,7 @@ def find_redwood(folder: Path, split: str) -> dict:
     files = {file.stem: file for file in [*folder.glob("points/*.npy"), *folder.glob("meshes/*.ply")]}
     names = [scan_id for scan_id in label_of if scan_id in files and in_split(scan_id, split)]
     if not names:
-        raise FileNotFoundError(f"no mesh of a listed id in {folder / 'meshes'}; {LAYOUT}")
+        raise FileNotFoundError(f"no mesh of a listed id in {folder / 'meshes'}; {tool}")
     return dict(
         points=[files[name] for name in names],
         labels=[label_of[name] for name in names],

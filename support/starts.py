@@ -67,8 +67,8 @@ def read_start(path: str | Path, which: str = "teacher") -> dict:
         state = content["model"] if "model" in content else content[which]
         return {"may_be_missing": (), **content, "options": options, "model": state}
     except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is broken, or of no known family (OpenShape's and Uni3D's are other networks): "
-                        f"{error!r}, found {list(content)[:4]}; get or make it again") from error
+        raise UserError(f"{path} is broken, or of no known family, as OpenShape's and Uni3D's: {error!r}, "
+                        f"found {list(content)[:4]}; get or make it again") from error
 
 
 # ------ Each family's layout --------------------------------------------------------------------------------
@@ -91,20 +91,22 @@ def published_start(content: dict, which: str) -> dict:
         state = from_timm(state)
     if "image_projection" in state:
         state["visual.proj"] = state.pop("image_projection")
-    image = image_sizes(state, slip) if "visual.conv1.weight" in state else None
-    of_ulip = slip or image is None
-    groups = STARTS["ulip2" if of_ulip else "crossmost"]
-    classes = state["classifier"].shape[1] if "classifier" in state else 0
-
     embed_dim = state["pc_projection"].shape[1]
-    architecture = dict(embed_dim=embed_dim, image=image, point={**point_sizes(state), **groups}, up="y",
-                        class_names=[str(k) for k in range(classes)])
+    image = image_sizes(state, slip) if "visual.conv1.weight" in state else None
+    groups = STARTS["ulip2" if slip or image is None else "crossmost"]
+    point = {**point_sizes(state), **groups}
+    classes = state["classifier"].shape[1] if "classifier" in state else 0
+    numbers = [str(k) for k in range(classes)]
+
+    architecture = dict(embed_dim=embed_dim, image=image, point=point, up="y", class_names=numbers)
     if slip:
         architecture |= dict(mean=IMAGENET_MEAN, std=IMAGENET_STD)
     start = {"model": state, "architecture": architecture, "may_be_missing": MAY_BE_MISSING,
              "options": {"model": "ulip2" if slip else "crossmost"}}
     if text:
-        start |= {"text": text, "text_architecture": text_sizes(text, embed_dim)}
+        width = len(text["tower.ln_final.weight"])
+        sizes = block_sizes(text, "tower.transformer.resblocks.", width)
+        start |= {"text": text, "text_architecture": dict(embed_dim=embed_dim, quick_gelu=True, **sizes)}
     return start
 
 
@@ -125,17 +127,9 @@ def point_sizes(state: dict) -> dict:
                 **block_sizes(state, "point_encoder.blocks.blocks.", width))
 
 
-def text_sizes(state: dict, embed_dim: int) -> dict:
-    """Arguments of the TextEncoder, of a published file's shapes."""
-    words, width = state["tower.token_embedding.weight"].shape
-    return dict(embed_dim=embed_dim, quick_gelu=True, vocab_size=words,
-                context_length=len(state["tower.positional_embedding"]),
-                **block_sizes(state, "tower.transformer.resblocks.", width))
-
-
 def block_sizes(state: dict, prefix: str, width: int) -> dict:
     """Sizes of a transformer whose numbered blocks have this prefix; published heads are 64 wide."""
-    blocks = {key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)}
+    blocks = {key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)}
     return dict(width=width, layers=len(blocks), heads=max(1, width // 64))
 
 
