@@ -104,9 +104,10 @@ def published_start(content: dict, which: str) -> dict:
     start = {"model": state, "architecture": architecture, "may_be_missing": MAY_BE_MISSING,
              "options": {"model": "ulip2" if slip else "crossmost"}}
     if text:
+        # Published text towers have CLIP's words and length, which are open_clip's defaults.
         width = len(text["tower.ln_final.weight"])
-        sizes = block_sizes(text, "tower.transformer.resblocks.", width)
-        start |= {"text": text, "text_architecture": dict(embed_dim=embed_dim, quick_gelu=True, **sizes)}
+        blocks = block_sizes(text, "tower.transformer.resblocks.", width)
+        start |= {"text": text, "text_architecture": dict(embed_dim=embed_dim, quick_gelu=True, **blocks)}
     return start
 
 
@@ -114,17 +115,19 @@ def image_sizes(state: dict, slip: bool) -> dict:
     """Arguments of the ImageEncoder, of a published file's shapes."""
     width, _, _, patch = state["visual.conv1.weight"].shape
     grid = math.isqrt(len(state["visual.positional_embedding"]) - 1)  # without the position of CLS
-    return dict(image_size=patch * grid, patch_size=patch, quick_gelu=not slip, ln_pre=not slip,
-                eps=1e-6 if slip else 1e-5, **block_sizes(state, "visual.transformer.resblocks.", width))
+    blocks = block_sizes(state, "visual.transformer.resblocks.", width)
+    of_family = dict(quick_gelu=not slip, ln_pre=not slip, eps=1e-6 if slip else 1e-5)
+    return dict(image_size=patch * grid, patch_size=patch, **of_family, **blocks)
 
 
 def point_sizes(state: dict) -> dict:
     """Arguments of the PointEncoder, of a published file's shapes."""
-    first, local, second = (state[f"point_encoder.encoder.{layer}.weight"]
-                            for layer in ("first_conv.0", "first_conv.3", "second_conv.0"))
+    layers = ("first_conv.0", "first_conv.3", "second_conv.0")
+    weights = [state[f"point_encoder.encoder.{layer}.weight"] for layer in layers]
+    stem, channels = [len(weight) for weight in weights], weights[0].shape[1]
     width, token_width = state["point_encoder.reduce_dim.weight"].shape
-    return dict(stem=[len(first), len(local), len(second)], channels=first.shape[1], token_width=token_width,
-                **block_sizes(state, "point_encoder.blocks.blocks.", width))
+    blocks = block_sizes(state, "point_encoder.blocks.blocks.", width)
+    return dict(stem=stem, channels=channels, token_width=token_width, **blocks)
 
 
 def block_sizes(state: dict, prefix: str, width: int) -> dict:
