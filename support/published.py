@@ -103,12 +103,18 @@ def read_h5(path: Path, classes: int) -> tuple[Tensor, Tensor, list[str]]:
             clouds = torch.from_numpy(file["data"][:]).float()
             labels = torch.from_numpy(file["label"][:]).long().flatten()
             names = [name.decode() for name in file.get("name", [])]
-            # PointNet's own files are y up. They hold normals, others do not.
+            # PointNet's own files have their names beside them.
+            listed = path.with_name(f"{path.stem[:-1]}_{path.stem[-1]}_id2file.json")
+            if listed.is_file():
+                names = [Path(name).stem for name in json.loads(listed.read_bytes())]
+            # They are y up. Only they hold normals.
             if "normal" in file:
                 clouds = to_z_up(clouds, "y")
 
-        if clouds.shape[2:] != (3,) or len(clouds) != len(labels):
-            raise ValueError(f"data {tuple(clouds.shape)}, {len(labels)} labels")
+        counts = {len(clouds), len(labels), len(names or labels)}
+        if clouds.shape[2:] != (3,) or len(counts) > 1:
+            contents = f"data {tuple(clouds.shape)}, {len(labels)} labels, {len(names)} names"
+            raise ValueError(contents)
         wrong = labels[(labels < 0) | (labels >= classes)]
         if len(wrong):
             raise ValueError(f"it has the label {wrong[0]}, expected 0 to {classes - 1}; fetch it again")

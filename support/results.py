@@ -4,6 +4,7 @@ The table, a line for each object, the files of predictions and embeddings, the 
 warning of names that a start does not know. `figures` are what eval.assess returns.
 """
 import csv
+import difflib
 import io
 import json
 import statistics
@@ -163,9 +164,14 @@ def pseudo_label_quality(lines: list[dict], epochs: int) -> dict:
 
 # ------ Names that a start does not know --------------------------------------------------------------------
 def warn_of_unknown_names(class_names: list[str], known: tuple[str, ...]):
-    """Say on stderr which names the small start does not know."""
+    """Say on stderr which names the small start does not know, and which it may know."""
     unknown = [name for name in class_names if class_key(name) not in known]
-    if unknown:
-        print(f"warning: the small start knows {', '.join(known)} only; {len(unknown)} of "
-              f"{len(class_names)} names are others: {', '.join(unknown[:5])}. Expect little of these, "
-              "or take --model ulip2", file=sys.stderr)
+    if not unknown:
+        return
+    listed = []
+    for name in unknown[:5]:
+        close = difflib.get_close_matches(class_key(name), known, 1)
+        listed.append(f"{name} (did you mean {close[0]}?)" if close else name)
+    print(f"warning: the small start knows {', '.join(known)} only; {len(unknown)} of "
+          f"{len(class_names)} names are others: {', '.join(listed)}. Expect little of these, "
+          "or take --model ulip2", file=sys.stderr)

@@ -196,7 +196,8 @@ def read_file(path: str | Path) -> dict:
     Raises: FileNotFoundError, or UserError if it is no such file.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path}; README, Starts, says where to get a start's")
+        raise FileNotFoundError(f"there is no file {path}; a run's checkpoint is OUT/last.pt, and README, "
+                                "Starts, says where to get the file of a start")
     # Published files hold options and accuracies: a Namespace and NumPy scalars, of NumPy 1 or 2.
     dtypes = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"]}
     scalar, _ = np.float64(0).__reduce__()
@@ -208,6 +209,8 @@ def read_file(path: str | Path) -> dict:
     except (OSError, MemoryError):
         raise
     except Exception as error:  # torch raises a different type for each way a file can be broken
+        if "DefaultCPUAllocator: can't" in str(error):  # too little memory: the file may be whole
+            raise
         # torch's own message is left out, because it advises to load such a file unsafely.
         raise UserError(f"{path} is no checkpoint, or only a part of one, or holds more than tensors and "
                         "plain values, which could run code; get or make it again") from error
