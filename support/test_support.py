@@ -14,7 +14,6 @@ import sys
 import tarfile
 import textwrap
 import time
-import unicodedata
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -33,11 +32,6 @@ import torch.nn.functional as F
 import trimesh
 from PIL import Image
 
-try:
-    import resource  # not on Windows
-except ImportError:
-    resource = None
-
 import data
 import eval as evaluation
 import model as models
@@ -47,9 +41,38 @@ from support import (UserError, fetch, files, furniture, lock, parallel, picture
                      workers)
 from support.transduction import similar_objects, transduced_labels
 from test_crossmost import (CLOUD, HERE, LEANING, MODELNET, NAMES, assert_refused,  # noqa: F401
-                            finished, inputs, needs_gpu, options, randomise, same, small_clip,
+                            finished, inputs, needs_gpu, options, randomise, rows_of, same, small_clip,
                             small_flags, write_own, write_pictures, write_ulip)
 from tools import make_tables, measure_speed, pretrain
+
+SOME = LEANING[:60].astype(np.float64).round(4)
+PICTURE = np.add.outer(np.arange(30) * 3, np.arange(40) * 2)[..., None] + [10, 60, 0]  # no two sides alike
+PICTURE = PICTURE.astype(np.uint8)
+
+
+def build(folder, places="", contents={}):
+    """Make files below a folder: `contents` by place, and where none is given, an object, a picture, or x.
+    A Path is a link to another place there, a dictionary an HDF5 file, or a JSON."""
+    for place, content in {**dict.fromkeys(places.split()), **contents}.items():
+        path = folder / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        suffix = path.suffix.lower()
+        if content is None and suffix in files.PHOTOGRAPHS:
+            Image.fromarray(PICTURE).save(path)
+        elif isinstance(content, Path):
+            path.symlink_to(folder / content)
+        elif suffix == ".h5":
+            with h5py.File(path, "w") as file:
+                file.update(content)
+        elif suffix == ".json":
+            path.write_text(json.dumps(content))
+        elif suffix == ".npy" and not isinstance(content, bytes):
+            with open(path, "wb") as file:
+                np.save(file, SOME if content is None else content)
+        else:
+            content = "x" if content is None else content
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
 
 
 # ------ names from all objects together ---------------------------------------------------------------------
@@ -86,7 +109,8 @@ def test_naming_together_knows_no_order_and_no_parts_and_with_nothing_to_tell_it
     assert (z - probs).abs().max() > 0.5  # else what follows would say little
     order = torch.randperm(80, generator=torch.Generator().manual_seed(0))
     assert (named(probs[order], image[order], point[order]) - z[order]).abs().max() < 1e-4
-    assert all((named(probs, image, point, part=part) - z).abs().max() < 1e-4 for part in (1, 7, 80))
+    for part in (1, 7, 80):
+        assert (named(probs, image, point, part=part) - z).abs().max() < 1e-4
     unmoved = transduced_labels(probs, image, point, texts, neighbours=0, temperature=math.inf)
     assert (unmoved - probs).abs().max() < 1e-6
     for few in (1, 2):  # fewer objects than neighbours
@@ -155,19 +179,29 @@ def test_on_a_gpu_one_launch_chooses_the_points_the_loop_chooses(monkeypatch, to
 
 
 # ------ starts ----------------------------------------------------------------------------------------------
+SMALL_GROUPS = dict(groups=16, group_size=8)
+
+
+def write_zip(path, members):
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    return path
+
+
 def test_a_ulip_file_is_a_complete_start_whichever_numpy_wrote_it(tmp_path):
     image, text, state = write_ulip(tmp_path / "ulip.pt")
-    ours, our_text = models.load_start(tmp_path / "ulip.pt", groups=16, group_size=8)
+    ours, our_text = models.load_start(tmp_path / "ulip.pt", **SMALL_GROUPS)
+    near = partial(torch.allclose, rtol=1e-4, atol=1e-5)
     images, points = torch.randn(3, 3, 32, 32), inputs()[1]
     expected = image.forward_features(images)[:, 0] @ state["image_projection"]
-    assert torch.allclose(ours.eval().visual(images)[0], expected, rtol=1e-4, atol=1e-5)
+    assert near(ours.eval().visual(images)[0], expected)
     tokens = open_clip.tokenize(["a night stand.", "a chair"])
-    assert torch.allclose(our_text.tower(tokens), text(tokens), rtol=1e-4, atol=1e-5)
+    assert near(our_text.tower(tokens), text(tokens))
     # A hidden patch keeps its value: the mask token without the bias that moved into the positions.
     patches = image.patch_embed(images) * 0
     blind = image.norm(image.blocks(image._pos_embed(patches)))[:, 0] @ state["image_projection"]
-    hidden = ours.visual(images, torch.ones(3, 16, dtype=torch.bool))[0]
-    assert torch.allclose(hidden, blind, rtol=1e-4, atol=1e-5)
+    assert near(ours.visual(images, torch.ones(3, 16, dtype=torch.bool))[0], blind)
     # These weights know clouds that are y up; ours are z up.
     assert torch.equal(ours.group(points).centres, group_points(points[..., [1, 2, 0]], 16, 8).centres)
     assert ours.architecture["mean"] == list(open_clip.constants.IMAGENET_MEAN)
@@ -179,44 +213,39 @@ def test_a_ulip_file_is_a_complete_start_whichever_numpy_wrote_it(tmp_path):
         assert content["best_acc1"] == 60.3 and content["args"].lr == 1 and content["kinds"] == [np.float32]
 
 
-def write_zip(path, members):
-    with zipfile.ZipFile(path, "w") as file:
-        for name, content in members.items():
-            file.writestr(str(name), content)
-    return path
-
-
 def test_a_checkpoint_of_a_stranger_runs_no_code_and_what_does_not_fit_is_named_with_its_keys(tmp_path):
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/ran",)
-    torch.save({"architecture": Evil(), "teacher": {}}, tmp_path / "evil.pt")
-    whole = (tmp_path / "evil.pt").read_bytes()
-    torch.save({"weights": 1}, tmp_path / "other.pt")
-    torch.save({"folder": HERE}, tmp_path / "foreign.pt")
-    for name, content, says in (
-            ("evil.pt", None, r" holds \w+\.system, which could run code"),
-            ("nowhere.pt", None, "; a run's checkpoint is OUT/last.pt, and README"),
-            ("foreign.pt", None, r" holds pathlib\.\S*Path, which"), ("other.pt", None, "no known family"),
-            ("cut.pt", whole[:200], " is no checkpoint, or only a part"), ("empty.pt", b"", " is no checkpo"),
-            ("README.md", b"# A project", " is no checkpoint")):
-        if content is not None:
-            (tmp_path / name).write_bytes(content)
-        said = assert_refused(f"{name}.*{says}", load_checkpoint, tmp_path / name)
+
+    _, _, state = write_ulip(tmp_path / "ulip.pt")
+    part = (tmp_path / "ulip.pt").read_bytes()[:200]
+    one = torch.zeros(1)
+    for content, says in (
+            ({"architecture": Evil(), "teacher": {}}, r"holds \w+\.system, which could run code"),
+            ({"folder": HERE}, r"holds pathlib\.\S*Path, which"),
+            ({"weights": 1}, "no known family"),
+            (b"# A project", "is no checkpoint"),
+            (b"", "is no checkpoint"),
+            (part, "is no checkpoint, or only a part"),
+            # may go, two rows: OpenShape/Uni3D named messages
+            ({**state, "ppat.transformer.layers.0.w": one}, "OpenShape's"),
+            ({**state, "point_encoder.trans2embed.weight": one}, "Uni3D's"),
+            ({**state, "pc_projection": torch.zeros(64, 32)}, "mismatch for pc_projection"),
+            ({**state, "visual.extra": one}, "Unexpected key.*visual.extra"),
+            ({**state, "point_encoder.norm.bias": None}, "Missing key.*norm.bias"),
+            ({**state, "point_encoder.reduce_dim.weight": None}, "no known family")):
+        if isinstance(content, bytes):
+            (tmp_path / "odd.pt").write_bytes(content)
+        else:
+            there = {key: value for key, value in content.items() if value is not None}
+            torch.save(there, tmp_path / "odd.pt")
+        said = assert_refused(f"(?s)odd.pt.*{says}", load_checkpoint, tmp_path / "odd.pt", **SMALL_GROUPS)
         assert "weights_only" not in said  # torch's advice to load unsafely
+    assert_refused("nowhere.pt; a run's checkpoint is OUT/last.pt", load_checkpoint, tmp_path / "nowhere.pt")
     np.save(tmp_path / "evil.npy", np.array([Evil()]), allow_pickle=True)
     assert_refused("evil.npy", files.read_object, tmp_path / "evil.npy", 1)
     assert not (tmp_path / "ran").exists()
-    state, cut = write_ulip(tmp_path / "ulip.pt")[2], dict(groups=16, group_size=8)
-    for key, value, says in (("ppat.transformer.layers.0.w", torch.zeros(1), "OpenShape's"),
-                             ("point_encoder.trans2embed.weight", torch.zeros(1), "Uni3D's"),
-                             ("pc_projection", torch.zeros(64, 32), "mismatch for pc_projection"),
-                             ("visual.extra", torch.zeros(1), "Unexpected key.*visual.extra"),
-                             ("point_encoder.norm.bias", None, "Missing key.*norm.bias"),
-                             ("point_encoder.reduce_dim.weight", None, "no known family")):
-        odd = {k: v for k, v in {**state, key: value}.items() if v is not None}
-        torch.save({"state_dict": odd}, tmp_path / "odd.pt")
-        assert_refused(f"(?s)odd.pt.*{says}", load_checkpoint, tmp_path / "odd.pt", **cut)
 
 
 def test_the_cross_most_start_and_its_trained_checkpoint_load(tmp_path, finished):
@@ -225,14 +254,13 @@ def test_the_cross_most_start_and_its_trained_checkpoint_load(tmp_path, finished
     state = {**model.state_dict()}
     state["image_projection"] = state.pop("visual.proj")
     torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "random.pt")
-    cut = dict(groups=16, group_size=8)
-    start = load_checkpoint(tmp_path / "random.pt", **cut)
+    start = load_checkpoint(tmp_path / "random.pt", **SMALL_GROUPS)
     assert same(start.state_dict(), model.state_dict()) and start.classifier is None
     for classes in (7, 10):
         state["classifier"] = torch.randn(32, classes)
         student = {**state, "logit_scale": torch.tensor(9.0)}
         torch.save({"model": student, "model_ema": state}, tmp_path / f"{classes}.pth")
-    load = partial(load_checkpoint, tmp_path / "7.pth", **cut)
+    load = partial(load_checkpoint, tmp_path / "7.pth", **SMALL_GROUPS)
     assert load(which="student").logit_scale == 9 != load().logit_scale and len(load().class_names) == 7
     argv = [*small_flags(finished[0])[:8], "--checkpoint"]  # its data, 128 points, two views
     assert_refused("evaluate a checkpoint on the data set", evaluation.main, [*argv, str(tmp_path / "7.pth")])
@@ -243,15 +271,15 @@ def test_the_cross_most_start_and_its_trained_checkpoint_load(tmp_path, finished
 def test_an_open_clip_model_lends_its_towers_to_a_file_without(tmp_path, small_clip):
     write_ulip(tmp_path / "rgb.pt", channels=6, embed=256, towers=False)
     assert_refused("point encoder only", load_checkpoint, tmp_path / "rgb.pt")
-    point = dict(groups=16, group_size=8)
-    clip, text = models.open_clip_start(small_clip, None, **point)
-    model = build_model(small_clip, ["mug"], models.TEMPLATES["3d"], None, tmp_path / "rgb.pt", **point)
-    assert same(model.visual.state_dict(), clip.visual.state_dict()) and model.point_encoder.channels == 6
+    clip, text = models.open_clip_start(small_clip, None, **SMALL_GROUPS)
+    templates = models.TEMPLATES["3d"]
+    model = build_model(small_clip, ["mug"], templates, None, tmp_path / "rgb.pt", **SMALL_GROUPS)
+    tower = model.visual.state_dict()
+    assert same(tower, clip.visual.state_dict()) and model.point_encoder.channels == 6
     torch.manual_seed(0)  # which stands for trained weights
     theirs = open_clip.create_model(small_clip, None, force_custom_text=True).visual.state_dict()
-    assert all(torch.equal(model.visual.state_dict()[name], value) for name, value in theirs.items())
-    names = models.embed_names(text, ["mug"], models.TEMPLATES["3d"])
-    assert torch.allclose(model.classifier.T, names, atol=1e-6)
+    assert all(torch.equal(tower[name], value) for name, value in theirs.items())
+    assert torch.allclose(model.classifier.T, models.embed_names(text, ["mug"], templates), atol=1e-6)
     groups = model.group(inputs()[1])
     coloured = torch.cat([groups.neighbourhoods, torch.full_like(groups.neighbourhoods, 0.4)], dim=-1)
     tokens = model.point_encoder.reduce_dim(model.point_encoder.encoder(coloured))
@@ -265,8 +293,8 @@ def test_names_are_embedded_in_batches_as_one_by_one_where_the_model_is(monkeypa
     assert torch.allclose(models.embed_names(text, names, templates), torch.stack(one_by_one), atol=1e-6)
     _, clip = models.open_clip_start(small_clip, None)
     tokens = clip.tokenize(["a chair", "a point cloud model of a night stand."])
-    assert torch.allclose(models.text_features(clip.tower, tokens), F.normalize(clip.tower(tokens), dim=-1),
-                          atol=1e-6)
+    theirs = F.normalize(clip.tower(tokens), dim=-1)
+    assert torch.allclose(models.text_features(clip.tower, tokens), theirs, atol=1e-6)
     embed = Mock(return_value=torch.rand(10, 128))  # which sees the tower where the model is to be
     monkeypatch.setattr(models, "embed_names", embed)
     model = build_model("tiny", NAMES, templates, device="meta")
@@ -280,24 +308,25 @@ def test_a_file_comes_from_the_first_source_that_gives_it_or_one_line_says_what_
     right.write_text("right")
     hub = Mock(return_value=right)  # a file in its own cache
     monkeypatch.setattr(fetch, "hf_hub_download", hub)
-    row = dict(file="toy.bin", sources=[("a/b", "c/file", "main"), gone.as_uri(), right.as_uri()],
-               terms="free", sha256=hashlib.sha256(b"right").hexdigest())
+    sources = [("a/b", "c/file", "main"), gone.as_uri(), right.as_uri()]
+    row = dict(file="toy.bin", sources=sources, terms="free", sha256=hashlib.sha256(b"right").hexdigest())
     monkeypatch.setitem(fetch.FILES, "toy", row)
     fetch_toy = partial(fetch.fetch, "toy", path.parent)
     assert_refused("toy.bin is missing; leave out --no-download, or save", fetch_toy, allowed=False)
     assert fetch_toy() == right  # what the hub's cache has needs no network
     assert hub.call_args == call("a/b", "c/file", repo_type="dataset", revision="main", local_files_only=True)
     hub.side_effect = OSError("not in the cache")
-    with monkeypatch.context() as patch:
-        patch.setattr(fetch, "get_hf_file_metadata", Mock(side_effect=OSError("out of reach")))
-        assert fetch_toy() == path and path.read_text() == "right"
-        assert fetch_toy(allowed=False) == path  # it is there now
-        path.unlink()
-        right.write_text("wrong")
-        assert_refused(f"out of reach.*gone.*invalid hash.*save https.*a/b/blob/main/c/file as {path}, or "
-                       "name the folder that has it with --data-root", fetch_toy)
+    monkeypatch.setattr(fetch, "get_hf_file_metadata", Mock(side_effect=OSError("out of reach")))
+    assert fetch_toy() == path and path.read_text() == "right"
+    assert fetch_toy(allowed=False) == path  # it is there now
+    path.unlink()
+    right.write_text("wrong")
+    assert_refused(f"out of reach.*gone.*invalid hash.*save https.*a/b/blob/main/c/file as {path}, or "
+                   "name the folder that has it with --data-root", fetch_toy)
     assert not path.exists()
-    monkeypatch.undo()
+
+
+def test_without_a_network_one_line_says_so_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(fetch.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(fetch.constants, "ENDPOINT", "https://mirror.org")
     began = time.perf_counter()
@@ -323,49 +352,21 @@ def test_an_archive_is_unpacked_once_inside_its_folder_and_whole_or_not_at_all(t
         assert [*pool.map(fetch.unpack, 2 * [odd], 2 * [folder])] == [None, None]
     assert (folder / "1.txt").read_text() == "1"
     assert all(folder in path.parents for path in tmp_path.rglob("*.txt"))
+
     (tmp_path / "link").symlink_to("/tmp")
-    for name, inside, says in (("root/set", "../out", "Outside"), ("link", "set/link", "Absolute"),
-                               ("root/set", "set", None)):
-        with tarfile.open(tmp_path / "all.tar.gz", "w:gz") as file:
-            file.add(tmp_path / name, inside)
-        unpack = partial(fetch.unpack, tmp_path / "all.tar.gz", tmp_path / "new/set")
+    for k, (packed, inside, says) in enumerate((
+            (folder, "../out", "Outside"), (tmp_path / "link", "set/link", "Absolute"),
+            (folder, "set", ""), (folder, ".", ""))):
+        tar, new = tmp_path / "all.tar.gz", tmp_path / f"{k}/set"
+        with tarfile.open(tar, "w:gz") as file:
+            file.add(packed, inside)
         if says:
-            assert_refused(f"cannot unpack .*all.tar.gz.*{says}", unpack)
+            assert_refused(f"cannot unpack .*all.tar.gz.*{says}", fetch.unpack, tar, new)
         else:
-            monkeypatch.delattr(tarfile, "data_filter")  # an old Python
-            assert_refused("take Python 3.11.4 or newer, or unpack it by hand", unpack)
-            monkeypatch.undo()
-            unpack()
-        assert (tmp_path / "new/set/1.txt").exists() == (says is None) and not (tmp_path / "new/out").exists()
-
-
-@pytest.mark.skipif(not MODELNET.exists(), reason="needs the real ModelNet40")
-def test_the_real_modelnet_has_its_counts_and_stands_upright_also_resampled():
-    forty, ten = (data.load_dataset(name, MODELNET.parent, "test") for name in ("modelnet40", "modelnet10"))
-    assert (len(forty), len(forty.class_names), len(ten), ten.class_names) == (2468, 40, 908, NAMES)
-    assert forty.labels.bincount().max() == 100 and len(ten.names) == 908
-    assert (ten.points[ten.labels == 8][..., 2] > 0).float().mean() > 0.55  # most of a table is its top
-    low, high = forty.points[forty.labels == 0].aminmax(dim=1)
-    assert (high - low).mean(dim=0).argmin() == 2  # and aeroplanes are flat
-    for path in (MODELNET.parent / "samples/normal_resampled").iterdir():
-        same_object = forty.points[forty.names.index(path.stem)]
-        cloud = data.to_unit_sphere(torch.from_numpy(published.read_texts([path], "")[:, :8192]))[0]
-        far = [torch.cdist(same_object, turned).amin(dim=1).mean() for turned in (
-            cloud, cloud * torch.tensor([-1, -1, 1]), cloud[:, [1, 0, 2]] * torch.tensor([1, -1, 1]))]
-        assert cloud.shape == (8192, 3) and far[0] < 0.03 and far[0] == min(far)
-
-
-def test_objects_cast_what_a_loader_gives_and_keep_the_digits_of_a_far_away_set(tmp_path):
-    for points in (CLOUD.double(), CLOUD.double().numpy(), CLOUD.tolist(), list(CLOUD.numpy()), list(CLOUD)):
-        objects = data.Objects(points, np.array([1], np.uint8), ["a", "b"])
-        assert torch.equal(objects.points, CLOUD) and objects.points.dtype == torch.float32
-        assert torch.equal(objects.labels, torch.tensor([1])) and objects.labels.dtype == torch.int64
-    far = LEANING[None, :64].astype(np.float64) + [4e5, 5.5e6, 300]  # metres of a map: float32 has halves
-    assert torch.allclose(data.to_unit_sphere(torch.from_numpy(far)), CLOUD, atol=1e-6)
-    with h5py.File(tmp_path / "far.h5", "w") as file:
-        file.update(data=far, label=[0])
-    clouds = published.read_h5(tmp_path / "far.h5", 1)[0]
-    assert clouds.dtype == torch.float32 and torch.allclose(data.to_unit_sphere(clouds), CLOUD, atol=1e-5)
+            fetch.unpack(tar, new)
+        assert (new / "1.txt").exists() == (not says) and not (new.parent / "out").exists()
+    monkeypatch.delattr(tarfile, "data_filter")  # an old Python
+    assert_refused("take Python 3.11.4 or newer, or unpack it by hand", fetch.unpack, tar, tmp_path / "new")
 
 
 @pytest.mark.parametrize("error", [NotImplementedError("no flock here"), OSError(30, "Read-only disk")])
@@ -375,14 +376,20 @@ def test_a_lock_that_the_file_system_does_not_know_is_one_line(tmp_path, monkeyp
         assert_refused(f"cannot lock {tmp_path}.* .*; choose a folder on another disk", held.__enter__)
 
 
-# ------ furniture -------------------------------------------------------------------------------------------
-def test_shapes_are_the_same_for_a_seed_and_made_of_surfaces_and_a_scan_is_one_sided():
-    for domain in ("source", "target"):
-        a, b, c = (data.sample_shapes(20, seed, domain, points=300) for seed in (5, 5, 6))
-        assert torch.equal(a.points, b.points) and not torch.equal(a.points, c.points)
-        assert a.points.shape == (20, 300, 3) and a.labels.tolist() == [i % 10 for i in range(20)]
-        assert torch.allclose(a.points.norm(dim=-1).amax(dim=1), torch.ones(20), atol=1e-5)
-        assert torch.allclose(a.points.mean(dim=1), torch.zeros(20, 3), atol=1e-5)
+# ------ objects, furniture ----------------------------------------------------------------------------------
+def test_objects_cast_what_a_loader_gives_and_keep_the_digits_of_a_far_away_set(tmp_path):
+    for points in (CLOUD.double(), CLOUD.double().numpy(), CLOUD.tolist(), list(CLOUD.numpy()), list(CLOUD)):
+        objects = data.Objects(points, np.array([1], np.uint8), ["a", "b"])
+        assert torch.equal(objects.points, CLOUD) and objects.points.dtype == torch.float32
+        assert torch.equal(objects.labels, torch.tensor([1])) and objects.labels.dtype == torch.int64
+    far = LEANING[None, :64].astype(np.float64) + [4e5, 5.5e6, 300]  # metres of a map: float32 has halves
+    assert torch.allclose(data.to_unit_sphere(torch.from_numpy(far)), CLOUD, atol=1e-6)
+    build(tmp_path, contents={"far.h5": dict(data=far, label=[0])})
+    clouds, _, _ = published.read_h5(tmp_path / "far.h5", 1)
+    assert clouds.dtype == torch.float32 and torch.allclose(data.to_unit_sphere(clouds), CLOUD, atol=1e-5)
+
+
+def test_parts_of_furniture_are_surfaces():
     for kind, above in (("box", 0.5), ("tube", 0.5), ("ball", 0.5), ("bowl", 0.0)):
         solid = furniture.part(kind, (0, 0, 5), (2, 2, 2))
         points = furniture.sample_parts(solid, 4000, np.random.default_rng(0)) - [0, 0, 5]
@@ -390,6 +397,9 @@ def test_shapes_are_the_same_for_a_seed_and_made_of_surfaces_and_a_scan_is_one_s
         radius = {"box": np.abs(points).max(axis=1), "tube": np.maximum(flat, up)}
         assert np.allclose(radius.get(kind, np.hypot(flat, up)), 1)
         assert (points[:, 2] > 1e-9).mean() == pytest.approx(above, abs=0.04)
+
+
+def test_a_scan_is_one_sided():
     torch.manual_seed(0)
     shell = F.normalize(torch.randn(20, 6000, 3), dim=-1)
     angle = torch.tensor([[0.0, 2.0]]), torch.tensor([[0.0, 0.5]])
@@ -404,29 +414,29 @@ def test_shapes_are_the_same_for_a_seed_and_made_of_surfaces_and_a_scan_is_one_s
 def test_shapes_are_the_same_with_every_numpy(domain, expected):
     """Equal to the bit with 1.26.4, 2.0.2, 2.2.6 and 2.4.6. Rounded here: other processors differ in the last
     digits of a sine. If this fails, NumPy's Generator draws other numbers, and tables and tiny.pt are old."""
-    points = data.sample_shapes(10, 0, domain, points=64).points[:, :16]
-    thousandths = (points * 1000).round().to(torch.int32).numpy()
+    objects, others = (data.sample_shapes(10, seed, domain, points=64) for seed in (0, 1))
+    assert objects.labels.tolist() == list(range(10)) and not torch.equal(objects.points, others.points)
+    thousandths = (objects.points[:, :16] * 1000).round().to(torch.int32).numpy()
     assert hashlib.sha256(thousandths.tobytes()).hexdigest()[:16] == expected, np.__version__
 
 
 # ------ layouts of data sets --------------------------------------------------------------------------------
-def write_h5(path, labels, clouds=1, **more):
-    """An h5 file of LEANING times `clouds`, larger from object to object."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+CLASSES = "\n".join(["airplane", *NAMES]).replace(" ", "_")
+
+
+def h5(labels, clouds=1, **more) -> dict:
+    """What an HDF5 file holds: LEANING times `clouds`, larger from object to object."""
     larger = np.arange(1, len(labels) + 1, dtype="f4")[:, None, None]
-    with h5py.File(path, "w") as file:
-        file.update(data=LEANING[:64] * larger * clouds, label=np.array(labels), **more)
+    return dict(data=LEANING[:64] * larger * clouds, label=np.array(labels), **more)
 
 
 def write_modelnet(root):
-    folder = root / "modelnet40_ply_hdf5_2048"
-    for split, files_of_split in {"train": "01", "test": "0"}.items():
-        names = [f"ply_data_{split}{number}.h5" for number in files_of_split]
-        for name in names:
-            write_h5(folder / name, np.arange(12)[:, None] % 11)
-        (folder / f"{split}_files.txt").write_text("".join(f"data/any/{name}\n" for name in names))
-    (folder / "shape_names.txt").write_text("\n".join(["airplane", *NAMES]).replace(" ", "_"))
-    return folder
+    names = "ply_data_train0.h5", "ply_data_train1.h5", "ply_data_test0.h5"
+    listed = [f"data/any/{name}\n" for name in names]
+    contents = dict.fromkeys(names, h5(np.arange(12)[:, None] % 11))
+    contents |= {"train_files.txt": listed[0] + listed[1], "test_files.txt": listed[2],
+                 "shape_names.txt": CLASSES}
+    return build(root / "modelnet40_ply_hdf5_2048", contents=contents)
 
 
 def test_modelnet_is_read_in_the_h5_layout_and_pointnets_own_files_are_turned_and_named(tmp_path):
@@ -437,20 +447,20 @@ def test_modelnet_is_read_in_the_h5_layout_and_pointnets_own_files_are_turned_an
     assert ten.class_names == NAMES and ten.labels.tolist() == list(range(10))  # without two airplanes
     assert scanned.name == "modelnet10-target" and not torch.equal(scanned.points, ten.points)
     assert_refused("has 64 points, --points is 65; lower it", load, "modelnet40", points=65)
-    (folder / "views").mkdir()
-    assert_refused("views has no picture of any object", load, "modelnet40")  # they have no names
-    listed = json.dumps([f"airplane/plane_{i}.ply" for i in range(12)])
-    (folder / "ply_data_test_0_id2file.json").write_text(listed)
+    listed = [f"airplane/plane_{i}.ply" for i in range(12)]
+    build(folder, contents={"ply_data_test_0_id2file.json": listed})
     assert load("modelnet40-depth").names[3] == "plane_3" and plain.names[3] == "3"
-    write_h5(folder / "ply_data_test0.h5", np.arange(12) % 11, normal=np.zeros((12, 64, 3)),
-             name=[f"object_{i}".encode() for i in range(12)])
-    for i in range(12):
-        write_pictures(folder / f"views/airplane/object_{i}", "v0.png", "v1.png")
+
+    names = [f"object_{i}" for i in range(12)]
+    encoded = [name.encode() for name in names]
+    theirs = h5(np.arange(12) % 11, normal=np.zeros((12, 64, 3)), name=encoded)
+    views = " ".join(f"views/airplane/{name}/v0.png views/airplane/{name}/v1.png" for name in names)
+    build(folder, views, {"ply_data_test0.h5": theirs})
     objects, ten = load("modelnet40"), load("modelnet10")
     assert torch.allclose(objects.points, plain.points[..., [2, 0, 1]], atol=1e-6)
-    assert objects.names[3] == "object_3" and [len(paths) for paths in objects.images] == [2] * 12
+    assert objects.names == names and [len(paths) for paths in objects.images] == [2] * 12
     assert load("modelnet40-depth").images is None
-    assert ten.names == [f"object_{i}" for i in range(1, 11)] and len(ten.images) == 10
+    assert ten.names == names[1:11] and len(ten.images) == 10
     assert_named_if_broken(folder / "ply_data_test0.h5", lambda path: published.read_h5(path, 11)[0][0])
 
 
@@ -469,159 +479,161 @@ def assert_named_if_broken(path, read):
 
 def write_resampled(root):
     """modelnet40_normal_resampled, 2,100 points an object: LEANING's likes, larger from object to object."""
-    folder = root / "modelnet40_normal_resampled"
-    folder.mkdir(parents=True)
-    chance = np.random.default_rng(0)
-    names = {"train": ["airplane_0001", "night_stand_0001", "night_stand_0002"],
-             "test": ["bed_0516", "airplane_7"]}
-    for split, listed in names.items():
-        (folder / f"modelnet40_{split}.txt").write_text("\n".join(listed) + "\n")
-        for k, name in enumerate(listed):
-            owner = folder / name.rpartition("_")[0]
-            owner.mkdir(exist_ok=True)
+    chance, contents = np.random.default_rng(0), {"modelnet40_shape_names.txt": CLASSES}
+    for split, names in (("train", ["airplane_0001", "night_stand_0001", "night_stand_0002"]),
+                         ("test", ["bed_0516", "airplane_7"])):
+        contents[f"modelnet40_{split}.txt"] = "\n".join(names) + "\n"
+        for k, name in enumerate(names):
             cloud = chance.random((2100, 6)) ** [1, 2, 3, 1, 1, 1] * [4, 2, 1, 1, 1, 1] * (k + 1)
-            np.savetxt(owner / f"{name}.txt", cloud, "%.6f", delimiter=",")
-    (folder / "modelnet40_shape_names.txt").write_text("\n".join(["airplane", *NAMES]).replace(" ", "_"))
-    return folder
+            place = f"{name.rpartition('_')[0]}/{name}.txt"
+            contents[place] = "".join("{:.6f},{:.6f},{:.6f},0,0,1\n".format(*row) for row in cloud)
+    return build(root / "modelnet40_normal_resampled", contents=contents)
 
 
-@pytest.mark.parametrize("inside", ["modelnet40_normal_resampled", "."])
-def test_8192_points_of_modelnet_are_fetched_once_and_read_once(tmp_path, monkeypatch, capsys, inside):
-    made, root = write_resampled(tmp_path / "made"), tmp_path / "root"
-    with tarfile.open(tmp_path / "all.tar.gz", "w:gz") as file:
-        file.add(made, inside)
-    hub = Mock(return_value=str(tmp_path / "all.tar.gz"))
-    monkeypatch.setattr(fetch, "get_hf_file_metadata", Mock())
-    monkeypatch.setattr(fetch, "hf_hub_download", hub)
-    load, folder = partial(data.load_dataset, root=root, points=2100), root / "modelnet40_normal_resampled"
-    train, test = load("modelnet40", split="train"), load("modelnet40", split="test")
-    ten = load("modelnet10", split="train")
-    assert hub.call_count == 1 and hub.call_args.args[0] == "Pointcept/modelnet40_normal_resampled-compressed"
+def test_8192_points_of_modelnet_are_turned_and_named_and_fewer_are_those_of_the_h5_files(tmp_path):
+    folder = write_resampled(tmp_path)
+    load = partial(data.load_dataset, root=tmp_path, points=2100, download=False)
+    train, ten = (load(name, split="train") for name in ("modelnet40", "modelnet10"))
     assert train.names == ["airplane_0001", "night_stand_0001", "night_stand_0002"]
-    assert test.names == ["bed_0516", "airplane_7"] and test.class_names == ["airplane", *NAMES]
-    assert train.labels.tolist() == [0, 7, 7] and test.labels.tolist() == [2, 0]
+    assert train.labels.tolist() == [0, 7, 7] and train.class_names == ["airplane", *NAMES]
     assert ten.labels.tolist() == [6, 6] and ten.class_names == NAMES and ten.names == train.names[1:]
-    x, y, z = torch.from_numpy(np.loadtxt(made / "bed/bed_0516.txt", delimiter=",")).T[:3]
+    assert torch.equal(ten.points, train.points[1:])
+    build(folder, "views/bed/bed_0516/shaded_v001.png")
+    test = load("modelnet40", split="test")
+    assert test.labels.tolist() == [2, 0] and [len(paths) for paths in test.images] == [1, 0]
+    x, y, z = torch.from_numpy(np.loadtxt(folder / "bed/bed_0516.txt", delimiter=",")).T[:3]
     expected = data.to_unit_sphere(torch.stack([-x, z, y], dim=1)[None])[0]
-    assert torch.allclose(test.points[0], expected, atol=1e-5) and torch.equal(ten.points, train.points[1:])
-    assert "fetching modelnet40_normal_resampled.tar.gz (1.6 GB" in capsys.readouterr().out
-    for owner in ("airplane", "bed", "night_stand"):  # what was read once is not read again
-        shutil.rmtree(folder / owner)
-    write_pictures(folder / "views/bed/bed_0516", "shaded_v001.png")
-    again = load("modelnet40", split="test", download=False)
-    assert torch.equal(again.points, test.points) and [len(paths) for paths in again.images] == [1, 0]
-    assert_refused("modelnet40_ply_hdf5_2048.zip is missing; leave out --no-download, or save https", load,
-                   "modelnet40-depth", split="test", download=False)
-    write_modelnet(root)  # up to 2,048 points, and always for depth views
+    assert torch.allclose(test.points[0], expected, atol=1e-5)
+    depth = partial(load, "modelnet40-depth", split="test")
+    assert_refused("modelnet40_ply_hdf5_2048.zip is missing; leave out --no-download, or save https", depth)
+    write_modelnet(tmp_path)  # up to 2,048 points, and always for depth views
     assert load("modelnet40", split="test", points=64).points.shape == (12, 64, 3)
-    assert_refused("modelnet40-depth has 64 points", load, "modelnet40-depth", split="test")
+    assert_refused("modelnet40-depth has 64 points", depth)
 
 
 def test_what_was_read_is_cached_whole_or_not_at_all_beside_its_folder_or_elsewhere(tmp_path, monkeypatch):
     folder, cache = write_resampled(tmp_path), tmp_path / "cache"
     load = partial(data.load_dataset, "modelnet40", tmp_path, "test", 2100, download=False, cache=cache)
+    listed, bed = folder / "modelnet40_test.txt", folder / "bed/bed_0516.txt"
     for file, content, says in (
-            ("bed/bed_0516.txt", None, "no .*bed_0516.txt; --points 2048 reads modelnet40_ply_hdf5_2048"),
-            ("bed/bed_0516.txt", "1,2,3\n1,2\n", "cannot read .*bed_0516.txt.*; expected lines x,y,z"),
-            ("airplane/airplane_7.txt", "1,2,3\n", "cannot read .*_7.txt: it has 1 points, the others 2100"),
-            ("modelnet40_test.txt", "sofa-1\n", "cannot read .*_test.txt.*; expected names CLASS_NUMBER")):
-        whole = (folder / file).read_text()
-        (folder / file).unlink() if content is None else (folder / file).write_text(content)
+            (bed, None, "no .*bed_0516.txt; --points 2048 reads modelnet40_ply_hdf5_2048"),
+            (bed, "1,2,3\n1,2\n", "cannot read .*bed_0516.txt.*; expected lines x,y,z"),
+            (bed, "1,2,3\n1,2,4\n", "cannot read .*_7.txt: it has 2100 points, the others 2"),
+            (listed, "sofa-1\n", "cannot read .*_test.txt.*; expected names CLASS_NUMBER")):
+        whole = file.read_text()
+        file.unlink() if content is None else file.write_text(content)
         assert_refused(says, load)
         assert not list(tmp_path.rglob("*.h5"))
-        (folder / file).write_text(whole)
+        file.write_text(whole)
     assert load().names == ["bed_0516", "airplane_7"] and len(list(tmp_path.glob("*.h5"))) == 1
-    (folder / "modelnet40_test.txt").write_text("airplane_7\n")  # another list is another cache
+    listed.write_text("airplane_7\n")  # another list is another cache
     assert load().names == ["airplane_7"]
     monkeypatch.setattr(os, "access", lambda *_: False)  # a folder that may only be read
-    (folder / "modelnet40_test.txt").write_text("bed_0516\n")
+    listed.write_text("bed_0516\n")
     assert load().names == ["bed_0516"] and len(list(cache.glob("*.h5"))) == 1
-    shutil.rmtree(folder / "bed")  # what was read once is not read again
+    bed.unlink()  # what was read once is not read again
     assert load().names == ["bed_0516"]
 
 
+@pytest.mark.skipif(not MODELNET.exists(), reason="needs the real ModelNet40")
+def test_the_real_modelnet_has_its_counts_and_stands_upright_also_resampled():
+    forty, ten = (data.load_dataset(name, MODELNET.parent, "test") for name in ("modelnet40", "modelnet10"))
+    assert (len(forty), len(forty.class_names), len(ten), ten.class_names) == (2468, 40, 908, NAMES)
+    assert forty.labels.bincount().max() == 100 and len(ten.names) == 908
+    assert (ten.points[ten.labels == 8][..., 2] > 0).float().mean() > 0.55  # most of a table is its top
+    low, high = forty.points[forty.labels == 0].aminmax(dim=1)
+    assert (high - low).mean(dim=0).argmin() == 2  # and aeroplanes are flat
+    for path in (MODELNET.parent / "samples/normal_resampled").iterdir():
+        same_object = forty.points[forty.names.index(path.stem)]
+        cloud = data.to_unit_sphere(torch.from_numpy(published.read_texts([path], "")[:, :8192]))[0]
+        turned_over = cloud * torch.tensor([-1, -1, 1]), cloud[:, [1, 0, 2]] * torch.tensor([1, -1, 1])
+        far = [torch.cdist(same_object, one).amin(dim=1).mean() for one in (cloud, *turned_over)]
+        assert cloud.shape == (8192, 3) and far[0] < 0.03 and far[0] == min(far)
+
+
 def test_redwood_and_co3d_are_read_as_their_authors_tools_leave_them(tmp_path):
+    cloud = trimesh.PointCloud(LEANING[:64]).export(file_type="ply")
     ids = [f"{i:05d}" for i in range(60)]
-    for folder in ("redwood/points", "redwood/meshes"):
-        (tmp_path / folder).mkdir(parents=True)
-    np.save(tmp_path / "redwood/points/00000.npy", LEANING[:64])
-    cloud = trimesh.PointCloud(LEANING[:64])
-    categories = {name: ids[k::9] for k, name in enumerate(data.REDWOOD)} | {"amp": ["7"]}
-    (tmp_path / "redwood/categories.json").write_text(json.dumps(categories))
-    for one in [*ids[1:-1], "7"]:  # without the first, which is a cloud, and the last; the amp is no class
-        cloud.export(tmp_path / f"redwood/meshes/{one}.ply")
-    for one in ids[::2]:
-        write_pictures(tmp_path / "redwood/images" / one, "1.jpg", "2.jpg")
-    for category in data.CO3D:
-        for k in (0, 1):
-            write_pictures(tmp_path / f"co3d/{category}/{category}_{k}/images", "a.jpg")
-            cloud.export(tmp_path / f"co3d/{category}/{category}_{k}/pointcloud.ply")
+    categories = {name: ids[k::9] for k, name in enumerate(data.REDWOOD)}
+    # Without the first, which is a cloud, and the last. The amp is no class.
+    meshes = {f"meshes/{one}.ply": cloud for one in [*ids[1:-1], "7"]}
+    contents = {"points/00000.npy": LEANING[:64], "categories.json": {**categories, "amp": ["7"]}, **meshes}
+    shots = " ".join(f"images/{one}/1.jpg images/{one}/2.jpg" for one in ids[::2])
+    build(tmp_path / "redwood", shots, contents)
+    sequences = [f"{category}/{category}_{k}" for category in data.CO3D for k in (0, 1)]
+    clouds = {f"{place}/pointcloud.ply": cloud for place in sequences}
+    build(tmp_path / "co3d", " ".join(f"{place}/images/a.jpg" for place in sequences), clouds)
+
     y_down = CLOUD[..., [0, 2, 1]] * torch.tensor([1, 1, -1])
-    for name, count, classes, shots, stood, named in (
-            ("redwood", 59, 9, {0, 2}, y_down, lambda name: data.REDWOOD[int(name) % 9]),
-            ("co3d", 84, 42, {1}, y_down, lambda name: data.CO3D[name.split("_")[0]])):
+    for name, count, classes, shots, class_of in (
+            ("redwood", 59, 9, {0, 2}, lambda name: data.REDWOOD[int(name) % 9]),
+            ("co3d", 84, 42, {1}, lambda name: data.CO3D[name.split("_")[0]])):
         both = [data.load_dataset(name, tmp_path, split, 64) for split in ("train", "test")]
         assert len({*both[0].names, *both[1].names}) == count and len(both[0]) > len(both[1]) > 0
         for objects in both:
-            assert [objects.class_names[k] for k in objects.labels] == list(map(named, objects.names))
+            assert [objects.class_names[k] for k in objects.labels] == list(map(class_of, objects.names))
             assert len(objects.class_names) == classes
-            assert torch.allclose(objects.points, stood.expand(len(objects), -1, -1), atol=1e-5)
-            for one, paths in zip(objects.names, objects.images or ()):
+            assert torch.allclose(objects.points, y_down.expand(len(objects), -1, -1), atol=1e-5)
+            for one, paths in zip(objects.names, objects.images):
                 assert len(paths) in shots and all(one in path.parts for path in paths)
 
 
-def test_missing_data_sets_are_fetched_checked_unpacked_and_read(tmp_path, monkeypatch, capsys):
-    root, made, top = tmp_path / "root", tmp_path / "made", tmp_path / "made/scanobjectnn/h5_files"
+def test_missing_data_sets_are_fetched_once_unpacked_and_read(tmp_path, monkeypatch, capsys):
+    root, made = tmp_path / "root", tmp_path / "made"
     write_modelnet(made / "modelnet40")
-    for k, (folder, suffix) in enumerate((("main_split_nobg", ""), ("main_split", ""),
-                                          ("main_split", "_augmentedrot_scale75"))):
-        for part, count in (("training", 30 + k), ("test", 15 + k)):
-            write_h5(top / folder / f"{part}_objectdataset{suffix}.h5", np.arange(count) % 15)
-    for key in ("modelnet40", "scanobjectnn"):
-        archive = Path(shutil.make_archive(tmp_path / key, "zip", made / key))
+    write_resampled(made / "modelnet40-8192")
+    folders = ("main_split_nobg", ""), ("main_split", ""), ("main_split", "_augmentedrot_scale75")
+    contents = {f"{folder}/{part}_objectdataset{suffix}.h5": h5(np.arange(count + k) % 15)
+                for k, (folder, suffix) in enumerate(folders)
+                for part, count in (("training", 30), ("test", 15))}
+    build(made / "scanobjectnn/h5_files", contents=contents)
+    for key, kind in (("modelnet40", "zip"), ("modelnet40-8192", "gztar"), ("scanobjectnn", "zip")):
+        archive = Path(shutil.make_archive(tmp_path / key, kind, made / key))
         changed = dict(sources=[archive.as_uri()], sha256=None)
         monkeypatch.setitem(fetch.FILES, key, fetch.FILES[key] | changed)
-    for name, counts in (("modelnet40", (24, 12)), ("scanobjectnn-obj-only", (30, 15)),
-                         ("scanobjectnn-with-bg", (31, 16)), ("scanobjectnn-hardest", (32, 17))):
-        train, test = (data.load_dataset(name, root, split, points=64) for split in ("train", "test"))
+    for name, points, counts in (
+            ("modelnet40", 64, (24, 12)), ("modelnet40", 2100, (3, 2)), ("scanobjectnn-obj-only", 64, (30, 15)),
+            ("scanobjectnn-with-bg", 64, (31, 16)), ("scanobjectnn-hardest", 64, (32, 17))):
+        train, test = (data.load_dataset(name, root, split, points) for split in ("train", "test"))
         assert (len(train), len(test)) == counts
     assert test.labels.tolist() == [*range(15), 0, 1]
     assert test.class_names[:2] == ["bag", "bin"] and test.class_names[14] == "toilet"
     assert torch.allclose(test.points, CLOUD[..., [2, 0, 1]].expand(17, -1, -1), atol=1e-5)  # its y was up
     said = capsys.readouterr().out
-    assert all(fetch.FILES[key]["terms"] in said for key in ("modelnet40", "scanobjectnn"))
+    for key in ("modelnet40", "modelnet40-8192", "scanobjectnn"):
+        assert said.count(fetch.FILES[key]["terms"]) == 1
 
 
-@pytest.mark.parametrize("name, file, content, says", [  # in place of a file: None is nothing
-    ("redwood", "", None, "no .*categories.json; github.com/isl-org/redwood-3dscan fetches"),
-    ("co3d", "", None, "no .*pointcloud.ply; github.com/facebookresearch/co3d fetches"),
-    ("scanobjectnn-hardest", "", None, "h5_files.zip is missing; leave out --no-download, or save http"),
-    ("scanobjectnn-hardest", "../scanobjectnn/h5_files/a", b"x", "no .*test_objectdataset_augm.*_scale75.h5"),
-    ("modelnet40", "shape_names.txt", None, "no .*shape_names.txt; README, \"Data sets\""),
-    ("modelnet40", "test_files.txt", b"\n", "cannot read .*test_files.txt: it is empty"),
-    ("modelnet40", "ply_data_test0.h5", dict(labels=[0, 200]), "has the label 200, expected 0 to 10"),
-    ("modelnet40", "ply_data_test0.h5", dict(labels=[3, -1]), "has the label -1, expected 0 to 10"),
-    ("modelnet40", "ply_data_test0.h5", dict(labels=[1], clouds=np.nan), "object 0 has NaN"),
-    ("modelnet40", "ply_data_test0.h5", dict(labels=[1], clouds=0), "object 0 has all its points in one"),
-    ("modelnet40", "ply_data_test_0_id2file.json", b'["a/1.txt", "a/2.txt"]',
+TEST0 = "modelnet40_ply_hdf5_2048/ply_data_test0.h5"
+
+
+@pytest.mark.parametrize("name, changed, says", [  # None: the file is missing
+    ("redwood", {}, "no .*categories.json; github.com/isl-org/redwood-3dscan fetches"),
+    ("co3d", {}, "no .*pointcloud.ply; github.com/facebookresearch/co3d fetches"),
+    ("scanobjectnn-hardest", {}, "h5_files.zip is missing; leave out --no-download, or save http"),
+    ("scanobjectnn-hardest", {"scanobjectnn/h5_files/a": "x"}, "no .*test_objectdataset_augm.*_scale75.h5"),
+    ("modelnet40", {"modelnet40_ply_hdf5_2048/shape_names.txt": None}, "no .*names.txt; README, \"Data sets"),
+    ("modelnet40", {"modelnet40_ply_hdf5_2048/test_files.txt": "\n"}, "read .*test_files.txt: it is empty"),
+    ("modelnet40", {TEST0: h5([0, 200])}, "has the label 200, expected 0 to 10"),
+    ("modelnet40", {TEST0: h5([3, -1])}, "has the label -1, expected 0 to 10"),
+    ("modelnet40", {TEST0: h5([1], clouds=np.nan)}, "object 0 has NaN"),
+    ("modelnet40", {TEST0: h5([1], clouds=0)}, "object 0 has all its points in one"),
+    ("modelnet40", {TEST0.replace("0.h5", "_0_id2file.json"): ["a/1.txt", "a/2.txt"]},
      r"data \(12, 64, 3\), 12 labels, 2 names; expected")])
-def test_bad_data_is_refused_by_its_name_and_with_advice(tmp_path, name, file, content, says):
-    folder = write_modelnet(tmp_path) if name == "modelnet40" else tmp_path / name
-    if isinstance(content, dict):
-        write_h5(folder / file, **content)
-    elif content is not None:
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        (folder / file).write_bytes(content)
-    elif file:
-        (folder / file).unlink()
+def test_bad_data_is_refused_by_its_name_and_with_advice(tmp_path, name, changed, says):
+    if name == "modelnet40":
+        write_modelnet(tmp_path)
+    build(tmp_path, contents=changed)
+    for place, content in changed.items():
+        if content is None:
+            (tmp_path / place).unlink()
     assert_refused(says, data.load_dataset, name, tmp_path, "test", 64, download=False)
 
 
 # ------ files of a user's own: contents ---------------------------------------------------------------------
-SOME = LEANING[:60].astype(np.float64).round(4)
 FAR = 0.2 * SOME + [356789.4, 5812345.6, 41.2]  # metres on a map, where a float32 has steps of 0.5 m
-TWO_BOXES = "two unit boxes, 5 apart"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+RANDOM = np.random.default_rng(1).random((60, 40))
 
 
 def digits(values, form=".4f"):
@@ -634,10 +646,8 @@ COMMA = [[cell.replace(".", ",") for cell in row] for row in POINT]
 THOUSANDS = digits(1e4 * SOME + 5e4, ",.3f")  # 51,234.567
 COLOURS = [[str(7 * i % 256), "180", "20"] for i in range(60)]
 COUNT = [[str(i)] for i in range(60)]
-CLOCK = [[f"{i + math.sin(i) / 3:.3f}"] for i in range(60)]
-SHARE = digits(np.random.default_rng(1).random(60))  # as an intensity from 0 to 1
-OTHER = digits(7 * np.random.default_rng(2).random(60))  # nothing tells this column from a coordinate
-UNIT = digits(F.normalize(torch.randn(60, 3, generator=torch.Generator().manual_seed(3)), dim=1), ".6f")
+OTHER = digits(7 * RANDOM[:, 0])  # nothing tells this column from a coordinate
+UNIT = digits(F.normalize(torch.from_numpy(RANDOM[:, :3] - 0.5), dim=1), ".6f")
 
 
 def rows(*columns, between=",", head="", tail=""):
@@ -646,25 +656,20 @@ def rows(*columns, between=",", head="", tail=""):
     return "\n".join([*([head] if head else []), *lines, tail])
 
 
-def fields(**columns):
-    """A structured array."""
-    array = np.zeros(60, [(name, np.asarray(values).dtype) for name, values in columns.items()])
-    for name, values in columns.items():
-        array[name] = values
-    return array
-
-
 BOX = trimesh.creation.box((1, 1, 1))
 QUADS = [[0, 1, 3, 2], [4, 6, 7, 5], [0, 4, 5, 1], [2, 3, 7, 6], [0, 2, 6, 4], [1, 5, 7, 3]]
+# Two unit boxes, 5 apart.
 TWO = np.concatenate([BOX.vertices, BOX.vertices + [5, 0, 0]])
 FACES = QUADS + [[corner + 8 for corner in face] for face in QUADS]
 MIXED = BOX.faces.tolist() + FACES[6:]
 TRIANGLES = np.concatenate([BOX.faces, BOX.faces + 8])
+ELL = [[0, 0, 0], [3, 0, 0], [3, 1, 0], [1, 1, 0], [1, 3, 0], [0, 3, 0]]
+BOWTIE = [[0, 0, 0], [1, 1, 0], [1, 0, 0], [0, 1, 0]]
 
 
-def obj(vertices, faces=(), tail=""):
+def obj(vertices=TWO, faces=()):
     text = "".join("v {:.6f} {:.6f} {:.6f}\n".format(*vertex) for vertex in vertices)
-    return text + "".join("f " + " ".join(str(i + 1) for i in face) + "\n" for face in faces) + tail
+    return text + "".join("f " + " ".join(str(i + 1) for i in face) + "\n" for face in faces)
 
 
 def off(vertices=TWO, faces=FACES, head="OFF\n", more=""):
@@ -673,19 +678,16 @@ def off(vertices=TWO, faces=FACES, head="OFF\n", more=""):
     return text + "".join(" ".join(map(str, [len(face), *face])) + "\n" for face in faces)
 
 
-def ply(faces, kind="binary_little_endian", vertices=TWO, element="face", comment=b"", count=None):
-    """A PLY file of vertices and polygons."""
-    head = f"element vertex {count or len(vertices)}\n"
+def ply(faces, vertices=TWO, form="binary_little_endian"):
+    head = f"ply\nformat {form} 1.0\nelement vertex {len(vertices)}\n"
     head += "property double x\nproperty double y\nproperty double z\n"
-    head += f"element {element} {len(faces)}\nproperty list uchar int vertex_indices\nend_header\n"
-    if kind == "ascii":
-        lines = [*vertices, *([len(face), *face] for face in faces)]
-        body = "".join(" ".join(map(str, line)) + "\n" for line in lines).encode()
-    else:
-        order = "<" if "little" in kind else ">"
-        body = np.asarray(vertices).astype(f"{order}f8").tobytes()
-        body += b"".join(bytes([len(face)]) + np.array(face, f"{order}i4").tobytes() for face in faces)
-    return b"ply\nformat " + kind.encode() + b" 1.0\ncomment " + comment + b"\n" + head.encode() + body
+    head += f"element face {len(faces)}\nproperty list uchar int vertex_indices\nend_header\n"
+    if form == "ascii":  # as in OFF
+        return (head + off(vertices, faces).split("\n", 2)[2]).encode()
+    order = ">" if "big" in form else "<"
+    points = np.asarray(vertices).astype(f"{order}f8").tobytes()
+    corners = [bytes([len(face)]) + np.array(face, f"{order}i4").tobytes() for face in faces]
+    return head.encode() + points + b"".join(corners)
 
 
 def stl(binary=True, triangles=TRIANGLES, vertices=TWO):
@@ -693,24 +695,203 @@ def stl(binary=True, triangles=TRIANGLES, vertices=TWO):
     return mesh.export(file_type="stl" if binary else "stl_ascii")
 
 
-def glb(needs=None, change=lambda tree: None, **of_accessors):
-    """Two unit boxes as .glb, its y up, whose JSON was edited."""
-    raw = trimesh.Scene(trimesh.Trimesh(TWO[:, [1, 2, 0]], TRIANGLES, process=False)).export(file_type="glb")
-    size = int.from_bytes(raw[12:16], "little")
-    tree = json.loads(raw[20:20 + size])
-    change(tree)
-    tree["extensionsRequired"] = [needs] if needs else []
-    for accessor in tree["accessors"]:
-        for key, value in of_accessors.items():
-            accessor.pop(key, None) if value is None else accessor.update({key: value})
-    text = json.dumps(tree).encode()
-    text += b" " * (-len(text) % 4)
-    total, length = ((len(raw) - size + len(text)).to_bytes(4, "little"), len(text).to_bytes(4, "little"))
-    return raw[:8] + total + length + raw[16:20] + text + raw[20 + size:]
+def extended(name):
+    return GLTF.replace('"asset"', f'"extensionsRequired":["{name}"],"asset"')
+
+
+SCENE = trimesh.Scene(trimesh.Trimesh(TWO[:, [1, 2, 0]], TRIANGLES, process=False))  # its y is up
+GLTF = trimesh.exchange.gltf.export_gltf(SCENE, embed_buffers=True)["model.gltf"].decode()
+MESH_OBJ, CLOUD_OBJ = obj(faces=FACES), obj(SOME)
+TRIPLES = ply([[i, i + 1, i + 2] for i in range(0, 57, 3)], SOME)
+
+CLOUDS = {  # read as SOME, which may be moved and scaled
+    "commas and blanks.TXT": rows(POINT, between=" , "),
+    "tabs and blanks.xyz": rows(POINT, between="\t  "),
+    "index of pandas.csv": rows(COUNT, POINT, head=",x,y,z"),
+    "quoted names.csv": rows(COUNT, POINT, between=";", head='"id";"X";"Y";"Z"'),
+    "colours first, named.txt": rows(COLOURS, POINT, between=" ", head="# R G B X Y Z"),
+    "other order, units.csv": rows(OTHER, digits(SOME[:, ::-1]), head="t (s),Z [m],Y [m],X [m]"),
+    "CloudCompare, named first.txt": rows(COLOURS, POINT, head="//R,G,B,X,Y,Z\n60"),
+    "columns said.txt": rows(OTHER, POINT, between=" ", head="# columns: i x y z"),
+    "colours unnamed.txt": rows(POINT, COLOURS, between=" "),
+    "MeshLab.xyz": rows(POINT, UNIT, between=" "),
+    "count below a remark.txt": rows(POINT, between=" ", head="# made in June 2024\n60 3"),
+    "remarks in Latin-1.txt": rows(POINT, tail="# Gr\xf6\xdfe, 2, 3\n// 4\n").encode("latin1"),
+    "marked, of Windows.csv": rows(COUNT, digits(SOME, ".8e"), head="\ufeffid,x,y,z").replace("\n", "\r\n"),
+    "on a map.xyz": rows(digits(FAR, ".6f"), between=" "),
+    "capitals.NPY": SOME.astype(">f4"),
+    "one of one.npy": SOME[None],
+    # may go: unnamed columns of arrays
+    "more columns.npy": np.hstack([SOME, SOME]),
+    "whole numbers.npy": (1e4 * SOME).round().astype(np.int32),
+    "fields.npy": np.rec.fromarrays(SOME.T[[0, 0, 1, 2]], names="i,X,Y,Z"),
+    "on a map.npy": FAR,
+    "points.obj": CLOUD_OBJ,
+    "points.off": off(SOME, []),
+    "on a map.ply": ply([], FAR),
+}
+MESHES = {  # read as two boxes, 5 apart
+    "blocks.obj": obj(TWO[:8], [[i - 9 for i in face] for face in QUADS])
+    + obj(TWO[8:], [[i - 9 for i in face] for face in QUADS]),
+    "faces first, slashes.obj": re.sub(r"(?<=\d)(?= \d+|\n)", "/1/1", obj([], FACES)) + obj(),
+    "Latin-1, tabs.OBJ": b"usemtl gr\xfcn\n" + MESH_OBJ.replace(" ", "\t").encode(),
+    "marked, continued.obj": "\ufeff" + MESH_OBJ.replace(" 4 3", " \\\n4 3"),
+    "colours.obj": obj().replace("\n", " 0.5 0.5 0.5\n") + obj([], FACES),
+    "remark.off": "# 1 2 3\n" + off(),
+    "beside the word.OFF": off(head="OFF"),
+    "colours.off": off(head="COFF\n", more=" 200 10 10 255"),
+    "triangles.PLY": ply(TRIANGLES),
+    "mixed.ply": ply(MIXED),
+    "mixed, big, Latin-1.ply": ply(MIXED, form="binary_big_endian").replace(
+        b"element", b"comment Gr\xf6\xdfe\nelement", 1),
+    # may go, two rows: text PLY read by plyfile
+    "mixed text.ply": ply(MIXED, form="ascii"),
+    "texture.ply": re.sub(b"(?m)^3 .*", rb"\g<0> 2 .5 7", ply(TRIANGLES, form="ascii")).replace(
+        b"indices\n", b"indices\nproperty list uchar float texcoord\n"),
+    "called solid.STL": b"solid" + stl()[5:],
+    "two solids, Latin-1.stl": (stl(False, BOX.faces) + "\nsolid M\xf6bel" + stl(False, BOX.faces + 8)[5:])
+    .encode("latin1"),
+    "harmless.gltf": extended("KHR_materials_unlit"),
+}
+REFUSED = [
+    # may go, the rows down to the blank one: unnamed columns of text and arrays
+    ("counted.txt", rows(COUNT, POINT), "seem to begin with a count"),
+    ("counted.npy", np.hstack([np.array(COUNT, float), SOME]), "begin with a count"),
+    ("counted in steps.txt", rows(digits(np.arange(60) / 20), POINT), "begin with a count"),
+    ("counted and shuffled.txt", rows([[str(17 * i % 60)] for i in range(60)], POINT), "count or label"),
+    ("labels.txt", rows([[str(i // 20)] for i in range(60)], POINT), "begin with a count or label"),
+    ("time of day.txt", rows([[f"{977.7 * i % 3600:.1f}"] for i in range(60)], POINT), "a count or label"),
+    ("time first.txt", rows(digits(np.arange(60) + RANDOM[:, 0] / 2), POINT), "begin with a (time|count)"),
+    ("intensity first.txt", rows(digits(RANDOM[:, 0]), POINT), "an intensity or colours"),
+    ("one normal.txt", rows([["0.0", "0.6", "-0.8"]] * 60, POINT), "begin with"),
+    ("normals first.txt", rows(UNIT, POINT), "begin with normals"),
+    ("colours first.txt", rows(COLOURS, POINT), "begin with colours"),
+    ("decimal commas, commas.txt", rows(COMMA), "begin with colours|a count or label"),
+    ("thousands, commas.txt", rows(THOUSANDS), "begin with a count or label"),
+
+    # Text: numbers of columns, names, first lines, numbers that mean two things, gaps, ends.
+    ("two columns.txt", rows([row[:2] for row in POINT]), "2 columns, expected x y z"),
+    ("counted by R.txt", rows(COUNT, POINT, between=" ", head='"x" "y" "z"'), "rows have 4 columns"),
+    ("other names.txt", rows([["0.5"]] * 60, POINT, head="t,px,py,pz"), "calls its columns t, px, py, pz"),
+    ("three words.txt", rows(POINT, head="# made by hand"), "made, by, hand; call .* or remove the line"),
+    ("names twice.txt", rows(POINT, POINT, head="x,y,z,x,y,z"), "columns x, y, z, x, y, z; call"),
+    ("two headers.txt", rows(COUNT, POINT, head="scan 7\nid,X,Y,Z"), "could not convert"),
+    ("numbered columns.csv", rows(POINT, head="0,1,2"), "first line '0,1,2' has whole numbers"),
+    ("decimal commas.csv", rows(COMMA, between=";"), "convert string '0,.*with decimal points"),
+    ("decimal commas, named.txt", rows(COMMA, head="x,y,z"), "its rows have 6 columns"),
+    ("thousands.txt", rows(THOUSANDS, between=" "), "decimal points"),
+    ("closing words.txt", rows(POINT, between=" ", tail="end of file\n"), "convert string 'end'"),
+    ("row cut off.txt", rows(POINT, tail="0.1,0.2"), "number of columns changed from 3 to 2"),
+    ("gap.txt", rows(POINT, tail=",1.5,2.5\n" + rows(POINT)), "convert string ''"),
+    ("nan.txt", rows(POINT, tail="nan,1.5,2.5"), "1 of its 61 points have NaN or infinite"),
+    ("-9999.txt", rows(POINT + [["-9999"] * 3]), "1 of its 61 points lie fifty times as far"),
+    ("empty.txt", "", "holds no rows"),
+    ("UTF-16.txt", rows(POINT).encode("utf-16"), "zero bytes, so it is no text in UTF-8"),
+    # Arrays.
+    ("several.npy", LEANING[:100].reshape(2, 50, 3), r"\(2, 50, 3\), expected numbers \(N, 3\)"),
+    ("transposed.npy", SOME.T, "60 columns, expected x y z and a few"),
+    ("flat.npy", SOME.ravel(), r"\(180,\)"),
+    ("bytes.npy", (255 * LEANING / 4).astype(np.uint8), "holds uint8"),
+    ("zeros.npy", np.vstack([SOME, 0 * SOME[:2]]), "2 of its 62 points are 0 0 0"),
+    ("filled up.npy", np.vstack([SOME, 0 * SOME[:2] - 1]), "2 of its 62 points are -1 -1 -1"),
+    ("coarse.npy", FAR.astype(np.float32), "steps of 0.5: float32 is too coarse"),
+    ("coarse halves.npy", (SOME + 900).astype(np.float16), "steps of 0.5: float16 is too coarse"),
+    ("no z.npy", np.rec.fromarrays(SOME.T[:2], names="X,Y"), "fields x, y, expected x, y, z"),
+    ("one place.obj", obj(np.ones((60, 3))), "one place"),
+    ("too large.npy", SOME * 1e33, "NaN or infinite"),
+    ("small.npy", SOME[:20], "small.npy has 20 points, --points is 60; lower"),
+    # Meshes: what is no surface, or cannot be told.
+    ("one face often.obj", CLOUD_OBJ + "f 1 2 3\n" * 40, "faces join only 3 of its 60 points; export"),
+    ("lines.obj", CLOUD_OBJ + "l 1 2 3\n", "lines or curves and no faces"),
+    ("from 0.obj", CLOUD_OBJ + "f 0 1 2\n", "none of its 60"),
+    ("beyond.obj", CLOUD_OBJ + "f 1 2 99\n", "none of its 60"),
+    ("cut off.obj", CLOUD_OBJ + "v 1\n", "inhomogeneous"),
+    ("no area.obj", "v 0 0 0\nv 1 1 1\nv 2 2 2\nf 1 2 3\n", "its faces have no area"),
+    ("decimal commas.obj", MESH_OBJ.replace(".", ","), "convert string to float: '-0,5"),
+    ("notch.obj", obj(np.roll(ELL, 1, axis=0), [range(6)]), "of 6 corners have notches; export"),
+    ("bow tie.obj", obj(BOWTIE, [range(4)]), "faces of 4 corners have notches"),
+    ("strips.ply", TRIPLES.replace(b"face", b"tristrips"), "tristrips; export it as triangles"),
+    ("edges.ply", TRIPLES.replace(b"face", b"edge"), "edge; export it as triangles"),
+    # may go: text PLY read by plyfile
+    ("cut off.ply", ply([], SOME, "ascii").replace(b"vertex 60", b"vertex 99"), "but has 60 rows"),
+    ("cut off binary.ply", TRIPLES[:-9], "early end"),
+    ("too many.ply", TRIPLES.replace(b"60", b"6000000000000"), "more than its .* bytes can hold"),
+    ("no header.ply", b"ply\n", "no PLY header"),
+    ("no vertices.ply", TRIPLES.replace(b"element vertex", b"element points"), "no element called vertex"),
+    ("not fetched.ply", POINTER, "run `git lfs pull`"),
+    ("cut off.off", off()[:-4], "a face"),
+    ("more rows.off", off() + "3 0 1 2\n", "but has 29 rows"),
+    ("columns.off", off(more=" 200 10 10"), "points have 6 numbers, expected 3"),
+    ("bare.off", off(head=""), "does not begin with OFF"),
+    ("cut off.stl", stl()[:400], "cut off"),
+    ("second cut off.stl", stl(False) + "\n" + stl(False)[:600], "cut off"),
+    ("six corners.stl", stl(False).replace("vertex", "vertex 0 0 0\nvertex", 3), "neither the length"),
+    ("on a map.stl", stl(vertices=TWO + [356789.4, 5812345.6, 0]), "6 long, in steps of 0.5: float32"),
+    *((f"{name}.gltf", extended(name), name)
+      for name in ("KHR_draco_mesh_compression", "KHR_mesh_quantization", "EXT_mesh_gpu_instancing")),
+    ("whole numbers.gltf", GLTF.replace("5126", "5122"), "quantised"),
+    ("sparse.gltf", GLTF.replace('"VEC3"', '"VEC3","sparse":{}'), "sparse"),
+    ("elsewhere.gltf", GLTF.replace('"bufferView":1', '"other":1'), "not within the bounds it declares"),
+    ("no bounds.gltf", GLTF.replace('"min"', '"least"'), "it lacks 'min'"),
+    ("fans.gltf", GLTF.replace('"mode":4', '"mode":6'), "fans; export triangles"),
+    ("skeleton.gltf", GLTF.replace('"meshes"', '"skins":[{"joints":[0]}],"meshes"'), "a skeleton"),
+    ("posed.gltf", GLTF.replace('"primitives"', '"weights":[0,0.5],"primitives"'), "morph targets"),
+    ("no scene.gltf", GLTF.replace('"nodes":[0]', '"nodes":[]'), "no points"),
+    ("unknown.pcd", rows(POINT), "it is none of .npy .txt .*; convert it"),
+]
+
+
+@pytest.mark.parametrize("name", [*CLOUDS, *MESHES])
+def test_a_file_is_read_as_the_cloud_or_the_surface_that_it_holds(tmp_path, name):
+    path = build(tmp_path, contents={name: {**CLOUDS, **MESHES}[name]}) / name
+    points = files.read_object(path, 60 if name in CLOUDS else 2000)
+    size = np.ptp(points, axis=0)
+    assert points.dtype == np.float32
+    if name in CLOUDS:
+        expected = SOME - SOME.mean(axis=0)
+        assert np.allclose(points / size.max(), expected / np.ptp(expected, axis=0).max(), atol=2e-6)
+    else:
+        assert np.allclose(np.sort(size), [1, 1, 6], atol=0.02)
+        assert abs((points[:, size.argmax()] > 0).mean() - 0.5) < 0.05  # in both boxes
+
+
+@pytest.mark.parametrize("name, content, says", REFUSED, ids=[name for name, _, _ in REFUSED])
+def test_a_file_that_may_mean_something_else_is_refused_with_advice(tmp_path, name, content, says):
+    path = build(tmp_path, contents={name: content}) / name
+    message = assert_refused(says, files.read_object, path, 60)
+    assert str(path) in message and "\n" not in message and "; " in message
+
+
+@pytest.mark.parametrize("extension", files.READERS)
+def test_objects_of_every_format_are_read_the_same_every_time_or_named(tmp_path, extension):
+    path, size = tmp_path / f"object{extension}", np.array([4, 2, 1])
+    is_mesh = extension in (".off", ".obj", ".ply", ".stl", ".glb", ".gltf")
+    if extension in (".glb", ".gltf"):  # a scene: a unit box and how it is stretched; its y is up
+        scene, size = trimesh.Scene(), size[[2, 0, 1]]
+        scene.add_geometry(BOX, transform=np.diag([4, 2, 1, 1]))
+        scene.export(path) if extension == ".glb" else build(
+            tmp_path, contents=trimesh.exchange.gltf.export_gltf(scene))  # with a file beside it
+        path = path if extension == ".glb" else tmp_path / "model.gltf"
+    elif is_mesh:
+        trimesh.creation.box(size).export(path)
+    else:
+        content = LEANING if extension == ".npy" else rows(digits(LEANING, ".6f"))
+        build(tmp_path, contents={path.name: content})
+    points = files.read_object(path, 2000 if is_mesh else 200)
+    assert np.array_equal(points, files.read_object(path, len(points)))
+    if is_mesh:  # on the surface of the box: six faces by their area
+        middle = (points.max(axis=0) + points.min(axis=0)) / 2
+        away = np.abs(2 * np.abs(points - middle) / size - 1)
+        assert np.allclose(np.ptp(points, axis=0), size, atol=0.02) and away.min(axis=1).max() < 0.02
+        assert 1000 < (away[:, size.argmin()] < 0.005).sum() < 1300  # 8 of 14
+    else:
+        away = np.linalg.norm(points[:, None] - (LEANING - LEANING.mean(axis=0)), axis=-1)
+        assert away.min(axis=1).max() < 1e-4 and len(set(away.argmin(axis=1))) == 200  # chosen, none twice
+    assert_named_if_broken(path, lambda path: files.read_object(path, 64))
 
 
 def test_what_points_upwards_in_a_file_is_along_z_without_a_mirror_image_and_areas_are_even(tmp_path):
-    np.save(tmp_path / "a.npy", SOME)
+    build(tmp_path, "a.npy")
     upright = files.read_object(tmp_path / "a.npy", 60)
     for up, axis, sign in (("z", 2, 1), ("y", 1, 1), ("-y", 1, -1)):
         turn = np.linalg.lstsq(upright, files.read_object(tmp_path / "a.npy", 60, up=up), rcond=None)[0]
@@ -727,464 +908,177 @@ def test_what_points_upwards_in_a_file_is_along_z_without_a_mirror_image_and_are
     assert (points[:, :2] > 1).all(axis=1).mean() == pytest.approx(1 / 9, abs=0.01)  # of nine equal triangles
 
 
-CLOUD_OBJ = obj(SOME)
-ELL = [[0, 0, 0], [3, 0, 0], [3, 1, 0], [1, 1, 0], [1, 3, 0], [0, 3, 0]]
-BOWTIE = [[0, 0, 0], [1, 1, 0], [1, 0, 0], [0, 1, 0]]
-FEW = [[i, i + 1, i + 2] for i in range(0, 57, 3)]
-SEVERAL = LEANING[:100].reshape(2, 50, 3)
-# A name, what is in the file, and what comes of it: the points of a cloud, TWO_BOXES, or what is said.
-CASES = [
-    # Text that is read.
-    ("commas.txt", rows(POINT), SOME),
-    ("blanks.xyz", rows(POINT, between="   "), SOME),
-    ("commas and blanks.TXT", rows(POINT, between=" , "), SOME),
-    ("tabs.csv", rows(POINT, between="\t"), SOME),
-    ("lines of Windows.txt", rows(POINT).replace("\n", "\r\n"), SOME),
-    ("index of pandas.csv", rows(COUNT, POINT, head=",x,y,z"), SOME),
-    ("quoted names.csv", rows(COUNT, POINT, between=";", head='"id";"X";"Y";"Z"'), SOME),
-    ("colours first, named.txt", rows(COLOURS, POINT, between=" ", head="# R G B X Y Z"), SOME),
-    ("other order, named.txt", rows(digits(SOME[:, ::-1]), head="z,y,x"), SOME),
-    ("units.csv", rows(OTHER, POINT, head="t (s),X [m],Y [m],Z [m]"), SOME),
-    ("CloudCompare, named first.txt", rows(COLOURS, POINT, head="//R,G,B,X,Y,Z\n60"), SOME),
-    ("colours unnamed.txt", rows(POINT, COLOURS, between=" "), SOME),
-    ("MeshLab.xyz", rows(POINT, UNIT, between=" "), SOME),
-    ("count.txt", rows(POINT, between=" ", head="60"), SOME),
-    ("count below a remark.txt", rows(POINT, between=" ", head="# made in June 2024\n60 3"), SOME),
-    ("remarks.txt", rows(POINT[:9], tail="# 1, 2, 3\n// 4\n" + rows(POINT[9:])), SOME),
-    ("columns said.txt", rows(OTHER, POINT, between=" ", head="# columns: i x y z"), SOME),
-    ("UTF-8 mark.csv", b"\xef\xbb\xbf" + rows(COUNT, POINT, head="id,x,y,z").encode(), SOME),
-    ("Latin-1 remark.txt", ("# Gr\xf6\xdfe\n" + rows(POINT)).encode("latin1"), SOME),
-    ("exponents.txt", rows(digits(SOME, ".8e")), SOME),
-    ("on a map.xyz", rows(digits(FAR, ".6f"), between=" "), 0.2 * SOME),
-    # Text whose columns may be others.
-    ("counted.txt", rows(COUNT, POINT), "seem to begin with a count"),
-    ("counted in steps.txt", rows([[f"{0.05 * i:.2f}"] for i in range(60)], POINT), "begin with a count"),
-    ("counted and shuffled.txt", rows([[str(17 * i % 60)] for i in range(60)], POINT), "count or label"),
-    ("counted by R.txt", rows(COUNT, POINT, between=" ", head='"x" "y" "z"'), "rows have 4 columns"),
-    ("colours first.txt", rows(COLOURS, POINT), "begin with colours"),
-    ("colours 0 to 1.txt", rows(SHARE, SHARE[::-1], SHARE, POINT), "an intensity or colours"),
-    ("one normal.txt", rows([["0.0", "0.6", "-0.8"]] * 60, POINT), "begin with"),
-    ("normals first.txt", rows(UNIT, POINT), "begin with normals"),
-    ("intensity first.txt", rows(SHARE, POINT), "an intensity or colours"),
-    ("time first.txt", rows(CLOCK, POINT), "begin with a (time|count)"),
-    ("time of day.txt", rows([[f"{977.7 * i % 3600:.1f}"] for i in range(60)], POINT), "a count or label"),
-    ("label.txt", rows([["3"]] * 60, POINT), "begin with a count or label"),
-    ("labels.txt", rows([[str(i // 20)] for i in range(60)], POINT), "begin with a count or label"),
-    ("two columns.txt", rows([row[:2] for row in POINT]), "2 columns, expected x y z"),
-    ("a picture.txt", rows(*[digits(np.random.default_rng(i).random(60)) for i in range(40)]), "40 columns"),
-    # Text with names of others, and first lines.
-    ("other names.txt", rows([["0.5"]] * 60, POINT, head="t,px,py,pz"), "calls its columns t, px, py, pz"),
-    ("three words.txt", rows(POINT, head="# made by hand"), "made, by, hand; call .* or remove the line"),
-    ("normals named.txt", rows(POINT, head="nx ny nz", between=" "), "nx, ny, nz; call"),
-    ("too few names.txt", rows(POINT, POINT, head="x,y,z"), "its first line is 'x,y,z', its rows have 6"),
-    ("names twice.txt", rows(POINT, POINT, head="x,y,z,x,y,z"), "columns x, y, z, x, y, z; call"),
-    ("two headers.txt", rows(COUNT, POINT, head="scan 7\nid,X,Y,Z"), "could not convert"),
-    ("title.txt", rows(POINT, head="2024-05-06 10:11:12 1.0", between=" "), "first line is '2024"),
-    ("numbered columns.csv", rows(POINT, head="0,1,2"), "first line '0,1,2' has whole numbers"),
-    ("matrix.txt", rows(POINT, head="61 3", between=" "), "first line '61 3' has whole numbers"),
-    ("a PCD.txt", rows(POINT, head="FIELDS x y z\nSIZE 4 4 4\nCOUNT 1 1 1", between=" "), "not convert"),
-    # Numbers that mean two things, gaps, ends.
-    ("decimal commas.csv", rows(COMMA, between=";"), "convert string '0,.*with decimal points"),
-    ("decimal commas, commas.txt", rows(COMMA), "begin with colours|a count or label"),
-    ("decimal commas, named.txt", rows(COMMA, head="x,y,z"), "its rows have 6 columns"),
-    ("thousands.txt", rows(THOUSANDS, between=" "), "decimal points"),
-    ("thousands, commas.txt", rows(THOUSANDS), "begin with a count or label"),
-    ("words.txt", rows([["C"]] * 60, POINT, between=" "), "convert string 'C'"),
-    ("closing words.txt", rows(POINT, between=" ", tail="end of file\n"), "convert string 'end'"),
-    ("row cut off.txt", rows(POINT, tail="0.1,0.2"), "number of columns changed from 3 to 2"),
-    ("two tables.txt", rows(POINT[:29]) + rows(POINT, POINT), "number of columns changed"),
-    ("no x at first.txt", rows(POINT, head="x,y,z\n,1.5,2.5"), "convert string ''"),
-    ("NA.txt", rows(POINT, tail="NA,1.5,2.5\n" + rows(POINT)), "convert string 'NA'"),
-    ("nan.txt", rows(POINT, tail="nan,1.5,2.5"), "1 of its 61 points have NaN or infinite"),
-    ("-9999.txt", rows(POINT + [["-9999"] * 3]), "1 of its 61 points lie fifty times as far"),
-    ("prose.txt", "hello world, a chair\n" * 60, "convert string|calls its columns"),
-    ("empty.txt", "", "holds no rows"),
-    ("zero bytes.txt", rows(POINT) + "\0" * 99, "zero bytes, so it is no text"),
-    ("UTF-16.txt", rows(POINT).encode("utf-16"), "zero bytes, so it is no text in UTF-8"),
-    ("not fetched.ply", POINTER, "run `git lfs pull`"),
-    # Arrays.
-    ("plain.npy", SOME, SOME),
-    ("capitals.NPY", SOME.astype(">f4"), SOME),
-    ("one of one.npy", SOME[None], SOME),
-    ("more columns.npy", np.hstack([SOME, SOME]), SOME),
-    ("whole.npy", (1000 * SOME).astype(np.int16), (1000 * SOME).astype(np.int16)),
-    ("fields.npy", fields(i=SOME[:, 0], X=SOME[:, 0], Y=SOME[:, 1], Z=SOME[:, 2]), SOME),
-    ("on a map.npy", FAR, 0.2 * SOME),
-    ("organised.npy", LEANING.reshape(20, 25, 3), r"shape \(20, 25, 3\), expected numbers \(N, 3\)"),
-    ("several.npy", SEVERAL, r"\(2, 50, 3\)"),
-    ("transposed.npy", SOME.T, r"60 columns"),
-    ("flat.npy", SOME.ravel(), r"\(180,\)"),
-    ("bool.npy", SOME > 1, "holds bool"),
-    ("complex.npy", SOME + 1j, "complex128"),
-    ("bytes.npy", (255 * LEANING / 4).astype(np.uint8), "holds uint8"),
-    ("a picture.npy", np.random.default_rng(0).random((60, 40)), "40 columns, expected x y z and a few"),
-    ("zeros.npy", np.vstack([SOME, 0 * SOME[:2]]), "2 of its 62 points are 0 0 0"),
-    ("filled up.npy", np.vstack([SOME, 0 * SOME[:2] - 1]), "2 of its 62 points are -1 -1 -1"),
-    ("coarse.npy", FAR.astype(np.float32), "steps of 0.5: float32 is too coarse"),
-    ("coarse halves.npy", (SOME + 900).astype(np.float16), "steps of 0.5: float16 is too coarse"),
-    ("no z.npy", fields(X=SOME[:, 0], Y=SOME[:, 1]), "fields x, y, expected x, y, z"),
-    ("x twice.npy", fields(x=SOME[:, 0], X=SOME[:, 0], y=SOME[:, 1], z=SOME[:, 2]), "fields x, x, y, z"),
-    ("empty.npy", np.zeros((0, 3)), "holds no points"),
-    ("one place.npy", np.ones((60, 3)), "colours|one place"),
-    ("too large.npy", SOME * 1e33, "NaN or infinite"),
-    ("counted.npy", np.hstack([np.array(COUNT, float), SOME]), "begin with a count"),
-    ("small.npy", SOME[:20], "small.npy has 20 points, --points is 60; lower"),
-    # Meshes of many programs.
-    ("blocks.obj", obj(TWO[:8], [[i - 9 for i in face] for face in QUADS])
-     + obj(TWO[8:], [[i - 9 for i in face] for face in QUADS]), TWO_BOXES),
-    ("slashes.obj", re.sub(r"(?<=\d)(?= \d+|\n)", "/1/1", obj([], FACES)) + obj(TWO), TWO_BOXES),
-    ("Latin-1.obj", b"usemtl gr\xfcn\n" + obj(TWO, FACES).encode(), TWO_BOXES),
-    ("UTF-8 mark.obj", b"\xef\xbb\xbf" + obj(TWO, FACES).encode(), TWO_BOXES),
-    ("tabs.OBJ", obj(TWO, FACES).replace(" ", "\t"), TWO_BOXES),
-    ("continued.obj", obj(TWO, FACES).replace(" 4 3", " \\\n4 3"), TWO_BOXES),
-    ("colours.obj", obj(TWO).replace("\n", " 0.5 0.5 0.5\n") + obj([], FACES), TWO_BOXES),
-    ("points.obj", CLOUD_OBJ, SOME),
-    ("plain.off", off(), TWO_BOXES),
-    ("beside the word.OFF", off(head="OFF"), TWO_BOXES),
-    ("colours.off", off(head="COFF\n", more=" 200 10 10 255"), TWO_BOXES),
-    ("remarks.off", "# 1 2 3\n" + off(), TWO_BOXES),
-    ("points.off", off(SOME, []), SOME),
-    ("mixed.ply", ply(MIXED), TWO_BOXES),
-    ("mixed big.ply", ply(MIXED, "binary_big_endian"), TWO_BOXES),
-    ("mixed text.ply", ply(MIXED, "ascii"), TWO_BOXES),
-    ("triangles.PLY", ply(TRIANGLES), TWO_BOXES),
-    ("comment.ply", ply(FACES, comment="Größe".encode("latin1")), TWO_BOXES),
-    ("texture.ply", re.sub(rb"(?<=indices\n)", b"property list uchar float texcoord\n", ply([], "ascii"))
-     .replace(b"face 0", b"face 24") + b"".join(b"3 %d %d %d 2 .5 7\n" % tuple(f) for f in TRIANGLES),
-     TWO_BOXES),
-    ("points.ply", ply([], vertices=SOME), SOME),
-    ("on a map.ply", ply([], vertices=FAR), 0.2 * SOME),
-    ("binary.stl", stl(), TWO_BOXES),
-    ("called solid.STL", b"solid" + stl()[5:], TWO_BOXES),
-    ("text.stl", b"solid M\xf6bel\n" + stl(False).split("\n", 1)[1].encode(), TWO_BOXES),
-    ("two solids.stl", stl(False, BOX.faces) + "\n" + stl(False, BOX.faces + 8), TWO_BOXES),
-    ("plain.glb", glb(), TWO_BOXES),
-    ("harmless.glb", glb("KHR_materials_unlit"), TWO_BOXES),
-    # What is no surface, or cannot be told.
-    ("one face.obj", CLOUD_OBJ + "f 1 2 3\n", "its faces join only 3 of its 60 points; export"),
-    ("one face often.obj", CLOUD_OBJ + "f 1 2 3\n" * 40, "join only 3"),
-    ("lines.obj", CLOUD_OBJ + "l 1 2 3\n", "lines or curves and no faces"),
-    ("from 0.obj", CLOUD_OBJ + "f 0 1 2\n", "none of its 60"),
-    ("beyond.obj", CLOUD_OBJ + "f 1 2 99\n", "none of its 60"),
-    ("before.obj", CLOUD_OBJ + "f -1 -2 -99\n", "none of its 60"),
-    ("short vertex.obj", CLOUD_OBJ + "v 1\n", "inhomogeneous"),
-    ("no area.obj", "v 0 0 0\nv 1 1 1\nv 2 2 2\nf 1 2 3\n", "its faces have no area"),
-    ("nothing.obj", "# nothing\n", "no points"),
-    ("nan.obj", "v 0 0 0\nv 1 0 0\nv nan 1 0\nf 1 2 3\n", "1 of its 3 points have NaN"),
-    ("decimal commas.obj", obj(TWO, FACES).replace(".", ","), "convert string to float: '-0,5"),
-    ("notch.obj", obj(np.roll(ELL, 1, axis=0), [range(6)]), "of 6 corners have notches; export"),
-    ("bow tie.obj", obj(BOWTIE, [range(4)]), "faces of 4 corners have notches"),
-    ("strips.ply", ply(FEW, element="tristrips", vertices=SOME), "tristrips; export it as triangles"),
-    ("edges.ply", ply(FEW, element="edge", vertices=SOME), "edge; export it as triangles"),
-    ("other faces.ply", ply(FEW, element="triangle", vertices=SOME), "triangle; export it as triangles"),
-    ("one face.ply", ply(FEW[:1], vertices=SOME), "join only 3 of its 60"),
-    ("cut off.ply", ply([], "ascii", vertices=SOME, count=99), "but has 60 rows"),
-    ("cut off binary.ply", ply(FEW, vertices=SOME)[:-9], "early end"),
-    ("too many.ply", ply(FEW, vertices=SOME, count=10 ** 12), "more than its .* bytes can hold"),
-    ("no header.ply", b"ply\n", "no PLY header"),
-    ("no vertices.ply", ply(FEW).replace(b"element vertex", b"element points"), "no element called vertex"),
-    ("cut off.off", off()[:-20], "but has|a face|convert"),
-    ("more rows.off", off() + "3 0 1 2\n", "but has 29 rows"),
-    ("columns.off", off(more=" 200 10 10"), "points have 6 numbers, expected 3"),
-    ("bare.off", off(head=""), "does not begin with OFF"),
-    ("cut off.stl", stl()[:400], "cut off"),
-    ("cut off text.stl", stl(False)[:600], "cut off"),
-    ("second cut off.stl", stl(False) + "\n" + stl(False)[:600], "cut off"),
-    ("six corners.stl", stl(False).replace("vertex", "vertex 0 0 0\nvertex", 3), "neither the length"),
-    ("on a map.stl", stl(vertices=TWO + [356789.4, 5812345.6, 0]), "6 long, in steps of 0.5: float32"),
-    ("draco.glb", glb("KHR_draco_mesh_compression"), "KHR_draco_mesh_compression"),
-    ("quantised.glb", glb("KHR_mesh_quantization"), "KHR_mesh_quantization"),
-    ("whole numbers.glb", glb(componentType=5122, normalized=True), "quantised"),
-    ("sparse.glb", glb(sparse={}), "sparse"),
-    ("elsewhere.glb", glb(bufferView=None), "not within the bounds it declares"),
-    ("no bounds.glb", glb(min=None), "it lacks 'min'"),
-    ("fans.glb", glb(change=lambda tree: tree["meshes"][0]["primitives"][0].update(mode=6)), "fans; export"),
-    ("points.glb", glb(change=lambda tree: tree["meshes"][0]["primitives"][0].update(mode=0)), "points, l"),
-    ("skeleton.glb", glb(change=lambda tree: tree.update(skins=[{"joints": [0]}])), "skeleton"),
-    ("posed.glb", glb(change=lambda tree: tree["meshes"][0].update(weights=[0.0, 0.5])), "morph targets"),
-    ("instances.glb", glb("EXT_mesh_gpu_instancing"), "EXT_mesh_gpu_instancing"),
-    ("no scene.glb", glb(change=lambda tree: tree.update(nodes=[], scenes=[{"nodes": []}])), "no points"),
-    ("deep.gltf", "[" * 100_000, "recursion"),
-    ("unknown.pcd", rows(POINT), "it is none of .npy .txt .*; convert it"),
-]
-
-
-def write(path, content):
-    if isinstance(content, np.ndarray):
-        with open(path, "wb") as file:
-            np.save(file, content)
-    else:
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-
-
-@pytest.mark.parametrize("name, content, outcome", CASES, ids=[name for name, _, _ in CASES])
-def test_a_file_is_read_right_or_refused(tmp_path, name, content, outcome):
-    path = tmp_path / name
-    write(path, content)
-    if outcome is TWO_BOXES:
-        points = files.read_object(path, 2000)
-        size = np.ptp(points, axis=0)
-        assert np.allclose(np.sort(size), [1, 1, 6], atol=0.02)
-        assert abs((points[:, size.argmax()] > 0).mean() - 0.5) < 0.05  # in both boxes
-    elif isinstance(outcome, str):
-        message = assert_refused(outcome, files.read_object, path, 60)
-        assert str(path) in message and "\n" not in message and "; " in message  # says what to do
-    else:
-        points = files.read_object(path, 60)
-        assert points.dtype == np.float32
-        assert np.allclose(points, outcome - outcome.mean(axis=0), atol=2e-6 * np.abs(outcome).max())
-
-
-@pytest.mark.parametrize("extension", files.READERS)
-def test_objects_of_every_format_are_read_the_same_every_time_or_named(tmp_path, extension):
-    path, half = tmp_path / f"object{extension}", np.array([2, 1, 0.5])
-    is_mesh = extension in (".off", ".obj", ".ply", ".stl", ".glb", ".gltf")
-    if extension in (".glb", ".gltf"):  # a scene: a unit box and how it is stretched; its y is up
-        scene, half = trimesh.Scene(), half[[2, 0, 1]]
-        scene.add_geometry(BOX, transform=np.diag([4, 2, 1, 1]))
-        for name, content in trimesh.exchange.gltf.export_gltf(scene, embed_buffers=True).items():
-            (tmp_path / name).write_bytes(content)
-        scene.export(path) if extension == ".glb" else os.replace(tmp_path / "model.gltf", path)
-    elif is_mesh:
-        trimesh.creation.box((4, 2, 1)).export(path)
-    else:
-        write(path, LEANING if extension == ".npy" else rows(digits(LEANING, ".6f"), between=" "))
-    points = files.read_object(path, 2000 if is_mesh else 200)
-    assert np.array_equal(points, files.read_object(path, len(points))) and points.dtype == np.float32
-    if is_mesh:  # on the surface of the box: six faces by their area
-        low, high = points.min(axis=0), points.max(axis=0)
-        away = np.abs(np.abs(points - (low + high) / 2) / half - 1)
-        assert np.allclose(high - low, 2 * half, atol=0.02) and away.min(axis=1).max() < 0.02
-        assert 1000 < (away[:, half.argmin()] < 0.005).sum() < 1300  # 8 of 14
-    else:
-        away = np.linalg.norm(points[:, None] - (LEANING - LEANING.mean(axis=0)), axis=-1)
-        assert away.min(axis=1).max() < 1e-4 and len(set(away.argmin(axis=1))) == 200  # chosen, none twice
-    assert_named_if_broken(path, lambda path: files.read_object(path, 64))
-
-
 def test_clouds_of_a_folder_have_one_size_and_all_bad_files_are_named_at_once(tmp_path):
-    for i, count in enumerate((64, 70, 200)):
-        np.save(tmp_path / f"{i}.npy", LEANING[:count])
-    good = sorted(tmp_path.iterdir())
+    sizes = {f"{i}.npy": LEANING[:count] for i, count in enumerate((64, 70, 200))}
+    good = sorted(build(tmp_path, contents=sizes).iterdir())
     clouds = files.read_objects(good, 60, 100, "z")
     assert clouds.shape == (3, 64, 3) and clouds.dtype == np.float32
     assert np.array_equal(clouds[0], files.read_object(good[0], 60, 100))
-    bad = [tmp_path / f"bad{i}.ply" for i in range(12)]
-    for path in bad:
-        path.write_text("no")
+    bad = sorted(build(tmp_path / "bad", " ".join(f"{i}.ply" for i in range(12))).iterdir())
     os.symlink("/nowhere", tmp_path / "gone.npy")
-    says = r"13 of 16 files cannot be used:(\n  cannot read .*bad\d+.ply: .*){10}\n  and 3 more"
+    says = r"13 of 16 files cannot be used:(\n  cannot read .*\d+.ply: .*){10}\n  and 3 more"
     assert_refused(says, files.read_objects, [*good, *bad, tmp_path / "gone.npy"], 60, 100, "z")
     assert_refused("^no .*gone.npy", files.read_objects, [*good, tmp_path / "gone.npy"], 60, 100, "z")
-    (tmp_path / "folder.ply").mkdir()
-    assert_refused("folder.ply is a folder, expected a file", files.read_object, tmp_path / "folder.ply", 60)
+    assert_refused("bad is a folder, expected a file", files.read_object, tmp_path / "bad", 60)
 
 
 # ------ names of classes, folders, photographs --------------------------------------------------------------
 @pytest.mark.parametrize("content, outcome", [
-    (b"\xef\xbb\xbfmug\r\nnight_stand  \r\n\r\n", ["mug", "night stand"]),
-    ("Bu\u0308ro\nStuhl  alt\nकुर्सी".encode(), ["B\xfcro", "Stuhl alt", "कुर्सी"]),
-    (b"3d printer\n2-seater\nPainter's easel", ["3d printer", "2-seater", "Painter's easel"]),
-    (b"thing 1\nthing 2\nmug", ["thing 1", "thing 2", "mug"]),
-    (b"Mug\ncup\nmug", "one to the text tower"),
-    (b"night_stand\nnight stand", "one to the text tower"),
-    ("Bu\u0308ro\nb\xfcro".encode(), "one to the text tower"),
-    ("m\u200bug\ncup".encode(), r"has 'm\\u200bug'; expected the name of a class alone"),
-    (b"# classes\nmug\ncup", "has '# classes'; expected"),
-    (b"0 mug\n1 cup", "has '0 mug'; expected"),
-    (b"1. mug\n2. cup", "has '1. mug'; expected"),
-    (b"mug 17\ncup 4", "has a number in each line, as 'mug 17'"),
-    (b"0-mug\n1-cup", "has a number in each line"),
-    (b"n02747177 bin\nmug", "has 'n02747177 bin'; expected"),
-    (b"Name\nmug\ncup", "has 'Name'; expected"),
-    (b"mug\t1\ncup\t2", r"has 'mug\\t1'; expected"),
-    (b"'mug'\n'cup'", "expected the name"),
-    (b"- mug\n- cup", "has '- mug'; expected"),
-    (b"mug, cup", "has 'mug, cup'; expected"),
-    (b"5$ mug\n{0}", r"has '5\$ mug'; expected"),
-    (b"mug\n", "two or more different"),
-    (b"\n", "it is empty; README"),
+    ("\ufeffmug\r\nnight_stand  \r\n\r\nStuhl  alt", ["mug", "night stand", "Stuhl alt"]),
+    ("Bu\u0308ro\nकुर्सी\n3d printer\n2-seater\nPainter's easel\nthing 1",
+     ["B\xfcro", "कुर्सी", "3d printer", "2-seater", "Painter's easel", "thing 1"]),
+    *((f"mug\n{line}\ncup", f"has {line!r}; expected the name of a class alone")
+      for line in ("# classes", "0 mug", "1. mug", "n02747177 bin", "Name", "mug\t1", "'mug'", "- mug",
+                   "mug, cup", "5$ mug", "{0}", "m\u200bug")),
+    ("mug 17\ncup 4", "has a number in each line, as 'mug 17'"),
+    ("0-mug\n1-cup", "has a number in each line"),
+    ("Mug\ncup\nmug", "one to the text tower"),
+    ("night_stand\nnight stand", "one to the text tower"),
+    ("Bu\u0308ro\nb\xfcro", "one to the text tower"),
+    ("mug\n", "two or more different"),
+    ("\n", "it is empty; README"),
     ("K\xfchlschrank\nmug".encode("latin1"), "save lines of text as UTF-8"),
     ("mug\ncup\n".encode("utf-16-le"), "no text in UTF-8"),
     (POINTER, "git lfs pull")])
 def test_names_of_classes_are_kept_as_given_or_refused(tmp_path, content, outcome):
-    path = tmp_path / "classes.txt"
-    path.write_bytes(content)
+    path = build(tmp_path, contents={"classes.txt": content}) / "classes.txt"
     def read():
         return files.clean_class_names(files.read_lines(path), str(path))
-    if isinstance(outcome, str):
-        assert_refused(f"classes.txt.*{outcome}", read)
-    else:
+    if isinstance(outcome, list):
         assert read() == outcome
+    else:
+        assert outcome in assert_refused("classes.txt", read)
 
 
-# Folders. A place -> a cloud, a picture (None), or text; "links to" another place.
-CLOUDS = {f"{split}/{name}/{split}{name}.npy": SOME for split in ("train", "test") for name in ("mug", "cup")}
-PICTURE = np.add.outer(np.arange(30) * 3, np.arange(40) * 2)[..., None] + [10, 60, 0]  # no two sides alike
+LABELLED = "train/mug/a.npy train/cup/b.npy test/mug/1.npy test/cup/2.npy "
+PICTURED = "test/Chair.npy test/Chair.001.npy test/0001.npy test/mask_2.npy train/seen.npy "
 
 
-def make_folder(folder, places):
-    for place, content in {"classes.txt": "mug\ncup\n", **places}.items():
-        path = folder / place
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix.lower() in files.PHOTOGRAPHS and content is None:
-            Image.fromarray(PICTURE.astype(np.uint8)).save(path)
-        elif isinstance(content, str) and content.startswith("links to "):
-            os.symlink(folder / content.removeprefix("links to "), path)
-        else:
-            write(path, content)
-    return folder
-
-
-def pictures_of(found, folder):
-    """Where the pictures of each object lie."""
-    return found["images"] and [[str(path.relative_to(folder / "views")) for path in paths]
-                                for paths in found["images"]]
-
-
-BOTH = {f"train/{name}.npy": SOME for name in ("Chair", "Chair.001", "0001", "mask_2")} | {
-    "test/seen.npy": SOME}
-
-
-@pytest.mark.parametrize("places, outcome", [
-    # Pictures of the training objects 0001, Chair.001, Chair and mask_2.
-    ({"views/Chair.png": None, "views/Chair.001.png": None, "views/Chair.002.png": None},
-     [[], ["Chair.001.png"], ["Chair.png"], []]),
-    ({"views/0001/b.JPG": None, "views/0001/0002.webp": None, "views/0001/._b.jpg": b"x",
-      "views/0001/a.heic": b"x"}, [["0001/0002.webp", "0001/b.JPG"], [], [], []]),
-    ({"views/new/0001/a.png": None, "views/new/Chair.tif": None, "views/0001/rgb/0001.png": None},
-     [["new/0001/a.png"], [], ["new/Chair.tif"], []]),
-    ({"views/mask_2/a.png": None, "views/mask_2.png": None}, [[], [], [], ["mask_2/a.png", "mask_2.png"]]),
-    ({"views/seen/a.png": None}, [[], [], [], []]),  # the other split has pictures
-    ({"views/0001/depth_1.png": None}, "0001/depth_1.png is called as a map of depth, a mask"),
-    ({"views/masks/0001.png": None}, "masks/0001.png is called as"),
-    ({"views/0001_front.png": None}, r"no picture of any object; expected .*views/.*/\*.jpg"),
-    ({"views/0001/a.txt": "x"}, "no picture of any object")])
-def test_a_picture_belongs_to_the_object_its_folder_or_itself_is_called(tmp_path, capsys, places, outcome):
-    folder = make_folder(tmp_path, {**BOTH, **places})
-    if isinstance(outcome, str):
-        assert_refused(outcome, files.read_folder, folder, "train")
-        return
-    train, _ = files.read_folder(folder, "train"), files.read_folder(folder, "test")
-    assert train["names"] == ["0001", "Chair.001", "Chair", "mask_2"]
-    assert pictures_of(train, folder) == outcome
-    assert capsys.readouterr().err.count("no picture of") == 1  # once for both splits
-
-
-def test_names_of_files_are_of_any_bytes_and_other_kinds_are_counted(tmp_path, capsys):
-    two = unicodedata.normalize("NFD", "Büro")  # umlauts may be composed or not
-    make_folder(tmp_path, {
-        "classes.txt": "Büro_stuhl\nTisch\n", "train/tisch/a.npy": SOME,
-        f"train/{two}_Stuhl/{two}.npy": SOME, "views/Büro/1.png": None, f"views/{two}/2.png": None,
-        "train/a.pcd": "x", "train/b.PCD": "x", "train/tisch/c.las": "x"})
-    with open(os.fsencode(tmp_path) + b"/train/tisch/m\xf6bel.npy", "wb") as file:
-        np.save(file, SOME)
-    found = files.read_folder(tmp_path, "train")
-    assert found["class_names"] == ["Büro stuhl", "Tisch"] and found["labels"] == [0, 1, 1]
-    assert [len(paths) for paths in found["images"]] == [2, 0, 0]
-    assert found["names"] == ["Büro", "a", "m\ufffdbel"] and "\n".join(found["names"]).encode()
-    assert files.read_objects(found["points"], 60, 60, "z").shape == (3, 60, 3)
-    assert re.search("ignored 3 files in .*train: 2 .pcd, 1 .las; convert", capsys.readouterr().err)
-    (tmp_path / "classes.txt").unlink()
-    assert_refused("^no .*classes.txt; README", files.read_folder, tmp_path, "train")
-
-
-@pytest.mark.parametrize("places, outcome", [
-    (CLOUDS, dict(names=["testcup", "testmug"], labels=[1, 0], images=None, class_names=["mug", "cup"])),
-    ({"test/a.npy": SOME, "test/b.PLY": ply([])}, dict(names=["a", "b"], labels=None)),
+@pytest.mark.parametrize("places, contents, outcome", [
+    (LABELLED, {}, dict(names=["2", "1"], labels=[1, 0], images=None, class_names=["mug", "cup"])),
+    ("test/a.npy", {"test/b.PLY": ply([])}, dict(names=["a", "b"], labels=None)),
     # Numbered anew in each class.
-    ({"test/mug/1.npy": SOME, "test/cup/1.npy": SOME, "views/mug/1/a.png": None, "views/cup/1.png": None},
-     dict(names=["cup/1", "mug/1"], labels=[1, 0], images=[["cup/1.png"], ["mug/1/a.png"]])),
+    ("test/mug/1.npy test/cup/1.npy views/mug/1/a.png views/cup/1.png", {},
+     dict(names=["cup/1", "mug/1"], labels=[1, 0], images=["cup/1.png", "mug/1/a.png"])),
     # Links are followed, but not upwards; hidden files are skipped, captions no objects.
-    ({"store/1.npy": SOME, "test/mug": "links to store", "test/cup/loop": "links to test",
-      "test/cup/2.npy": "links to store/1.npy", "test/cup/._2.npy": b"x", "test/__MACOSX/3.npy": b"x",
-      "test/.checkpoints/4.npy": b"x"}, dict(names=["2", "1"], labels=[1, 0])),
-    ({"test/mug/1.off": off(), "test/mug/1.txt": "a mug"}, dict(names=["1"])),
-    ({"test/cup/deeper/mug/1.npy": SOME, "test/cup/2.npy": SOME}, dict(names=["2", "1"], labels=[1, 0])),
-    # Refused.
-    ({**CLOUDS, "test/mugs/1.npy": SOME}, r"objects in \['mugs'\]; expected folders named as in"),
-    ({**CLOUDS, "test/1.npy": SOME}, "objects in folders and outside"),
-    ({"test/mug/1.npy": SOME, "test/mug/1.xyz": rows(POINT)}, "two objects of .*test are called mug/1"),
-    ({"test/1.npy": SOME, "test/1.xyz": rows(POINT)}, "two objects of .*test are called 1; rename"),
-    ({"test/mug/1.npy": SOME, "train/cup/1.npy": SOME, "views/1/a.png": None}, "1 is an object of .* and of"),
-    ({"train/a.npy": SOME, "test/a.pcd": "x"}, "no objects in .*test; expected files .npy"),
-    ({"classes.txt": "mug\nmug\n"}, "two or more different names")])
-def test_a_folder_is_read_right_or_refused(tmp_path, places, outcome):
-    make_folder(tmp_path, places)
+    ("store/1.npy test/cup/._2.npy test/__MACOSX/3.npy test/.checkpoints/4.npy",
+     {"test/mug": Path("store"), "test/cup/loop": Path("test"), "test/cup/2.npy": Path("store/1.npy")},
+     dict(names=["2", "1"], labels=[1, 0])),
+    ("test/mug/1.txt test/cup/deeper/mug/2.npy", {"test/mug/1.off": off()},
+     dict(names=["2", "1"], labels=[0, 0])),
+    (LABELLED + "test/mugs/1.npy", {}, r"objects in \['mugs'\]; expected folders named as in"),
+    (LABELLED + "test/1.npy", {}, "objects in folders and outside"),
+    ("test/mug/1.npy test/mug/1.xyz", {}, "two objects of .*test are called mug/1"),
+    ("test/1.npy test/1.xyz", {}, "two objects of .*test are called 1; rename"),
+    ("test/mug/1.npy train/cup/1.npy views/1/a.png", {}, "1 is an object of .* and of"),
+    ("train/a.npy test/a.pcd", {}, "no objects in .*test; expected files .npy"),
+    ("test/a.npy", {"classes.txt": "mug\nmug\n"}, "two or more different names"),
+    # Pictures of the objects 0001, Chair.001, Chair and mask_2.
+    (PICTURED + "views/Chair.png views/Chair.001.png views/Chair.002.png", {},
+     dict(names=["0001", "Chair.001", "Chair", "mask_2"], images=["", "Chair.001.png", "Chair.png", ""])),
+    (PICTURED + "views/0001/b.JPG views/0001/0002.webp views/0001/._b.jpg views/0001/a.heic", {},
+     dict(images=["0001/0002.webp 0001/b.JPG", "", "", ""])),
+    (PICTURED + "views/new/0001/a.png views/new/Chair.tif views/0001/rgb/0001.png", {},
+     dict(images=["new/0001/a.png", "", "new/Chair.tif", ""])),
+    (PICTURED + "views/mask_2/a.png views/mask_2.png", {},
+     dict(images=["", "", "", "mask_2.png mask_2/a.png"])),
+    (PICTURED + "views/seen/a.png", {}, dict(images=["", "", "", ""])),  # the other split has pictures
+    (PICTURED + "views/0001/depth_1.png", {}, "0001/depth_1.png is called as a map of depth, a mask"),
+    (PICTURED + "views/masks/0001.png", {}, "masks/0001.png is called as"),
+    (PICTURED + "views/0001_front.png views/0001/a.txt", {},
+     r"no picture of any object; expected .*views/.*/\*.jpg")])
+def test_a_folder_is_read_right_or_refused(tmp_path, places, contents, outcome):
+    build(tmp_path, places, {"classes.txt": "mug\ncup\n", **contents})
     if isinstance(outcome, str):
         assert_refused(outcome, files.read_folder, tmp_path, "test")
         return
     found = files.read_folder(tmp_path, "test")
-    found["images"] = pictures_of(found, tmp_path)
+    if found["images"]:
+        shots = [[str(path.relative_to(tmp_path / "views")) for path in paths] for paths in found["images"]]
+        found["images"] = [" ".join(sorted(paths)) for paths in shots]
     assert {key: found[key] for key in outcome} == outcome and len(found["points"]) == len(found["names"])
 
 
-def photograph(mode="RGB", pixels=PICTURE.astype(np.uint8), hidden=None, size=None, **options):
-    """A function from a path to nothing that saves a picture there, parts of it `hidden`, or cut off."""
-    def save(path):
-        picture = Image.fromarray(pixels).convert(mode) if mode else Image.fromarray(pixels)
-        if hidden is not None:  # its hidden colours stay in the file
-            picture.putalpha(Image.fromarray(np.uint8(255 * ~hidden)))
-        picture.save(path, **options, **({"lossless": True, "exact": True} if path.suffix == ".webp" else {}))
-        path.write_bytes(path.read_bytes()[:size])
-    return save
+def test_names_of_files_are_of_any_bytes_and_what_is_left_out_is_counted_once(tmp_path, capsys):
+    two = "Bu\u0308ro"  # umlauts may be composed or not
+    places = f"train/tisch/a.npy train/{two}_Stuhl/{two}.npy views/B\xfcro/1.png views/{two}/2.png test/b.npy"
+    build(tmp_path, f"{places} train/a.pcd train/b.PCD train/tisch/c.las",
+          {"classes.txt": "B\xfcro_stuhl\nTisch\n", os.fsdecode(b"train/tisch/m\xf6bel.npy"): SOME})
+    found = files.read_folder(tmp_path, "train")
+    files.read_folder(tmp_path, "test")
+    assert found["class_names"] == ["B\xfcro stuhl", "Tisch"] and found["labels"] == [0, 1, 1]
+    assert [len(paths) for paths in found["images"]] == [2, 0, 0]
+    assert found["names"] == ["B\xfcro", "a", "m\ufffdbel"] and "\n".join(found["names"]).encode()
+    assert files.read_objects(found["points"], 60, 60, "z").shape == (3, 60, 3)
+    said = capsys.readouterr().err
+    assert re.search("ignored 3 files in .*train: 2 .pcd, 1 .las; convert", said)
+    assert said.count("no picture of 3 of 4 objects") == 1  # once for both splits
+    (tmp_path / "classes.txt").unlink()
+    assert_refused("^no .*classes.txt; README", files.read_folder, tmp_path, "train")
 
 
-def turned(orientation):
+def encoded(kind, picture=Image.fromarray(PICTURE), **options) -> bytes:
+    """A picture's file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def turned(orientation) -> bytes:
     """PICTURE as a camera stores it that was held otherwise."""
     turns = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's numbers of transpositions
-    picture = Image.fromarray(PICTURE.astype(np.uint8))
+    picture = Image.fromarray(PICTURE)
     exif = picture.getexif()
     exif[0x0112] = orientation
     stored = picture.transpose(Image.Transpose(turns[orientation])) if orientation in turns else picture
-    return lambda path: stored.save(path, exif=exif)
+    return encoded("png", stored, exif=exif)
 
 
 HIDDEN = np.tile(np.arange(40) >= 20, (30, 1))
-
-
+CUTOUT = Image.fromarray(np.dstack([PICTURE, np.uint8(255 * ~HIDDEN)]))  # its hidden colours stay in the file
 SEEN = np.where(HIDDEN[..., None], 128, PICTURE)
-GREY = PICTURE[..., 0]
+HOLE = Image.fromarray(np.full((30, 40), 7, np.uint8)).convert("P")
+DEEP, FLOAT = (Image.fromarray(PICTURE[..., 0].astype(kind)) for kind in ("u2", "f4"))
 
 
-@pytest.mark.parametrize("name, save, outcome", [
+@pytest.mark.parametrize("name, content, outcome", [
     *((f"{orientation}.png", turned(orientation), PICTURE) for orientation in range(1, 9)),
-    ("a.bmp", photograph(), PICTURE), ("cmyk.tif", photograph("CMYK"), PICTURE),
-    *((name, photograph(hidden=HIDDEN), SEEN) for name in ("rgba.png", "rgba.tiff", "rgba.webp")),
-    ("hole.png", photograph("P", np.full((30, 40), 7, np.uint8), transparency=7), np.full((30, 40, 3), 128)),
-    *((name, photograph(None, GREY.astype("u2")), "more than 8 bits") for name in ("16.png", "16.tif")),
-    ("float.tif", photograph(None, GREY.astype("f4")), "more than 8 bits"),
-    ("cut.bmp", photograph(size=2000), "; replace or remove it"),
-    ("page.jpg", lambda path: path.write_bytes(b"<html>"), "cannot identify image.*; replace or remove it"),
-    ("bomb.png", lambda path: Image.new("1", (20_000, 20_000)).save(path), "exceeds limit"),
-    ("pointer.jpg", lambda path: path.write_bytes(POINTER), "git lfs pull")])
-def test_photographs_are_read_as_a_person_sees_them_or_refused(tmp_path, name, save, outcome):
-    path = tmp_path / name
-    save(path)
+    ("a.bmp", encoded("bmp"), PICTURE),
+    ("cmyk.tif", encoded("tiff", Image.fromarray(PICTURE).convert("CMYK")), PICTURE),
+    ("rgba.png", encoded("png", CUTOUT), SEEN),
+    ("rgba.webp", encoded("webp", CUTOUT, lossless=True, exact=True), SEEN),
+    ("hole.png", encoded("png", HOLE, transparency=7), np.full((30, 40, 3), 128)),
+    ("16.tif", encoded("tiff", DEEP), "more than 8 bits"),
+    ("float.tif", encoded("tiff", FLOAT), "more than 8 bits"),
+    ("cut.bmp", encoded("bmp")[:2000], "; replace or remove it"),
+    ("page.jpg", b"<html>", "cannot identify image.*; replace or remove it"),
+    ("bomb.png", b"P5 20000 20000 255\n", "exceeds limit"),  # Pillow goes by what is inside
+    ("pointer.jpg", POINTER, "git lfs pull")])
+def test_photographs_are_read_as_a_person_sees_them_or_refused(tmp_path, name, content, outcome):
+    path = build(tmp_path, contents={name: content}) / name
     if isinstance(outcome, str):
         assert_refused(f"cannot read .*{name}: .*{outcome}", files.read_photograph, path)
     else:
         image = files.read_photograph(path)
         assert image.dtype == torch.uint8 and image.shape == (3, 30, 40)
-        assert np.abs(image.permute(1, 2, 0).numpy() - outcome).max() <= 1
+        assert np.abs(image.permute(1, 2, 0).numpy() - outcome.astype(int)).max() <= 1
 
 
 def test_a_folder_of_ones_own_is_read_with_and_without_labels_and_set_upright(tmp_path, monkeypatch):
     named, bare = str(write_own(tmp_path / "named")), str(write_own(tmp_path / "bare", labelled=False))
     shutil.rmtree(tmp_path / "bare/test")
-    write_pictures(tmp_path / "bare/views/train0", "1.png", "2.jpg")
+    build(tmp_path / "bare/views", "train0/1.png train0/2.jpg")
     load, scan = partial(data.load_dataset, root=tmp_path, split="test"), Mock(wraps=data.scan)
     objects = load(named, points=64)
     assert objects.class_names == NAMES and [k // 2 for k in range(20)] == objects.labels.tolist()
     assert objects.names[:2] == ["test0", "test10"] and (objects.name, objects.split) == ("named", "test")
-    turned = load(named, points=64, up=options("--up=-y").up)
-    assert torch.allclose(turned.points, files.to_z_up(objects.points, "-y"), atol=1e-5)
+    lying = load(named, points=64, up=options("--up=-y").up)
+    assert torch.allclose(lying.points, files.to_z_up(objects.points, "-y"), atol=1e-5)
     objects = load(bare, points=64)
     assert objects.labels is None and len(objects) == 48 and objects.split == "train"
     assert [len(paths) for paths in objects.images] == [2] + [0] * 47
     assert [data.dataset_row(root)["templates"] for root in (bare, named)] == ["depth", "depth"]
-    for i in range(1, 25):  # now most objects have a photograph
-        write_pictures(tmp_path / "bare/views", f"train{i}.png")
+    build(tmp_path / "bare/views", " ".join(f"train{i}.png" for i in range(1, 25)))  # of most objects
     assert data.dataset_row(bare)["templates"] == "photo"
     monkeypatch.setattr(data, "scan", scan)
     for points, most in ((32, 96), (100, 128)):  # a scan loses points: more of a file are read than asked for
@@ -1192,11 +1086,17 @@ def test_a_folder_of_ones_own_is_read_with_and_without_labels_and_set_upright(tm
         assert scan.call_args.args[0].shape == (20, most, 3)
 
 
+def with_photographs(folder, *counts):
+    """Objects with so many photographs, which become redder from one to the next."""
+    objects, made = data.sample_shapes(len(counts), 0, points=512), iter(range(sum(counts)))
+    write_pictures(folder, *[f"{k}.png" for k in range(sum(counts))])
+    objects.images = [[folder / f"{next(made)}.png" for _ in range(count)] for count in counts]
+    return objects
+
+
 def test_photographs_and_depth_views_take_one_path_and_come_from_workers_as_bytes_in_order(
         tmp_path, monkeypatch):
-    objects = data.sample_shapes(8, 0, points=64)
-    write_pictures(tmp_path, *[f"{k}.png" for k in range(5)])
-    objects.images = [[tmp_path / f"{k}.png" for k in range(5)]] + [[]] * 7
+    objects = with_photographs(tmp_path, 5, *[0] * 7)
     item = data.Photographs(objects, 32, seed=2**32)
     assert [image.dtype for image in item[0]] == [np.uint8] * 2
     assert [image.dtype for image in item[3]] == [np.float32] * 2  # rendered
@@ -1221,9 +1121,7 @@ def test_photographs_and_depth_views_take_one_path_and_come_from_workers_as_byte
 
 
 def test_an_object_without_photographs_is_augmented_as_depth_views_are_everywhere(tmp_path):
-    objects = data.sample_shapes(20, 0, points=512)
-    write_pictures(tmp_path, "0.png")
-    objects.images = [[tmp_path / "0.png"]] + [[]] * 19
+    objects = with_photographs(tmp_path, 1, *[0] * 19)
     pair, = data.training_photographs(objects, (torch.arange(20),), 64, 0)
     torch.manual_seed(0)
     for mine, usual in zip(pair, data.depth_crops(objects.points, 64)):
@@ -1234,9 +1132,7 @@ def test_an_object_without_photographs_is_augmented_as_depth_views_are_everywher
 
 
 def test_a_broken_photograph_is_named_in_one_line(tmp_path):
-    objects, photo = data.sample_shapes(4, 0, points=64), tmp_path / "1.png"
-    write_pictures(tmp_path, "0.png", "1.png", "2.png")
-    objects.images = [[tmp_path / f"{i}.png"] for i in range(3)] + [[]]
+    objects, photo = with_photographs(tmp_path, 1, 1, 1, 0), tmp_path / "1.png"
     whole, paths = photo.read_bytes(), [path for paths in objects.images for path in paths]
     photo.write_bytes(b"no picture")
     for images in (data.training_photographs(objects, torch.arange(4).split(3), 32, 0),
@@ -1258,11 +1154,13 @@ def make_start(folder, *argv) -> tuple[Path, dict]:
     return folder / "start.pt", starts.read_file(folder / "start.pt")["model"]
 
 
+# may go: pretrain's FILE.log.jsonl (the two lines with `logged`)
 def test_a_start_in_the_making_continues_logs_its_speed_and_refuses_what_is_not_finite(tmp_path, monkeypatch):
     recipe = dict(objects=40, epochs=3, batch_size=8, lr=1e-3, weight_decay=0.05)
     monkeypatch.setattr(pretrain, "RECIPES", {"tiny": recipe})
     monkeypatch.setattr(pretrain, "SAVE_EVERY", 0)
     real = pretrain.pretrain_loss
+
     def make(folder, *argv, stop=None, spoil=None):
         steps = []
         def loss(*given):
@@ -1273,17 +1171,19 @@ def test_a_start_in_the_making_continues_logs_its_speed_and_refuses_what_is_not_
         monkeypatch.setattr(pretrain, "pretrain_loss", loss)
         path, state = make_start(folder, *argv)
         return len(steps), state, path
+
     steps, whole, path = make(tmp_path / "whole")
-    rows = [json.loads(line) for line in path.with_suffix(".log.jsonl").read_text().splitlines()]
-    assert steps == 15 and [row["step"] for row in rows] == [5, 10, 15] and rows[0]["objects_per_second"] > 0
-    assert not path.with_suffix(".last.pt").exists()
+    logged = rows_of(path.with_suffix(".log.jsonl"))
+    assert [row["step"] for row in logged] == [5, 10, 15] and logged[0]["objects_per_second"] > 0
+    assert steps == 15 and not path.with_suffix(".last.pt").exists()
     assert_refused("start.pt is there already", make, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "parts", stop=8)  # in the second of three epochs
-    assert_refused("was begun with other options, data or code", make, tmp_path / "parts", "--seed", "1")
+    begun_otherwise = "was begun with other options, data or code"
+    assert_refused(begun_otherwise, make, tmp_path / "parts", "--seed", "1")
     with monkeypatch.context() as patch:
         patch.setattr(pretrain, "CODE_OF_STARTS", "edited")
-        assert_refused("was begun with other options, data or code", make, tmp_path / "parts")
+        assert_refused(begun_otherwise, make, tmp_path / "parts")
     steps, parts, _ = make(tmp_path / "parts")
     assert steps == 10 and same(whole, parts)
     assert_refused("loss of pre-training is not finite at step 5", make, tmp_path / "spoilt", spoil=2)
@@ -1318,15 +1218,13 @@ def test_a_point_encoder_is_aligned_to_a_frozen_clip_with_the_targets_clouds(
 
 
 def test_shapenet_is_read_as_point_berts_authors_left_it(tmp_path):
-    (tmp_path / "shapenet_pc").mkdir()
-    np.save(tmp_path / "shapenet_pc/03001627-a.npy", LEANING)
-    (tmp_path / "ShapeNet-55").mkdir()
-    (tmp_path / "ShapeNet-55/train.txt").write_text("03001627-a.npy\n")
+    listed = "ShapeNet-55/train.txt"
+    build(tmp_path, contents={"shapenet_pc/03001627-a.npy": LEANING, listed: "03001627-a.npy\n"})
     objects = pretrain.load_shapenet55(tmp_path, 500)
     assert objects.class_names[objects.labels[0]] == "chair" and len(objects.class_names) == 55
     turned = data.to_unit_sphere(torch.from_numpy(LEANING[None]), up="y")
     assert torch.allclose(objects.points, turned, atol=1e-6)
-    (tmp_path / "ShapeNet-55/train.txt").write_text("99-a.npy\n")
+    build(tmp_path, contents={listed: "99-a.npy\n"})
     assert_refused("expected names that begin with the WordNet number", pretrain.load_shapenet55, tmp_path, 9)
     args = pretrain.parse_args(["--into", "x", "--dataset", "shapenet55", "--model", "ViT-B-32"])
     assert (args.points, args.up, args.templates) == (8192, "y", "3d")
@@ -1335,46 +1233,46 @@ def test_shapenet_is_read_as_point_berts_authors_left_it(tmp_path):
 # ------ pictures and tables ---------------------------------------------------------------------------------
 def test_curves_show_what_there_is_and_begin_with_the_start(monkeypatch):
     monkeypatch.setattr(pictures, "png", lambda figure: figure)
-    for accuracy, start, labels in (
-            (None, {}, ({"information, nats"}, {"coverage", "names in use", "image and point agree"})),
+    known = {"agreement": 60.0, "information": 0.5, "shares": {"mug": 0.5, "cup": 0.5}}
+    step = dict(epoch=2, step=6, coverage=0.5, entropy=1.0, named=[0.25] * 4)
+    for accuracy, start, above, below in (
+            (None, {}, {"information, nats"}, {"coverage", "names in use", "image and point agree"}),
             (0.7, dict(image=1.0, point=2.0, joint=3.0),
-             ({"image", "point", "joint"}, {"coverage", "names in use", "label accuracy"}))):
-        start = {"agreement": 60.0, "information": 0.5, "shares": {"mug": 0.5, "cup": 0.5}, **start}
-        step = dict(epoch=2, step=6, coverage=0.5, label_accuracy=accuracy, entropy=1.0, named=[0.25] * 4)
-        axes = pictures.plot_curves([step, dict(epoch=2, step=6, teacher=start)], start).axes
-        for panel, expected in zip(axes, labels):
+             {"image", "point", "joint"}, {"coverage", "names in use", "label accuracy"})):
+        start = {**known, **start}
+        log = [{**step, "label_accuracy": accuracy}, dict(epoch=2, step=6, teacher=start)]
+        axes = pictures.plot_curves(log, start).axes
+        for panel, expected in zip(axes, (above, below)):
             drawn = {line.get_label() for line in panel.lines if not line.get_label().startswith("_")}
             assert drawn == expected == {text.get_text() for text in panel.get_legend().texts}
-        assert all([*line.get_xdata()] == [0, 2] for line in axes[0].lines if line.get_label() in labels[0])
+        assert all([*line.get_xdata()] == [0, 2] for line in axes[0].lines if line.get_label() in above)
 
 
 def test_the_gallery_names_objects_one_should_look_at_and_who_says_what(monkeypatch):
     objects = data.Objects(CLOUD.expand(3, -1, -1), None, ["mug", "cup"], names=["x", "y", "z"])
     probs = {"image": torch.eye(2)[[0, 0, 1]], "point": torch.eye(2)[[0, 1, 1]]}
     lines = partial(evaluation.name_objects, objects, probs | {"joint": sum(probs.values()) / 2})
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "draw_grid", lambda *given: given)
-        cells, _, title = evaluation.gallery(lines(), objects)
-        said = "y\njoint: mug 0.5000\nimage: mug 1.0000\npoint: cup 1.0000"
-        assert [text for _, text in cells] == [said, ""]
-        assert title == "1 of 3 objects: image and point disagree"
-        objects.labels = torch.tensor([1, 0, 1])
-        cells, _, title = evaluation.gallery(lines(), objects)
-        assert [text.split("\n")[0] for _, text in cells] == ["x", "is cup", "y", "is mug"]
-        assert title == "2 of 3 objects: named wrongly, or in two ways"
-    nothing = objects.pick(torch.tensor([2]))
-    evaluation.gallery(lines()[2:], nothing)  # of nothing it is empty
+    evaluation.gallery(lines()[2:], objects.pick(torch.tensor([2])))  # of nothing it is empty
+    monkeypatch.setattr(evaluation, "draw_grid", lambda *given: given)
+    cells, _, title = evaluation.gallery(lines(), objects)
+    said = "y\njoint: mug 0.5000\nimage: mug 1.0000\npoint: cup 1.0000"
+    assert [text for _, text in cells] == [said, ""]
+    assert title == "1 of 3 objects: image and point disagree"
+    objects.labels = torch.tensor([1, 0, 1])
+    cells, _, title = evaluation.gallery(lines(), objects)
+    assert [text.split("\n")[0] for _, text in cells] == ["x", "is cup", "y", "is mug"]
+    assert title == "2 of 3 objects: named wrongly, or in two ways"
 
 
-def test_a_confusion_of_any_number_of_classes_and_names_is_a_picture_of_bounded_size(capsys):
-    # A broken formula, many names, letters of another font.
-    for names in (["$0^$", "$1^$"], [f"name {k}" for k in range(130)], ["椅子", "桌子"]):
-        labels = torch.arange(len(names))
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            drawn = pictures.plot_confusion(labels, labels.roll(-1), names, "$\\x$")
-        size = Image.open(io.BytesIO(drawn)).size
-        assert max(size) < 3700 and min(size) > min(250, 32 * len(names))
+# A broken formula; may go: confusion of >100 classes; may go: CJK fonts.
+@pytest.mark.parametrize("names", [["$0^$", "$1^$"], [f"name {k}" for k in range(130)], ["椅子", "桌子"]])
+def test_a_confusion_of_any_number_of_classes_and_names_is_a_picture_of_bounded_size(names, capsys):
+    labels = torch.arange(len(names))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = pictures.plot_confusion(labels, labels.roll(-1), names, "$\\x$")
+    size = Image.open(io.BytesIO(drawn)).size
+    assert max(size) < 3700 and min(size) > min(250, 32 * len(names))
     assert capsys.readouterr().err.count("\n") <= 1  # where no font has these letters
 
 
@@ -1402,7 +1300,7 @@ def result(seed=0, joint=60.0, **more) -> dict:
     return {**row, "accuracy" if "rival" in more else "teacher": after, **more}
 
 
-def test_tables_average_seeds_and_measure_how_much_of_the_gap_to_true_labels_was_closed(tmp_path):
+def test_tables_average_seeds_and_measure_how_much_of_the_gap_to_true_labels_was_closed():
     runs = [result(rival="cache", joint=55.0)]
     for seed, joint, ceiling in ((0, 60.0, 70.0), (1, 66.0, 90.0)):
         runs += [result(seed, joint), result(seed, ceiling, changed={"labels": "truth"})]
@@ -1412,25 +1310,28 @@ def test_tables_average_seeds_and_measure_how_much_of_the_gap_to_true_labels_was
         "| Cross-MoST | 50.0 ± 0.0 -> 63.0 ± 4.2 (45 %) |",  # 10/20, 16/40
         "| `--labels truth` | 50.0 ± 0.0 -> 80.0 ± 14.1 (100 %) |",
         "| cache, no training | 50.0 -> 55.0 (25 %) |"]
-    lines = document.splitlines()
-    assert lines[-5].startswith("| toys, 7 objects | image | point |") and lines[-3:] == [
-        f"| {row} | 1.0{spread} -> 10.0{spread} | 2.0{spread} -> 20.0{spread} | {rest} |"
-        for row, spread, rest in (
-            ("Cross-MoST", " ± 0.0", "50.0 ± 0.0 -> 63.0 ± 4.2 | 45 % |  | 0: 60.0, 1: 66.0"),
-            ("`--labels truth`", " ± 0.0", "50.0 ± 0.0 -> 80.0 ± 14.1 | 100 % |  | 0: 70.0, 1: 90.0"),
-            ("cache, no training", "", "50.0 -> 55.0 | 25 % |  | 0: 55.0"))]
+    *lines, head, _, ours, _, cache = document.splitlines()
+    assert head.startswith("| toys, 7 objects | image | point |")
+    assert ours == ("| Cross-MoST | 1.0 ± 0.0 -> 10.0 ± 0.0 | 2.0 ± 0.0 -> 20.0 ± 0.0 "
+                    "| 50.0 ± 0.0 -> 63.0 ± 4.2 | 45 % |  | 0: 60.0, 1: 66.0 |")
+    assert cache.endswith("| 1.0 -> 10.0 | 2.0 -> 20.0 | 50.0 -> 55.0 | 25 % |  | 0: 55.0 |")
     assert {"- model: tiny", "- precision: fp32", "- commit: 1234567"} <= set(lines)
-    def write(name, text):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text if isinstance(text, str) else json.dumps(text))
-        return make_tables.gather(tmp_path)
+
+
+def test_gathering_refuses_broken_results_and_two_runs_that_differ_in_nothing(tmp_path):
+    def count(place, content):
+        build(tmp_path, contents={f"{place}results.json": content})
+        return len(make_tables.gather(tmp_path))
     assert_refused("no results.json with accuracy below", make_tables.gather, tmp_path)
-    for count, name, content in ((1, "toys/a/seed-0", result()), (2, "toys/a/seed-1", result(1)),
-                                 (2, "toys/b", result(zero_shot=None)), (2, "", "{")):
-        assert len(write(f"{name}/results.json".lstrip("/"), content)) == count
-    for broken, says in ((result(), "another run there has its options"), ("{", ""), ("[1]", ""),
-                         ('{"zero_shot": 1}', "")):
-        assert_refused(f"cannot read .*c/results.json: .*{says}", write, "toys/c/results.json", broken)
+    assert count("toys/a/seed-0/", result()) == 1
+    assert count("toys/a/seed-1/", result(1)) == 2
+    assert count("toys/b/", result(zero_shot=None)) == 2  # had no labels
+    assert count("", []) == 2  # what an earlier call gathered
+    assert_refused("c/results.json: another run there has its options", count, "toys/c/", result())
+    for broken in ([1], {"zero_shot": 1}):
+        assert_refused("cannot read .*c/results.json", count, "toys/c/", broken)
+    (tmp_path / "toys/c/results.json").write_text("{")
+    assert_refused("cannot read .*c/results.json", make_tables.gather, tmp_path)
 
 
 @pytest.mark.parametrize("key, value, says", [
@@ -1443,11 +1344,12 @@ def test_runs_of_other_models_starts_or_precisions_have_a_row_of_their_own(key, 
     assert says in row and "%" not in row  # the ceiling is not this run's
     # Starts that were made for each seed are one setting, whichever commit made the runs.
     seeds = [result(seed, start=f"tiny-seed-{seed}", commit=f"c{seed}") for seed in range(3)]
-    assert len(make_tables.tables(seeds)[0].splitlines()) == 3
-    assert "- commit: c0, c1, c2" in make_tables.tables(seeds)[1]
+    short, document = make_tables.tables(seeds)
+    assert len(short.splitlines()) == 3 and "- commit: c0, c1, c2" in document
     assert len(make_tables.tables([*seeds, result(3, start="tiny-seed-0")])[0].splitlines()) == 4
 
 
+# may go: make_tables --jobs/--rivals
 def test_a_table_of_ones_own_is_one_command_that_can_be_stopped_and_continued(
         tmp_path, monkeypatch, capsys, finished):
     small = "--dataset toys --points 128 --views 2 --batch-size 16 --epochs 1 --device cpu"
@@ -1476,22 +1378,18 @@ def test_a_table_of_ones_own_is_one_command_that_can_be_stopped_and_continued(
     assert_refused("seed-0.pt was made by other code", make_tables.main, argv)
 
 
-def test_a_step_is_measured_by_part_and_less_training_is_less_work(tmp_path, monkeypatch, capsys, finished):
-    monkeypatch.setattr(measure_speed, "REPEATS", 1)
-    out = ["--out", str(tmp_path / "out"), "--batch-size", "4"]
-    both, points, oracle = (
-        measure_speed.main([*small_flags(finished[0]), *out, *more])
-        for more in ((), ("--modalities", "point"), ("--labels", "truth")))
-    said = capsys.readouterr().out
-    for part in ("step", "views", "grouping", "teacher", "student, forward", "student, backward", "optimizer",
-                 "moving average", "evaluation", "objects/s", "% of a matrix product", "GiB"):
-        assert part in said
-    assert min(both["seconds"].values()) > 0 and min(both["product"], both["memory"]) > 0
-    assert points["tflop"] < 0.7 * both["tflop"]
-    assert oracle["tflop"] < 0.9 * both["tflop"]  # it asks no teacher
-    assert not (tmp_path / "out").exists()
+# may go: make_tables --jobs
+def test_stopping_the_tables_stops_their_runs(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(make_tables, "launch",
+                        lambda *_: started.append(subprocess.Popen(["sleep", "60"])) or started[-1])
+    monkeypatch.setattr(make_tables.time, "sleep", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        make_tables.in_processes(dict.fromkeys("abc"), tmp_path, 2)
+    assert [process.returncode for process in started] == [-signal.SIGTERM] * 2
 
 
+# may go: make_tables --rivals (planned_runs' True)
 def test_every_row_of_the_tables_differs_from_the_default_by_just_its_options():
     for row, data_sets in make_tables.ROWS.items():
         for data_set in data_sets:
@@ -1500,16 +1398,6 @@ def test_every_row_of_the_tables_differs_from_the_default_by_just_its_options():
             assert label == (f"`{row}`" if row else "Cross-MoST"), data_set
     runs = make_tables.planned_runs([*make_tables.ROWS, "--w-gl 1"], None, [0, 1], True, Path("x"))
     assert len({run.name for run in runs}) == len(runs) > 2 * len(make_tables.ROWS)
-
-
-def test_stopping_the_tables_stops_their_runs(tmp_path, monkeypatch):
-    launch = Mock(side_effect=lambda *_: subprocess.Popen(["sleep", "60"]))
-    monkeypatch.setattr(make_tables, "launch", lambda *_: started.append(launch()) or started[-1])
-    monkeypatch.setattr(make_tables.time, "sleep", Mock(side_effect=KeyboardInterrupt))
-    started = []
-    with pytest.raises(KeyboardInterrupt):
-        make_tables.in_processes(dict.fromkeys("abc"), tmp_path, 2)
-    assert [process.returncode for process in started] == [-signal.SIGTERM] * 2
 
 
 @pytest.mark.skipif(not (HERE / "assets/tables.md").exists(), reason="no tables yet")
@@ -1522,23 +1410,40 @@ def test_the_tables_are_those_of_the_recorded_runs():
     assert len(rows) >= 4 and rows <= set(short.splitlines())
 
 
+def test_a_step_is_measured_by_part_and_less_training_is_less_work(tmp_path, monkeypatch, capsys, finished):
+    monkeypatch.setattr(measure_speed, "REPEATS", 1)
+    flags = [*small_flags(finished[0], "--out", tmp_path / "out", "--batch-size", 4)]
+    both, points, oracle = (measure_speed.main([*flags, *more]) for more in (
+        [], ["--modalities", "point"], ["--labels", "truth"]))
+    said = capsys.readouterr().out
+    for part in ("step", "views", "grouping", "teacher", "student, forward", "student, backward", "optimizer",
+                 "moving average", "evaluation", "objects/s", "% of a matrix product", "GiB"):
+        assert part in said
+    assert min(both["seconds"].values()) > 0 and min(both["product"], both["memory"]) > 0
+    assert points["tflop"] < 0.7 * both["tflop"]
+    assert oracle["tflop"] < 0.9 * both["tflop"]  # it asks no teacher
+    assert not (tmp_path / "out").exists()
+
+
 # ------ code, saving ----------------------------------------------------------------------------------------
 def test_the_code_s_hash_changes_with_what_code_does_and_not_with_what_it_says(tmp_path):
     assert resume.code_hash(HERE, resume.HASHED) == resume.CODE
+
     def hash_of(text):
-        (tmp_path / "code.py").write_text(text, encoding="utf-8")
+        build(tmp_path, contents={"code.py": text})
         return resume.code_hash(tmp_path, ("code",))
+
     for module in {*resume.HASHED, *resume.HASHED_OF_STARTS}:
         text = (HERE / f"{module}.py").read_text(encoding="utf-8")
         assert hash_of(text) != hash_of(text + "\nEDITED = True\n"), module
     code = '"""One."""\nimport math\nclass A:\n    """Two."""\n    def f(self):\n        """Three."""\n' \
-        '        return {}  # four\n'
-    before = hash_of(code.format("1 + 1"))
+        '        return 1 + 1  # four\n'
+    before = hash_of(code)
     for said, other in (("One", "1"), ("Two", "2"), ("Three", "\\n3"), ("# four", "# 4"),
                         ("1 + 1", "(1 +  1)")):
-        assert hash_of(code.format("1 + 1").replace(said, other)) == before
+        assert hash_of(code.replace(said, other)) == before
     for does in ("1 + 2", "1 - 1", "'1 + 1'", "1 + 1.0", "None"):
-        assert hash_of(code.format(does)) != before
+        assert hash_of(code.replace("1 + 1", does)) != before
 
 
 def test_a_sheet_of_a_data_set_is_drawn_and_other_code_is_said(tmp_path, monkeypatch, capsys, finished):
@@ -1589,14 +1494,17 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     for content in ({"a": 2}, much) if Path("/dev/full").exists() else ():
         (tmp_path / ".x.pt").symlink_to("/dev/full")
         assert_refused("No space left on device: '.*/x.pt'", starts.save_file, content, path)
-    if resource:
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        for size in (0, 1000, 1 << 19, 1 << 20, (1 << 20) + 2000):  # head, middle, end
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-            try:
-                assert_refused("File too large: '.*/x.pt'", starts.save_file, much, path)
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(5, "Input/output error")))
-    assert_refused("error: '.*/x.pt'", starts.save_file, {"a": 2}, path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", Mock(side_effect=OSError(5, "Input/output error")))
+        assert_refused("error: '.*/x.pt'", starts.save_file, {"a": 2}, path)
+    assert starts.read_file(path) == {"a": 1} and list(tmp_path.iterdir()) == [path]
+
+    resource = pytest.importorskip("resource")  # not on Windows
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (0, 1000, 1 << 19, 1 << 20, (1 << 20) + 2000):  # head, middle, end
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            assert_refused("File too large: '.*/x.pt'", starts.save_file, much, path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert starts.read_file(path) == {"a": 1} and list(tmp_path.iterdir()) == [path]
