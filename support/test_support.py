@@ -1264,7 +1264,7 @@ def test_the_gallery_names_objects_one_should_look_at_and_who_says_what(monkeypa
     assert title == "2 of 3 objects: named wrongly, or in two ways"
 
 
-# A broken formula; may go: confusion of >100 classes; may go: CJK fonts.
+# may go, two rows: confusion of >100 classes, CJK fonts (the first row is a broken formula)
 @pytest.mark.parametrize("names", [["$0^$", "$1^$"], [f"name {k}" for k in range(130)], ["椅子", "桌子"]])
 def test_a_confusion_of_any_number_of_classes_and_names_is_a_picture_of_bounded_size(names, capsys):
     labels = torch.arange(len(names))
