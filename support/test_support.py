@@ -592,8 +592,9 @@ def test_missing_data_sets_are_fetched_once_unpacked_and_read(tmp_path, monkeypa
         changed = dict(sources=[archive.as_uri()], sha256=None)
         monkeypatch.setitem(fetch.FILES, key, fetch.FILES[key] | changed)
     for name, points, counts in (
-            ("modelnet40", 64, (24, 12)), ("modelnet40", 2100, (3, 2)), ("scanobjectnn-obj-only", 64, (30, 15)),
-            ("scanobjectnn-with-bg", 64, (31, 16)), ("scanobjectnn-hardest", 64, (32, 17))):
+            ("modelnet40", 64, (24, 12)), ("modelnet40", 2100, (3, 2)),
+            ("scanobjectnn-obj-only", 64, (30, 15)), ("scanobjectnn-with-bg", 64, (31, 16)),
+            ("scanobjectnn-hardest", 64, (32, 17))):
         train, test = (data.load_dataset(name, root, split, points) for split in ("train", "test"))
         assert (len(train), len(test)) == counts
     assert test.labels.tolist() == [*range(15), 0, 1]
