@@ -10,95 +10,93 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf
 
 from support import UserError, lock
 
-ULIP2 = "ULIP-2-PointBERT-8k-xyz-pc-slip_vit_b-objaverse-pretrained.pt"
-# file: what it is called in the folder that `option` names (--data-root if none does). terms: said before it
-# is fetched. sources: tried in order, addresses, or (data set of the hub, file in it, revision). sha256: of a
-# file from an address. otherwise: what one can do without it.
+HUB = "https://huggingface.co/datasets/"
+KNOWS_LITTLE = "--model tiny needs no file, but knows ten kinds of furniture only"
+# sources: addresses, tried in order. terms: said before it is fetched. sha256: of a file that is not the
+# hub's. option: names the folder that holds it. otherwise: what one can do without it.
 FILES = {
     "ulip2": dict(
-        file=ULIP2, option="--cache", terms="BSD-3-Clause, 8k-point Objaverse model of ULIP-2",
-        otherwise="--model tiny needs no file, but knows ten kinds of furniture only",
-        sources=[("SFXX/ulip", f"ULIP-2/pretrained_models/{ULIP2}", None)]),
+        sources=[f"{HUB}SFXX/ulip/resolve/main/ULIP-2/pretrained_models/"
+                 "ULIP-2-PointBERT-8k-xyz-pc-slip_vit_b-objaverse-pretrained.pt"],
+        terms="BSD-3-Clause, 8k-point Objaverse model of ULIP-2",
+        option="--cache", otherwise=KNOWS_LITTLE),
     "ulip1": dict(
-        file="checkpoint_pointbert.pt", option="--cache", terms="BSD-3-Clause, ULIP-1 on ShapeNet-55",
-        otherwise="--model tiny needs no file, but knows ten kinds of furniture only",
-        sources=[("SFXX/ulip",
-                  "ULIP-1/pretrained_models/ckpt_zero-sho_classification/checkpoint_pointbert.pt", None)]),
+        sources=[f"{HUB}SFXX/ulip/resolve/main/ULIP-1/pretrained_models/ckpt_zero-sho_classification/"
+                 "checkpoint_pointbert.pt"],
+        terms="BSD-3-Clause, ULIP-1 on ShapeNet-55",
+        option="--cache", otherwise=KNOWS_LITTLE),
     "modelnet40-8192": dict(
-        file="modelnet40_normal_resampled.tar.gz",
+        sources=[f"{HUB}Pointcept/modelnet40_normal_resampled-compressed/resolve/main/"
+                 "modelnet40_normal_resampled.tar.gz",
+                 "https://shapenet.cs.stanford.edu/media/modelnet40_normal_resampled.zip"],
         terms="1.6 GB, 7 GB unpacked, for academic research only",
-        otherwise="--points 2048 reads modelnet40_ply_hdf5_2048 instead",
-        sources=[("Pointcept/modelnet40_normal_resampled-compressed", "modelnet40_normal_resampled.tar.gz",
-                  None),
-                 "https://shapenet.cs.stanford.edu/media/modelnet40_normal_resampled.zip"]),
+        option="--data-root", otherwise="--points 2048 reads modelnet40_ply_hdf5_2048 instead"),
     "modelnet40": dict(
-        file="modelnet40_ply_hdf5_2048.zip",
-        terms="435 MB, for academic research only",
-        sources=[("Msun/modelnet40", "modelnet40_ply_hdf5_2048.zip",
-                  "d5dc795541800feeb7a4b3bd3142729a0d2adf7a"),
+        sources=[f"{HUB}Msun/modelnet40/resolve/d5dc795541800feeb7a4b3bd3142729a0d2adf7a/"
+                 "modelnet40_ply_hdf5_2048.zip",
                  "https://shapenet.cs.stanford.edu/media/modelnet40_ply_hdf5_2048.zip"],
-        sha256="07670e237db72ece0f723b9abb571534c9ad655a6456b389646587dc72bb8bae"),
+        terms="435 MB, for academic research only",
+        sha256="07670e237db72ece0f723b9abb571534c9ad655a6456b389646587dc72bb8bae",
+        option="--data-root"),
     "scanobjectnn": dict(
-        file="h5_files.zip",
-        terms="for research: hkust-vgd.github.io/scanobjectnn",
         sources=["http://hkust-vgd.ust.hk/scanobjectnn/h5_files.zip",
-                 "https://github.com/ma-xu/pointMLP-pytorch/releases/download/dataset/h5_files.zip"]),
+                 "https://github.com/ma-xu/pointMLP-pytorch/releases/download/dataset/h5_files.zip"],
+        terms="for research: hkust-vgd.github.io/scanobjectnn",
+        option="--data-root"),
 }
 
 
 def fetch(name: str, folder: Path, allowed: bool = True) -> Path:
     """FILES[name], where it lies in `folder`, or else from the first source that gives it.
 
-    What comes from the hub stays in the hub's own cache, what comes from an address in `folder`.
+    What comes from the hub stays in the hub's own cache, what comes from elsewhere in `folder`.
     Raises: UserError, one line: what went wrong at each source, where the file is, where to put it.
     """
     row = FILES[name]
-    path = folder / row["file"]
-    if path.exists():  # put there by hand
-        return path
-    pages = [page_of(source) for source in row["sources"]]
-    option = row.get("option", "--data-root")
-    by_hand = f"save {pages[0]} as {path}, or name the folder that has it with {option}"
+    paths = [folder / Path(source).name for source in row["sources"]]
+    for path in paths:
+        if path.exists():  # put there by hand, or fetched before
+            return path
+    page = row["sources"][0].replace("/resolve/", "/blob/")
+    page = page.replace("https://huggingface.co", constants.ENDPOINT)  # or a mirror of the hub
+    by_hand = f"save {page} as {paths[0]}, or name the folder that has it with {row['option']}"
     if "otherwise" in row:
         by_hand += f"; {row['otherwise']}"
     if not allowed:
-        raise UserError(f"{path} is missing; leave out --no-download, or {by_hand}")
+        raise UserError(f"{paths[0]} is missing; leave out --no-download, or {by_hand}")
 
-    print(f"fetching {path.name} ({row['terms']})", flush=True)
+    print(f"fetching {paths[0].name} ({row['terms']})", flush=True)
     reasons = []
-    for source, page in zip(row["sources"], pages):
+    for source, path in zip(row["sources"], paths):
         try:
-            return fetch_from(source, path, row.get("sha256"))
-        except Exception as error:  # the hub, the network and the file system have many types of errors
+            if source.startswith(HUB):
+                return from_hub(source)
+            return from_elsewhere(source, path, row.get("sha256"))
+        except Exception as error:  # the hub, the network and the disk have many types of errors
             reason = (str(error).strip() or repr(error)).splitlines()[0]
-            reasons.append(f"{page.split('/')[2]}: {reason[:200]}")
-    raise UserError(f"cannot fetch {path.name} ({'; '.join(reasons)}); {by_hand}")
+            reasons.append(f"{source.split('/')[2]}: {reason[:200]}")
+    raise UserError(f"cannot fetch {paths[0].name} ({'; '.join(reasons)}); {by_hand}")
 
 
-def page_of(source: str | tuple) -> str:
-    """The address where a person finds what a source gives."""
-    if isinstance(source, str):
-        return source
-    data_set, file, revision = source
-    return f"{constants.ENDPOINT}/datasets/{data_set}/blob/{revision or 'main'}/{file}"
-
-
-def fetch_from(source: str | tuple, path: Path, sha256: str | None) -> Path:
-    """A file from the hub, in the hub's cache, or from an address, at `path`. Raises: whatever went wrong."""
-    if isinstance(source, str):
-        if constants.HF_HUB_OFFLINE:
-            raise OSError("HF_HUB_OFFLINE is set")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(source, str(path), hash_prefix=sha256)
-        return path
-    data_set, file, revision = source
-    place = dict(repo_type="dataset", revision=revision)
-    try:  # what the hub's cache has needs no network
-        return Path(hf_hub_download(data_set, file, **place, local_files_only=True))
+def from_hub(source: str) -> Path:
+    """A file in the hub's own cache. Raises: whatever went wrong."""
+    owner, data_set, _, revision, file = source.removeprefix(HUB).split("/", 4)
+    name, place = f"{owner}/{data_set}", dict(repo_type="dataset", revision=revision)
+    try:  # what the cache has needs no network
+        return Path(hf_hub_download(name, file, **place, local_files_only=True))
     except OSError:
         # One question before: without a network hf_hub_download asks for half a minute.
-        get_hf_file_metadata(hf_hub_url(data_set, file, **place), timeout=10)
-        return Path(hf_hub_download(data_set, file, **place))
+        get_hf_file_metadata(hf_hub_url(name, file, **place), timeout=10)
+        return Path(hf_hub_download(name, file, **place))
+
+
+def from_elsewhere(source: str, path: Path, sha256: str | None) -> Path:
+    """A file at `path`. Raises: whatever went wrong."""
+    if constants.HF_HUB_OFFLINE:
+        raise OSError("HF_HUB_OFFLINE is set")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.hub.download_url_to_file(source, str(path), hash_prefix=sha256)
+    return path
 
 
 def unpack(archive: Path, folder: Path):

@@ -138,40 +138,39 @@ def remove_earlier_run(out: Path):
 
 
 # ------ The code's hash -------------------------------------------------------------------------------------
-# What decides the weights that a run ends with, and those of a start that tools.pretrain makes.
-HASHED = ("losses", "model", "data", "eval", "train", "support/furniture", "support/files", "support/starts",
-          "support/published", "support/farthest_points", "support/parallel", "support/transduction")
-HASHED_OF_STARTS = ("losses", "model", "data", "support/furniture", "support/files", "support/published",
-                    "support/farthest_points", "tools/pretrain")
+# What decides the weights of a start that tools.pretrain makes, and those that a run ends with.
+OF_BOTH = ("losses", "model", "data", "support/furniture", "support/files", "support/published",
+           "support/farthest_points")
+HASHED_OF_STARTS = (*OF_BOTH, "tools/pretrain")
+HASHED = (*OF_BOTH, "eval", "train", "support/starts", "support/parallel", "support/transduction")
 
 
 def code_hash(root: Path, modules: tuple[str, ...] = HASHED) -> str:
     """Eight hexadecimal digits that change with what these files below `root` do.
 
-    Comments, docstrings and layout do not change it. It is made of the syntax tree's own types and values,
-    because what ast.dump and ast.unparse write differs between versions of Python.
+    Comments, docstrings and layout do not change it.
     """
     digest = hashlib.sha256()
     for module in modules:
         tree = ast.parse((root / f"{module}.py").read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-            if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
-                node.body[0].value.value = ""
-        digest.update(json.dumps(described(tree)).encode())
+        digest.update(json.dumps(as_lists(tree)).encode())
     return digest.hexdigest()[:8]
 
 
-def described(node) -> list | str:
-    """A syntax tree as nested lists of types, fields and values. A field that holds nothing is left out: new
-    versions of Python add such fields.
+def as_lists(node) -> list | str:
+    """A syntax tree as nested lists of types, fields and values.
+
+    What ast.dump and ast.unparse write differs between versions of Python.
     """
-    if isinstance(node, ast.AST):
-        fields = [(name, value) for name, value in ast.iter_fields(node) if value is not None and value != []]
-        return [type(node).__name__, *([name, described(value)] for name, value in fields)]
     if isinstance(node, list):
-        return [described(one) for one in node]
-    return f"{type(node).__name__} {node}"
+        return [as_lists(one) for one in node]
+    if not isinstance(node, ast.AST):
+        return f"{type(node).__name__} {node}"
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        return []  # a docstring
+    # New versions of Python add fields that hold nothing.
+    fields = {name: as_lists(value) for name, value in ast.iter_fields(node) if value not in (None, [])}
+    return [type(node).__name__, fields]
 
 
 # What other code began must not continue. Hashed at import, because the files may be edited while a run
