@@ -18,23 +18,18 @@ def joint_pseudo_labels(image_probs: Tensor, point_probs: Tensor, threshold: flo
     keep = max(s_I, s_P) > tau. An exact tie goes to the image (Deviation D5).
 
     Args:
-        image_probs: (B, C) teacher probabilities for the weak images, rows sum to 1.
-        point_probs: (B, C) the same for the weak point clouds.
-        threshold: tau, the confidence in [0, 1] an object must exceed to be trained on.
-        point_weight: w_P, the factor on the point confidence before the two are compared.
+        image_probs, point_probs: p, (B, C), of the weak views.
+        threshold: tau, in [0, 1].
+        point_weight: w_P.
     Returns:
-        labels: (B,) int64 class index, set for every object.
-        keep: (B,) bool, True where the winning confidence is above the threshold.
-    Raises: ValueError if the two inputs differ in shape.
+        labels: y, (B,) int64, set for every object.
+        keep: (B,) bool, True = trained on.
     """
-    if image_probs.shape != point_probs.shape:
-        raise ValueError(f"need equal (B, C): images {image_probs.shape}, points {point_probs.shape}")
-
     image_confidence, image_label = image_probs.max(dim=-1)
     point_confidence, point_label = point_probs.max(dim=-1)
     point_confidence = point_weight * point_confidence
 
-    # Not >=: at a tie the image names the object.
+    # Not >=, because at a tie the image names the object.
     point_wins = point_confidence > image_confidence
     labels = torch.where(point_wins, point_label, image_label)
     keep = torch.maximum(image_confidence, point_confidence) > threshold
@@ -45,7 +40,7 @@ def self_training_loss(logits: Tensor, labels: Tensor, keep: Tensor) -> Tensor:
     """Cross-entropy in nats, averaged over the kept objects [self-training].
 
     sum_i keep_i * -log p_i[y_i] / max(1, sum_i keep_i).
-    It is zero, not NaN, when no object is kept (Deviation D8).
+    It is zero, not NaN, where no object is kept (Deviation D8).
 
     Args:
         logits: (B, C) of the student.
@@ -57,11 +52,9 @@ def self_training_loss(logits: Tensor, labels: Tensor, keep: Tensor) -> Tensor:
 
 
 def mean_where(values: Tensor, chosen: Tensor) -> Tensor:
-    """The mean of the chosen values: sum_i v_i chosen_i / max(1, sum_i chosen_i).
-
-    Weights in [0, 1] may stand for chosen; where they sum to less than 1, it is their weighted sum.
-    """
-    # clamp: 0 / 0 would be NaN, and the run would end.
+    """The mean of the chosen values: sum_i v_i chosen_i / max(1, sum_i chosen_i)."""
+    # Without the clamp 0 / 0 would be NaN, and the run would end. Weights in [0, 1] that sum to
+    # less than 1 give their weighted sum.
     return (values * chosen).sum() / chosen.sum().clamp(min=1)
 
 
@@ -76,7 +69,8 @@ def fairness_loss(logits: Tensor, shares: list[float] | None = None) -> Tensor:
         shares: how many objects of each name are expected, in any unit. They are divided by
             their sum to give q. Without them q = 1/C, as in the method.
     """
-    # log(mean) through log-sum-exp: a class nobody predicts then costs much, but not infinity.
+    # log(mean) through log-sum-exp, because a class that nobody predicts must cost much, but not
+    # infinity.
     log_probs = logits.float().log_softmax(dim=-1)
     log_mean = log_probs.logsumexp(dim=0) - math.log(len(logits))  # (C,)
     # The method expects all names equally often.
@@ -123,18 +117,14 @@ def global_local_alignment_loss(cls_features: Tensor, token_features: Tensor, hi
 def masked_image_loss(prediction: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
     """Mean absolute error over hidden pixels and channels [mim] (Deviation D3: the divisor).
 
-    It is 0 if no patch is hidden. Raises: ValueError if the patches do not tile the image.
+    It is 0 if no patch is hidden.
 
     Args:
         prediction, images: (B, 3, H, W) in normalised pixel units.
         hidden: (B, L) bool, True = patch was masked. L is a square grid, in row order.
     """
-    count = hidden.shape[1]
-    grid = math.isqrt(count)
-    if grid * grid != count or images.shape[-1] % grid:
-        raise ValueError(f"{count} patches do not tile an image of {tuple(images.shape[-2:])}")
-
     # From patches to pixels: (B, L) -> (B, 1, H, W).
+    grid = math.isqrt(hidden.shape[1])
     patch = images.shape[-1] // grid
     hidden_pixels = hidden.view(-1, 1, grid, grid)
     hidden_pixels = hidden_pixels.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
@@ -185,12 +175,14 @@ def masked_terms(out, images: Tensor, image_hidden: Tensor | None,
     terms = {}
     if image_hidden is not None:
         terms["mim"] = masked_image_loss(out.image_pixels, images, image_hidden)
-        terms["gl_image"] = global_local_alignment_loss(out.image_features, out.image_tokens, image_hidden)
+        terms["gl_image"] = global_local_alignment_loss(
+            out.image_features, out.image_tokens, image_hidden)
     if point_hidden is not None:
         terms["mpm"] = masked_point_loss(out.point_prediction, out.point_target, point_hidden)
         # A cloud's global feature here is CLS alone, without the maximum over tokens. It has a
         # projection of its own (point_encoder.proj), as in the original.
-        terms["gl_point"] = global_local_alignment_loss(out.point_cls, out.point_tokens, point_hidden)
+        terms["gl_point"] = global_local_alignment_loss(
+            out.point_cls, out.point_tokens, point_hidden)
     return terms
 
 
@@ -216,8 +208,8 @@ def name_alignment_loss(features: Tensor, texts: Tensor, labels: Tensor, logit_s
 
 
 # ------ Who names the objects: `--labels` -------------------------------------------------------------------
-# Each rule in a sentence. `together` and `truth` name all objects at once, outside the training
-# step. The others ask the teacher at each step, through pseudo_labels.
+# `together` and `truth` name all objects at once, outside the training step. The others ask the
+# teacher at each step, through pseudo_labels.
 RULES = {
     "joint": "the label of the surer modality (the method)",
     "mean": "the label of the mean probabilities",
@@ -250,8 +242,10 @@ def pseudo_labels(rule: str, probs: dict[str, Tensor], thresholds: list[float],
     if rule == "mean":
         confidence, labels = ((image_probs + point_probs) / 2).max(dim=-1)
         keep = confidence > threshold
-    else:  # `agree` begins as `joint` and then keeps fewer
+    elif rule in ("joint", "agree"):
         labels, keep = joint_pseudo_labels(image_probs, point_probs, threshold, point_weight)
+    else:
+        raise ValueError(f"--labels {rule} has no branch in pseudo_labels")
     if rule == "agree":
         # Each modality's own name counts here, however unsure it is.
         same_name = image_probs.argmax(dim=-1) == point_probs.argmax(dim=-1)
@@ -259,9 +253,10 @@ def pseudo_labels(rule: str, probs: dict[str, Tensor], thresholds: list[float],
     return {"image": (labels, keep), "point": (labels, keep)}
 
 
-def separate_labels(probs: dict[str, Tensor], thresholds: list[float]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Each modality's own most probable name, kept where it exceeds the modality's threshold (D14)."""
-    # [-1]: a single threshold is that of both.
+def separate_labels(probs: dict[str, Tensor],
+                    thresholds: list[float]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Each modality's own most probable name (Deviation D14)."""
+    # [-1], because a single threshold is that of both.
     taus = {"image": thresholds[0], "point": thresholds[-1]}
     labelled = {}
     for modality, modality_probs in probs.items():
