@@ -27,6 +27,7 @@ def joint_pseudo_labels(image_probs: Tensor, point_probs: Tensor, threshold: flo
     """
     image_confidence, image_label = image_probs.max(dim=-1)
     point_confidence, point_label = point_probs.max(dim=-1)
+    # The weight decides who names the object, never what the cloud would name it.
     point_confidence = point_weight * point_confidence
 
     # Not >=, because at a tie the image names the object.
@@ -137,8 +138,7 @@ def masked_image_loss(prediction: Tensor, images: Tensor, hidden: Tensor) -> Ten
 def masked_point_loss(prediction: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
     """Reconstruct the hidden point groups [mpm] (Deviations D1: what is rebuilt, D2: the divisor).
 
-    Tokens, (B, G, D): mean absolute error over hidden groups and D. Their targets come out of a
-    layer that is trained (reduce_dim), so they move slowly. Points, (B, G, S, 3): mean
+    Tokens, (B, G, D): mean absolute error over hidden groups and D. Points, (B, G, S, 3): mean
     Chamfer distance of the hidden groups. The target carries no gradient.
 
     Args:
@@ -187,11 +187,11 @@ def masked_terms(out, images: Tensor, image_hidden: Tensor | None,
 
 
 def name_alignment_loss(features: Tensor, texts: Tensor, labels: Tensor, logit_scale: Tensor) -> Tensor:
-    """ULIP's InfoNCE against text, with one candidate a name (Deviation D21).
+    """ULIP's InfoNCE against text, but a name is one candidate, however many objects bear it
+    (Deviation D21).
 
-    A name is one candidate, however many objects bear it. Logits are s f t^T. Object to name:
-    CE(logits, y). Name to object: -log softmax over the batch, at each object's own name, mean
-    over objects. The result is the mean of both, in nats.
+    Logits are s f t^T. Object to name: CE(logits, y). Name to object: -log softmax over the
+    batch, at each object's own name, mean over objects. The loss is the mean of both, in nats.
 
     Args:
         features: f, (B, E), unit norm.
