@@ -3,7 +3,6 @@
 Coordinates are right-handed, z up, float32. Every cloud is centred and scaled into the
 unit sphere. Angles are in radians. N objects, B batch, P points, V views.
 """
-import difflib
 import math
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -49,10 +48,10 @@ class Objects:
         is_list = isinstance(self.points, list)
         are_files = is_list and all(isinstance(one, Path) for one in self.points)
         if not are_files:
-            # NumPy takes whatever looks like an array, and is fast with lists of arrays.
-            is_tensor = isinstance(self.points, Tensor)
-            points = self.points if is_tensor else np.asarray(self.points)
-            self.points = torch.as_tensor(points, dtype=torch.float32)
+            # By way of NumPy, which is fast with lists of arrays.
+            if is_list:
+                self.points = np.asarray(self.points)
+            self.points = torch.as_tensor(self.points, dtype=torch.float32)
         if self.labels is not None:
             self.labels = torch.as_tensor(self.labels, dtype=torch.int64)
         self.names = self.names or [str(i) for i in range(len(self.points))]
@@ -75,7 +74,7 @@ def to_unit_sphere(points: Tensor, names: list | None = None, up: str = "z") -> 
     """Turn clouds upright, centre each on its mean, scale its farthest point to norm 1.
 
     points (N, P, 3) -> a new tensor (N, P, 3) float32. up: the axis that points upwards
-    in `points` (see UP of support/files.py). names: the objects', for messages.
+    in `points` (see UP of support/files.py). names: of the objects, for messages.
     Raises: UserError naming an object whose coordinates are not finite, or all the same.
     """
     names = names or range(len(points))
@@ -200,9 +199,9 @@ def random_view(points: Tensor, size: int) -> Tensor:
 def draw_views(points: Tensor, size: int, photographs: tuple | None = None) -> dict[str, Tensor]:
     """Weak [joint-label] and strong views [self-training] of clouds (B, P, 3) for one step.
 
-    Images (B, 3, size, size) are the pair `photographs` that training_photographs gives,
-    or else two crops of one random depth view. The student's strong clouds have as many
-    points as the teacher's weak ones (Deviation D7).
+    Images (B, 3, size, size) are `photographs`, a pair of training_photographs, or else two
+    crops of one random depth view. Strong clouds have as many points as weak ones
+    (Deviation D7).
     """
     if photographs is None:
         weak, strong = depth_crops(points, size)
@@ -253,10 +252,9 @@ def random_crop(images: Tensor, smallest: float, aspect: float, flip: float) -> 
 
 
 def weak_points(points: Tensor) -> Tensor:
-    """Weak clouds [joint-label]: scaled by U(0.9, 1.1), and turned a little about all axes
-    (sigma 0.06, at most 0.18). (B, P, 3) -> (B, P, 3)
-    """
+    """Weak clouds [joint-label]: scaled by U(0.9, 1.1), turned a little about all axes. (B, P, 3)"""
     count, device = len(points), points.device
+    # Clipped at three sigma, 10 degrees.
     angles = (0.06 * torch.randn(count, 3, device=device)).clamp(-0.18, 0.18)
     scale = 0.9 + 0.2 * torch.rand(count, 1, 1, device=device)
     return rotate_about_xyz(points, angles) * scale
@@ -298,8 +296,7 @@ class Photographs(Dataset):
 
     With a `seed`, item i is the weak and the strong image (3, size, size) of one
     photograph of object i: a random crop [joint-label], and a crop of 0.3 to 1, flip,
-    RandAugment of magnitude 9 [self-training] (Deviation D22: torchvision's 9 turns by 9
-    degrees, the original's by 27). Without: centre crops (V, 3, size, size) of all its
+    RandAugment [self-training]. Without: centre crops (V, 3, size, size) of all its
     photographs, or of `views` evenly spaced ones. One that has none gets depth views.
     """
 
@@ -313,6 +310,7 @@ class Photographs(Dataset):
         self.strong = v2.Compose([
             v2.RandomResizedCrop(size, (0.3, 1.0), interpolation=bicubic),
             v2.RandomHorizontalFlip(),
+            # Deviation D22: torchvision's magnitude 9 turns by 9 degrees, the original's by 27.
             v2.RandAugment(2, 9),
         ])
 
@@ -369,10 +367,10 @@ def training_photographs(objects: Objects, batches: list[Tensor], size: int, see
 
 
 def fixed_images(objects: Objects, views: int | None, size: int, batch_size: int, device):
-    """Evaluation's images of all objects in order, in parts (b, V, 3, size, size) (Deviation D15).
+    """Evaluation's images of all objects in order, in parts (b, V, 3, size, size).
 
     With photographs: all of an object's, or at most `views` of them, one object a part.
-    Without: `views` depth views of each object, 6 by default.
+    Without: `views` depth views of each object, 6 by default (Deviation D15).
     """
     if objects.images is None:
         for points in objects.points.split(batch_size):
@@ -384,10 +382,9 @@ def fixed_images(objects: Objects, views: int | None, size: int, batch_size: int
 
 
 # ------ Data sets -------------------------------------------------------------------------------------------
-# A loader takes (root, split, points, download, cache) and returns Objects as they lie in
-# the files: their `points` are clouds (N, P, 3), at least as large as asked for if there
-# are such, or the list of the N files to read them from. `download` allows it to fetch
-# what is missing; `cache` is a folder it may write to.
+# A loader takes (root, split, points, download, cache) and returns Objects as they lie in the
+# files: `points` are clouds (N, P, 3), at least as large as asked for if there are such, or the list
+# of N files. It may fetch what is missing if `download`, and write to the folder `cache`.
 
 # In the order of the labels.
 MODELNET10 = (
@@ -399,10 +396,9 @@ def load_modelnet(root: Path, split: str, points: int, download: bool, cache: Pa
     """ModelNet40, or some of its classes.
 
     More than 2,048 points come from `modelnet40_normal_resampled`, as in the original,
-    fewer from the official h5 files. `depth_only` (the original's "ModelNet40-depth")
-    always reads the h5 files, and no pictures. Pictures are those in a `views` folder inside
-    either. Deviation D24: without them depth views are rendered, where the original has
-    shaded pictures.
+    fewer from the official h5 files. Pictures are those in a `views` folder inside either.
+    Deviation D24: without them depth views are rendered, where the original has shaded
+    pictures. depth_only: the original's "ModelNet40-depth", of h5 files without pictures.
     """
     is_resampled = points > 2048 and not depth_only
     folder = root / ("modelnet40_normal_resampled" if is_resampled else "modelnet40_ply_hdf5_2048")
@@ -473,17 +469,11 @@ DATASETS = {
 
 
 def dataset_name(text: str) -> str:
-    """What --dataset names: one of DATASETS, or a folder, which becomes an absolute path.
-
-    Raises: UserError where it could be either.
-    """
+    """What --dataset names: one of DATASETS, or a folder, which becomes an absolute path."""
+    # A data set wins over a folder of its name, which ./NAME still names.
     folder = Path(text).expanduser()
-    if text not in DATASETS:
-        return str(folder.resolve()) if folder.is_dir() else text
-    if (folder / "classes.txt").exists():
-        raise UserError(f"--dataset {text} is a data set, and a folder here, too; give ./{text} "
-                        "for the folder, or rename it")
-    return text
+    is_folder = text not in DATASETS and folder.is_dir()
+    return str(folder.resolve()) if is_folder else text
 
 
 def dataset_row(name: str) -> dict:
@@ -507,32 +497,24 @@ def load_dataset(name: str, root: str | Path, split: str, points: int = 1024, do
         the files. cache: a folder for what cannot be written beside the data.
     Raises: UserError or OSError for data that are missing or wrong.
     """
-    refuse_unknown(name)
     folder = Path(name)
+    if name not in DATASETS and not folder.is_dir():
+        raise UserError(f"there is no folder {name}, and no data set of this name; the data sets "
+                        f"are {', '.join(DATASETS)}")
+    usual = "target" if name == "shapes" else "source"
+    domain = domain or usual
     if name == "shapes":
         count, seed = {"train": (2000, 1), "test": (500, 2)}[split]
-        objects = sample_shapes(count, seed, domain or "target", points)
-        usual = "target"
+        objects = sample_shapes(count, seed, domain, points)
     else:
         # A folder without `test` is tested on what it is trained on.
         if name not in DATASETS and not (folder / split).is_dir():
             split = "train"
         scanned = domain == "target"
         objects = load_clouds(name, Path(root), split, points, scanned, download, up, Path(cache))
-        usual = "source"
-    objects.name = folder.name if domain in (None, usual) else f"{folder.name}-{domain}"
+    objects.name = folder.name if domain == usual else f"{folder.name}-{domain}"
     objects.split = split
     return objects
-
-
-def refuse_unknown(name: str):
-    """Raises: UserError where this is neither a data set nor a folder."""
-    if name in DATASETS or Path(name).is_dir():
-        return
-    close = difflib.get_close_matches(name.lower(), DATASETS, 1)
-    question = f"did you mean {close[0]}? " if close else ""
-    raise UserError(f"there is no folder {name}, and no data set of this name; {question}"
-                    f"The data sets are {', '.join(DATASETS)}")
 
 
 def load_clouds(name: str, root: Path, split: str, points: int, scanned: bool, download: bool,
@@ -571,7 +553,7 @@ def sample_shapes(count: int, seed: int, domain: str = "source", points: int = 1
     """
     scanned = domain == "target"
     # A scan loses points, so it begins with more.
-    dense = {"source": points, "target": 3 * points}[domain]
+    dense = 3 * points if scanned else points
     clouds, angles = torch.empty(count, dense, 3), torch.zeros(count, 3)
     for i in range(count):
         cloud, yaw = sample_furniture(i % len(PROGRAMS), dense, [seed, scanned, i])
@@ -581,7 +563,7 @@ def sample_shapes(count: int, seed: int, domain: str = "source", points: int = 1
     if scanned:
         clouds = scan(clouds, points, seed)
     labels = torch.arange(count) % len(PROGRAMS)
-    return Objects(clouds, labels, list(MODELNET10), "shapes", domain)
+    return Objects(clouds, labels, list(MODELNET10), "shapes")
 
 
 def scan(points: Tensor, count: int, seed: int) -> Tensor:
@@ -631,9 +613,7 @@ def seen_from(points: Tensor, azimuths: Tensor, elevations: Tensor) -> Tensor:
 
 
 def with_floor_and_clutter(points: Tensor, random: torch.Generator) -> Tensor:
-    """Up to 5 % of the points become floor below the object, up to 3 % one lump of clutter.
-    (N, P, 3) -> (N, P, 3)
-    """
+    """Turn up to 5 % of the points into floor, up to 3 % into one lump. (N, P, 3) -> the same"""
     objects, count = points.shape[:2]
     draw = partial(uniform, random, objects)
     floor_xy = draw(-0.73, 0.73, count, 2)
