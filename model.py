@@ -6,12 +6,10 @@ Dimensions: B batch, P points, G point groups, S points per group, L image patch
 D width of a transformer's tokens, E joint embedding, C classes, V views.
 Masks are bool. True means hidden: a learnt token replaces the token.
 
-Parameters have the names of the published checkpoints, so that these load strictly.
-support.starts renames the few that differ: the image tower of SLIP (in ULIP's files),
-the image projection, the text tower.
+Parameters have the names of the published checkpoints, so that these load strictly. Where
+names differ, support.starts renames them.
 """
 import math
-import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -211,7 +209,7 @@ class PointEncoder(nn.Module):
         self.blocks = nn.ModuleDict({"blocks": nn.ModuleList(stack)})
         self.norm = nn.LayerNorm(width)
 
-        # CrossMoST.rebuild_groups applies these two: proj maps CLS and tokens into the joint space
+        # CrossMoST.encode_points applies these two: proj maps CLS and tokens into the joint space
         # [gl-align], lm_head predicts hidden groups [mpm].
         self.proj = nn.Parameter(torch.randn(width, embed_dim) * width ** -0.5)
         predicted = width if target == "tokens" else 3 * group_size
@@ -275,7 +273,7 @@ class ImageEncoder(VisionTransformer):
                          output_dim=embed_dim, no_ln_pre=not ln_pre,
                          norm_layer=norm, act_layer=activation)
         self.mask_token_embedding = nn.Parameter(torch.zeros(1, 1, width))
-        # CrossMoST.repaint_images applies these two, to paint hidden patches back to pixels [mim].
+        # CrossMoST.encode_images applies these two, to paint hidden patches back to pixels [mim].
         self.ln_patch = LayerNorm(width)
         pixels = 3 * patch_size ** 2
         self.decoder = nn.Sequential(nn.Conv2d(width, pixels, 1), nn.PixelShuffle(patch_size))
@@ -418,28 +416,45 @@ class CrossMoST(nn.Module):
         fields = {}
         with self.in_precision():
             if images is not None:
-                # To the encoder every view is an image: (B V, 3, H, W). flatten(0, 0) leaves
-                # (B, 3, H, W) as it is.
-                per_view, patches = self.visual(images.flatten(0, -4), image_hidden)
-                mean = unit_norm(per_view).view(*images.shape[:-3], -1)  # (B, [V,] E)
-                if images.dim() == 5:
-                    mean = mean.mean(dim=1)
-                # Logits are linear in f: those of the mean are the mean of the views' own.
-                fields["image_logits"] = self.logits(mean)
-                fields["image_features"] = unit_norm(mean)
+                fields |= self.encode_images(images, image_hidden)
             if points is not None:
-                groups = points if isinstance(points, Groups) else self.group(points)
-                encoded, tokens, group_tokens = self.point_encoder(groups, point_hidden)
-                features = unit_norm(encoded @ self.pc_projection)
-                fields["point_logits"] = self.logits(features)
-                fields["point_features"] = features
-            if image_hidden is not None:
-                fields |= self.repaint_images(patches)
-            if point_hidden is not None:
-                rebuild_points = self.point_encoder.target == "points"
-                target = groups.neighbourhoods if rebuild_points else group_tokens.detach()
-                fields |= self.rebuild_groups(encoded, tokens, target)
+                fields |= self.encode_points(points, point_hidden)
         return Outputs(**fields)
+
+    def encode_images(self, images: Tensor, hidden: Tensor | None) -> dict[str, Tensor]:
+        """What Outputs says of images."""
+        # To the encoder every view is an image: (B V, 3, H, W). flatten(0, 0) leaves
+        # (B, 3, H, W) as it is.
+        per_view, patches = self.visual(images.flatten(0, -4), hidden)
+        features = unit_norm(per_view).view(*images.shape[:-3], -1)  # (B, [V,] E)
+        if images.dim() == 5:
+            features = features.mean(dim=1)
+        # Logits are linear in f: those of the mean are the mean of the views' own.
+        fields = {"image_logits": self.logits(features), "image_features": unit_norm(features)}
+        if hidden is not None:
+            patches = self.visual.ln_patch(patches)
+            fields["image_tokens"] = unit_norm(patches @ self.visual.proj)
+            # (B, L, D) -> (B, D, rows, columns).
+            grid = patches.transpose(1, 2).unflatten(2, self.visual.grid_size)
+            fields["image_pixels"] = self.visual.decoder(grid)
+        return fields
+
+    def encode_points(self, points: Tensor | Groups, hidden: Tensor | None) -> dict[str, Tensor]:
+        """What Outputs says of clouds."""
+        encoder = self.point_encoder
+        groups = points if isinstance(points, Groups) else self.group(points)
+        encoded, tokens, group_tokens = encoder(groups, hidden)
+        features = unit_norm(encoded @ self.pc_projection)
+        fields = {"point_logits": self.logits(features), "point_features": features}
+        if hidden is not None:
+            cls = encoded[:, :len(encoder.proj)]  # it stands first
+            fields["point_cls"] = unit_norm(cls @ encoder.proj)
+            fields["point_tokens"] = unit_norm(tokens @ encoder.proj)
+            rebuilds_points = encoder.target == "points"
+            target = groups.neighbourhoods if rebuilds_points else group_tokens.detach()
+            fields["point_target"] = target
+            fields["point_prediction"] = encoder.lm_head(tokens).view_as(target)
+        return fields
 
     def logits(self, features: Tensor) -> Tensor | None:
         """s f phi, in float32: scale s, features f (B, E), classifier phi. -> (B, C)"""
@@ -449,28 +464,6 @@ class CrossMoST(nn.Module):
             scale = self.logit_scale.float().exp()
             return scale * features.float() @ self.classifier.float()
 
-    def repaint_images(self, patches: Tensor) -> dict[str, Tensor]:
-        """What [mim] and [gl-align] compare of images that have hidden patches.
-
-        Both read them through ln_patch.
-        """
-        patches = self.visual.ln_patch(patches)
-        tokens = unit_norm(patches @ self.visual.proj)
-        # (B, L, D) -> (B, D, rows, columns).
-        grid = patches.transpose(1, 2).unflatten(2, self.visual.grid_size)
-        return {"image_tokens": tokens, "image_pixels": self.visual.decoder(grid)}
-
-    def rebuild_groups(self, encoded: Tensor, tokens: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """What [mpm] and [gl-align] compare of clouds that have hidden groups."""
-        encoder = self.point_encoder
-        cls = encoded[:, :len(encoder.proj)]  # it stands first
-        return {
-            "point_cls": unit_norm(cls @ encoder.proj),
-            "point_tokens": unit_norm(tokens @ encoder.proj),
-            "point_prediction": encoder.lm_head(tokens).view_as(target),
-            "point_target": target,
-        }
-
     def compile_blocks(self):
         """Compile the mini-PointNet, and the function through_block of either encoder."""
         try:
@@ -478,9 +471,7 @@ class CrossMoST(nn.Module):
         # Each kind of compiler has errors of its own.
         except Exception as error:
             reason = str(error).strip().splitlines()[0]
-            warning = f"--compile has no effect, this machine cannot compile ({reason})"
-            print(f"warning: {warning}", file=sys.stderr)
-            return
+            raise UserError(f"this machine cannot compile ({reason}); drop --compile") from error
         # Blocks, because equal ones share one compilation: for ViT-B/16 and Point-BERT it took
         # 23 s of the first step on one H200. With whole encoders compiled, an H100 had made no
         # step after 140 s.
@@ -534,7 +525,7 @@ def parameter_groups(model: CrossMoST, weight_decay: float, layer_decay: float,
 
     lr_scale = layer_decay^n, where layers_above counts n.
     freeze: names of parameters or modules, which lose requires_grad and are in no group.
-    Raises: UserError where nothing has a name of freeze, or nothing is left to train.
+    Raises: UserError where nothing has a name of freeze.
     """
     names = [name for name, _ in model.named_parameters()]
     for module in freeze:
@@ -544,7 +535,7 @@ def parameter_groups(model: CrossMoST, weight_decay: float, layer_decay: float,
                 "visual or point_encoder.encoder (model.named_parameters() lists them)")
 
     layers = len(model.visual.transformer.resblocks)
-    optimizer_groups = {}
+    members = {}
     for name, parameter in model.named_parameters():
         is_trained = not is_below(name, freeze)
         parameter.requires_grad_(is_trained)
@@ -552,13 +543,9 @@ def parameter_groups(model: CrossMoST, weight_decay: float, layer_decay: float,
             lr_scale = layer_decay ** layers_above(name, layers)
             # Vectors have none. The 0-D logit_scale has, as in the original.
             decay = 0.0 if parameter.ndim == 1 else weight_decay
-            new = {"params": [], "lr_scale": lr_scale, "weight_decay": decay}
-            group = optimizer_groups.setdefault((lr_scale, decay), new)
-            group["params"].append(parameter)
-
-    if not optimizer_groups:
-        raise UserError(f"--freeze {' '.join(freeze)} leaves nothing to train")
-    return list(optimizer_groups.values())
+            members.setdefault((lr_scale, decay), []).append(parameter)
+    return [{"params": parameters, "lr_scale": lr_scale, "weight_decay": decay}
+            for (lr_scale, decay), parameters in members.items()]
 
 
 def is_below(name: str, modules: list[str]) -> bool:
@@ -614,7 +601,8 @@ class TextEncoder(nn.Module):
     sizes: further arguments of open_clip's TextTransformer.
     """
 
-    def __init__(self, embed_dim: int, quick_gelu: bool = False, fixed_tokens: bool = False, **sizes):
+    def __init__(self, embed_dim: int, quick_gelu: bool = False, fixed_tokens: bool = False,
+                 **sizes):
         super().__init__()
         self.architecture = dict(
             embed_dim=embed_dim, quick_gelu=quick_gelu, fixed_tokens=fixed_tokens, **sizes)
@@ -629,42 +617,43 @@ class TextEncoder(nn.Module):
             embedding.data.copy_(torch.from_numpy(0.02 * numbers))
 
     def forward(self, texts: list[str]) -> Tensor:
-        """Returns features (n, E), unit norm, of n texts."""
-        device = self.tower.positional_embedding.device
-        tokens = self.tokenize(texts).to(device)
-        return unit_norm(self.tower(tokens))
+        """Features (n, E), unit norm, of n texts: those of the tower's own forward, but faster."""
+        # CLIP's tower answers at the end token, which has the largest number, and sees only what
+        # stands before it. Texts are short, so the empty places behind their ends are left out.
+        tower, device = self.tower, self.tower.positional_embedding.device
+        tokens = self.tokenize(texts)
+        ends = tokens.argmax(dim=-1)
+        length = ends.max().item() + 1
+        tokens, ends = tokens[:, :length].to(device), ends.to(device)
+        x = tower.token_embedding(tokens) + tower.positional_embedding[:length]
+        x = tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])
+        x = tower.ln_final(x[torch.arange(len(x), device=device), ends])
+        return unit_norm(x @ tower.text_projection)
 
 
 @torch.no_grad()
 def embed_names(text: TextEncoder, class_names: list[str], templates: tuple[str, ...]) -> Tensor:
     """Mean of each name's text features over the templates [classifier]. -> (C, E), unit norm"""
-    texts = [template.format(name) for name in class_names for template in templates]
-    # (C, templates, length).
-    tokens = text.tokenize(texts).unflatten(0, (len(class_names), len(templates)))
-    # About 256 texts at once bound the memory.
-    names_at_once = math.ceil(256 / len(templates))
     features = []
-    for part in tokens.split(names_at_once):
-        of_texts = text_features(text.tower, part.flatten(0, 1))
-        features.append(of_texts.unflatten(0, part.shape[:2]).mean(dim=1))
+    # About 256 texts at once bound the memory.
+    at_once = math.ceil(256 / len(templates))
+    for first in range(0, len(class_names), at_once):
+        names = class_names[first:first + at_once]
+        texts = [template.format(name) for name in names for template in templates]
+        of_texts = text(texts).unflatten(0, (len(names), len(templates)))
+        features.append(of_texts.mean(dim=1))
     return unit_norm(torch.cat(features))
 
 
-def text_features(tower: nn.Module, tokens: Tensor) -> Tensor:
-    """Features (n, E), unit norm, of tokens (n, length): the tower's, but faster."""
-    # CLIP's tower answers at the end token, which has the largest number, and sees only what
-    # stands before it. Texts are short, so the empty places behind their ends are left out.
-    device = next(tower.parameters()).device
-    ends = tokens.argmax(dim=-1)
-    length = ends.max().item() + 1
-    tokens, ends = tokens[:, :length].to(device), ends.to(device)
-    x = tower.token_embedding(tokens) + tower.positional_embedding[:length]
-    x = tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])
-    x = tower.ln_final(x[torch.arange(len(x), device=device), ends])
-    return unit_norm(x @ tower.text_projection)
-
-
 # ------ Starts: a model without classifier, and the text tower that names classes for it --------------------
+# The open_clip model that lends towers to a file without them; other models lend their own. The
+# authors' start is beside OpenAI's CLIP, and its file may lack the text tower.
+LENDERS = {**dict.fromkeys(STARTS), "crossmost": ("ViT-B-16-quickgelu", "openai")}
+# What describes a tower that is a plain transformer.
+PLAIN = {"image_size", "patch_size", "head_width", "mlp_ratio", "width", "layers", "heads",
+         "context_length", "vocab_size"}
+
+
 def build_model(name: str, class_names: list[str], templates: tuple[str, ...],
                 pretrained: str | None = None, start_checkpoint: str | Path | None = None,
                 seed: int = 0, device: str | torch.device = "cpu", **point) -> CrossMoST:
@@ -679,12 +668,9 @@ def build_model(name: str, class_names: list[str], templates: tuple[str, ...],
         point: arguments of the PointEncoder.
     Raises: UserError for an unknown name, or a file that does not fit or cannot name classes.
     """
-    lacks_file = name != "tiny" and not start_checkpoint
-    if name in STARTS and (pretrained or lacks_file):
-        raise UserError(f"--model {name} is one file; use --start-checkpoint FILE, no --pretrained")
-
     if start_checkpoint:
-        model, text = load_start(start_checkpoint, lender_of(name, pretrained), **point)
+        lender = LENDERS.get(name, (name, pretrained))
+        model, text = load_start(start_checkpoint, lender, **point)
     elif name == "tiny":
         model, text = random_tiny(seed, **point)
     else:
@@ -696,14 +682,6 @@ def build_model(name: str, class_names: list[str], templates: tuple[str, ...],
     text.to(device)
     model.set_classifier(embed_names(text, class_names, templates), class_names)
     return model.to(device).eval()
-
-
-def lender_of(name: str, pretrained: str | None) -> tuple | None:
-    """Name and weights of the open_clip model that lends towers to a file without."""
-    # The authors' start is beside OpenAI's CLIP, and its file may lack the text tower.
-    if name == "crossmost":
-        return "ViT-B-16-quickgelu", "openai"
-    return None if name in STARTS else (name, pretrained)
 
 
 def random_tiny(seed: int, **point) -> tuple[CrossMoST, TextEncoder]:
@@ -735,8 +713,7 @@ def open_clip_start(name: str, pretrained: str | None, seed: int = 0,
                 "them once with a connection, or name a file: --pretrained FILE") from error
         pixels = clip.visual.preprocess_cfg
         model = CrossMoST(embed_dim, image_sizes, point, mean=pixels["mean"], std=pixels["std"])
-        text = TextEncoder(embed_dim, **text_sizes)
-    text.requires_grad_(False).eval()
+        text = TextEncoder(embed_dim, **text_sizes).eval()
 
     added_here = ("mask_token_emb", "ln_patch.", "decoder.")
     load_strictly(model.visual, clip.visual.state_dict(), name, added_here)
@@ -748,33 +725,24 @@ def open_clip_start(name: str, pretrained: str | None, seed: int = 0,
 def plain_towers(name: str, pretrained: str | None) -> tuple[int, dict, dict]:
     """E, and arguments of ImageEncoder and TextEncoder, of an open_clip model.
 
-    Raises: UserError for an unknown name, towers that are no plain transformers, and
-    weights that were trained with another activation.
+    Raises: UserError for an unknown name, and towers that are no plain transformers.
     """
     config = open_clip.get_model_config(name)
     if config is None:
-        raise UserError(f"unknown model {name!r}; one of {', '.join(STARTS)}, ViT-B-16-quickgelu ...")
+        raise UserError(f"unknown model {name!r}; one of {', '.join(STARTS)} with its file, or of "
+                        "open_clip's, as ViT-B-16-quickgelu")
 
     image, text = config["vision_cfg"], config["text_cfg"]
-    plain_image = {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"}
-    plain_text = {"context_length", "vocab_size", "width", "heads", "layers"}
-    extras = (set(image) - plain_image) | (set(text) - plain_text)
-    is_resnet = not isinstance(image["layers"], int)  # it has a list of layers
-    if extras or is_resnet:
-        found = ", ".join(sorted(extras)) or "a ResNet"
-        raise UserError(f"{name}'s towers are no plain transformers ({found}); take a ViT-...")
+    has_extras = {*image, *text} - PLAIN
+    is_resnet = isinstance(image.get("layers"), list)
+    if has_extras or is_resnet:
+        raise UserError(f"{name}'s towers are no plain transformers; take a ViT-...")
 
-    # open_clip would only warn of another activation. To see it needs no weights.
-    quick_gelu = config.get("quick_gelu", False)
-    weights = open_clip.get_pretrained_cfg(name, pretrained or "")
-    if weights and weights.get("quick_gelu", False) != quick_gelu:
-        other = name.removesuffix("-quickgelu") if quick_gelu else f"{name}-quickgelu"
-        verb = "lack" if quick_gelu else "need"
-        raise UserError(f"the {pretrained} weights of {name} {verb} QuickGELU; use {other}")
-
+    # Of the weights, where open_clip knows them: from another activation it only warns.
+    weights = open_clip.get_pretrained_cfg(name, pretrained or "") or config
+    image["quick_gelu"] = text["quick_gelu"] = weights.get("quick_gelu", False)
     # 64: CLIP's width of a head, where the file says nothing.
     image["heads"] = image["width"] // image.pop("head_width", 64)
-    image["quick_gelu"] = text["quick_gelu"] = quick_gelu
     return config["embed_dim"], image, text
 
 
@@ -783,7 +751,7 @@ def load_checkpoint(path: str | Path, which: str = "teacher", **point) -> CrossM
 
     point: groups, group_size and heads of the PointEncoder, in place of the file's.
     """
-    model, _ = load_start(path, None, which, **point)
+    model, _ = load_start(path, which=which, **point)
     return model.eval()
 
 
@@ -791,22 +759,18 @@ def load_start(path: str | Path, lender: tuple | None = None, which: str = "teac
                **point) -> tuple[CrossMoST, TextEncoder | None]:
     """Load model and text tower, or None without one, of a file of any family.
 
-    lender: see lender_of.
+    lender: the open_clip model, as name and weights, of towers that the file lacks.
     point: arguments of the PointEncoder in place of the file's.
     Raises: UserError, see read_start and load_strictly.
     """
     content = read_start(path, which)
-    clip_text = borrow_towers(content, lender, path)
-    resize_point_encoder(content, point)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # of what the file lacks
-            model = CrossMoST(**content["architecture"])
-            text = TextEncoder(**content["text_architecture"]) if "text" in content else clip_text
-    # Each impossible size raises a type of its own.
-    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"cannot build the model of {path}: {error!r}; check the point encoder's sizes "
-                        "if you gave any, else get or make the file again") from error
+    text = borrow_towers(content, lender, path)
+    change_point_encoder(content, point)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of what the file lacks
+        model = CrossMoST(**content["architecture"])
+        if "text" in content:
+            text = TextEncoder(**content["text_architecture"])
 
     load_strictly(model, content["model"], path, content["may_be_missing"])
     model.trained_with = content["options"]
@@ -825,17 +789,19 @@ def borrow_towers(content: dict, lender: tuple | None, path: str | Path) -> Text
         raise UserError(
             f"{path} holds a point encoder only; add --model with the open_clip name of its CLIP "
             "(ULIP-2 with colours: ViT-bigG-14 --pretrained laion2b_s39b_b160k)")
-    is_complete = not lacks_image and "text" in content
-    if is_complete or not lender:
+    is_whole = not lacks_image and "text" in content
+    if is_whole or not lender:
         return None
-    clip, clip_text = open_clip_start(*lender)
+
+    clip, text = open_clip_start(*lender)
     if lacks_image:
-        content["model"] |= part_of(clip.state_dict(), "visual.")
         architecture |= {key: clip.architecture[key] for key in ("image", "mean", "std")}
-    return clip_text
+        for key, value in clip.visual.state_dict().items():
+            content["model"][f"visual.{key}"] = value
+    return text
 
 
-def resize_point_encoder(content: dict, point: dict):
+def change_point_encoder(content: dict, point: dict):
     """Put arguments of the PointEncoder in place of those of a start's file."""
     of_file = {"target": "tokens", **content["architecture"]["point"]}
     point = {**of_file, **point}
@@ -845,9 +811,9 @@ def resize_point_encoder(content: dict, point: dict):
     other_size = point["target"] == "points" and point["group_size"] != of_file["group_size"]
     if other_target or other_size:
         head = "point_encoder.lm_head."
-        for key in part_of(content["model"], head):
-            del content["model"][key]
         content["may_be_missing"] += (head,)
+        content["model"] = {key: value for key, value in content["model"].items()
+                            if not key.startswith(head)}
 
 
 def load_strictly(module: nn.Module, state: dict, path: str | Path,
@@ -856,14 +822,11 @@ def load_strictly(module: nn.Module, state: dict, path: str | Path,
 
     Raises: UserError with the keys that are missing, left over or of another shape.
     """
-    kept = part_of(module.state_dict(), may_be_missing)
+    kept = {key: value for key, value in module.state_dict().items()
+            if key.startswith(may_be_missing)}
     try:
         module.load_state_dict(kept | state)
     except RuntimeError as error:
-        raise UserError(f"{path} does not fit: {str(error)[:500]}; an encoder of your own needs a start "
-                        "of its own, which python -m tools.pretrain makes") from error
-
-
-def part_of(state: dict, beginning: str | tuple[str, ...]) -> dict:
-    """What of a state dict has a key with this beginning, or with one of several."""
-    return {key: value for key, value in state.items() if key.startswith(beginning)}
+        raise UserError(
+            f"{path} does not fit: {str(error)[:500]}; an encoder of your own needs a start of "
+            "its own, which python -m tools.pretrain makes") from error

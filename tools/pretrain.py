@@ -31,7 +31,7 @@ from data import (DATASETS, Objects, dataset_row, draw_views, load_dataset, rand
                   to_unit_sphere)
 from losses import cross_modal_alignment_loss, masked_terms, name_alignment_loss
 from model import (TEMPLATES, embed_names, hide_groups, hide_patches, open_clip_start, precision_for,
-                   random_tiny)
+                   random_tiny, unit_norm)
 from support import UserError
 from support.command_line import (COUNT, add_data_options, add_device_options, number, one_line_errors,
                                   option_parser, plain_options)
@@ -227,7 +227,9 @@ def pretrain_loss(model, text, points, labels, class_names) -> Tensor:
     row_labels, rows = labels[rows].to(device), rows.to(device)
     if text is not None:
         template = TEMPLATES["depth"][torch.randint(len(TEMPLATES["depth"]), ())]
-        names = text([template.format(name) for name in class_names])
+        # Not text(texts), which rounds otherwise: tiny.pt was made with the whole tower.
+        tokens = text.tokenize([template.format(name) for name in class_names]).to(device)
+        names = unit_norm(text.tower(tokens))
         alignment = alignment + name_alignment_loss(out.image_features[rows], names, row_labels, scale)
     else:
         names = model.classifier.detach().T
