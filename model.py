@@ -6,11 +6,9 @@ Dimensions: B batch, P points, G point groups, S points per group, L image patch
 D width of a transformer's tokens, E joint embedding, C classes, V views.
 Masks are bool. True means hidden: a learnt token replaces the token.
 
-Parameters have the names of the published checkpoints, so that these load strictly. Where
-names differ, support.starts renames them.
+Parameters have the published checkpoints' names. support.starts renames what differs.
 """
 import math
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -248,7 +246,8 @@ def drop_factor(drop_path: nn.Module, x: Tensor) -> Tensor:
     return drop_path(torch.ones_like(x[:, :1, :1]))
 
 
-def point_block(block: nn.Module, x: Tensor, attention_factor: Tensor, mlp_factor: Tensor) -> Tensor:
+def point_block(block: nn.Module, x: Tensor, attention_factor: Tensor,
+                mlp_factor: Tensor) -> Tensor:
     """Compute one of timm's blocks, without layer scale. (B, 1 + G, D) -> the same"""
     # Every block has its own rate of drop-path. A compiler takes the rate for a constant, and
     # would compile each block separately. Therefore the factors are arguments.
@@ -335,8 +334,7 @@ class CrossMoST(nn.Module):
 
     image, point: arguments of the encoders.
     class_names: one per column of the classifier.
-    mean, std: of the pixels the image encoder was trained on.
-    up: the axis that pointed upwards where the point encoder was trained.
+    mean, std: of the image encoder's pixels. up: the axis that is up to the point encoder.
 
     A fork's own encoders need
         visual(images, hidden) -> features (B, E), patch tokens (B, L, D)
@@ -347,13 +345,12 @@ class CrossMoST(nn.Module):
             .set_grad_checkpointing(bool)
         point_encoder(groups, hidden) -> features (B, out_width), of which the first D
                 are CLS; tokens (B, G, D); tokens before masking, the target
-            .groups, .group_size, .target: as given
+            .groups, .group_size, .target: as given, like embed_dim and sizes of its own,
+                which TINY or the start's file has
             .out_width, .proj (D, E), .lm_head: tokens -> prediction
             .frozen_by_default: names of modules not trained unless asked for; train.py
                 reads it from the class, whose name stays PointEncoder
-            It is built with embed_dim, groups, group_size, target, and sizes of its own
-            from TINY or the start's file.
-        --compile needs .through_block of both, which computes a block, and the module
+        for --compile, .through_block of both, which computes a block, and the module
             point_encoder.encoder.
     """
 
@@ -414,7 +411,9 @@ class CrossMoST(nn.Module):
             image_hidden, point_hidden: (B, L) and (B, G) bool, True = replaced.
         """
         fields = {}
-        with self.in_precision():
+        is_mixed = self.precision != torch.float32
+        # Of the encoders: grouping and logits switch it off.
+        with torch.autocast(self.logit_scale.device.type, self.precision, is_mixed):
             if images is not None:
                 fields |= self.encode_images(images, image_hidden)
             if points is not None:
@@ -479,12 +478,6 @@ class CrossMoST(nn.Module):
             encoder.through_block = torch.compile(encoder.through_block)
         self.point_encoder.encoder.compile()
 
-    def in_precision(self):
-        """The encoders' autocast. Grouping and logits switch it off."""
-        if self.precision == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.logit_scale.device.type, self.precision)
-
 
 def unit_norm(features: Tensor) -> Tensor:
     """Scale vectors to length 1, in float32. (..., E) -> the same"""
@@ -530,9 +523,8 @@ def parameter_groups(model: CrossMoST, weight_decay: float, layer_decay: float,
     names = [name for name, _ in model.named_parameters()]
     for module in freeze:
         if not any(is_below(name, [module]) for name in names):
-            raise UserError(
-                f"--freeze {module}: no parameter or module has this name; give whole names, as "
-                "visual or point_encoder.encoder (model.named_parameters() lists them)")
+            raise UserError(f"--freeze {module}: no parameter or module has this name; give whole "
+                            "names, as visual or point_encoder.encoder")
 
     layers = len(model.visual.transformer.resblocks)
     members = {}
@@ -617,7 +609,7 @@ class TextEncoder(nn.Module):
             embedding.data.copy_(torch.from_numpy(0.02 * numbers))
 
     def forward(self, texts: list[str]) -> Tensor:
-        """Features (n, E), unit norm, of n texts: those of the tower's own forward, but faster."""
+        """Features (n, E), unit norm, of n texts: the tower's own, but faster."""
         # CLIP's tower answers at the end token, which has the largest number, and sees only what
         # stands before it. Texts are short, so the empty places behind their ends are left out.
         tower, device = self.tower, self.tower.positional_embedding.device
@@ -729,8 +721,9 @@ def plain_towers(name: str, pretrained: str | None) -> tuple[int, dict, dict]:
     """
     config = open_clip.get_model_config(name)
     if config is None:
-        raise UserError(f"unknown model {name!r}; one of {', '.join(STARTS)} with its file, or of "
-                        "open_clip's, as ViT-B-16-quickgelu")
+        files = ", ".join(STARTS)
+        raise UserError(f"unknown model {name!r}; one of {files}, each a file, or of open_clip's, "
+                        "as ViT-B-16-quickgelu")
 
     image, text = config["vision_cfg"], config["text_cfg"]
     has_extras = {*image, *text} - PLAIN
@@ -738,7 +731,7 @@ def plain_towers(name: str, pretrained: str | None) -> tuple[int, dict, dict]:
     if has_extras or is_resnet:
         raise UserError(f"{name}'s towers are no plain transformers; take a ViT-...")
 
-    # Of the weights, where open_clip knows them: from another activation it only warns.
+    # Of the weights, where open_clip knows them. Of another activation it only warns.
     weights = open_clip.get_pretrained_cfg(name, pretrained or "") or config
     image["quick_gelu"] = text["quick_gelu"] = weights.get("quick_gelu", False)
     # 64: CLIP's width of a head, where the file says nothing.
@@ -765,14 +758,22 @@ def load_start(path: str | Path, lender: tuple | None = None, which: str = "teac
     """
     content = read_start(path, which)
     text = borrow_towers(content, lender, path)
-    change_point_encoder(content, point)
+    sizes, state = content["architecture"]["point"], content["model"]
+    target = sizes.get("target", "tokens")
+    sizes |= point
+    # The head that predicts hidden groups is new where the file's predicts something else.
+    if point.get("target", target) != target:
+        head = "point_encoder.lm_head."
+        content["may_be_missing"] += (head,)
+        state = {key: state[key] for key in state if not key.startswith(head)}
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of what the file lacks
         model = CrossMoST(**content["architecture"])
         if "text" in content:
             text = TextEncoder(**content["text_architecture"])
 
-    load_strictly(model, content["model"], path, content["may_be_missing"])
+    load_strictly(model, state, path, content["may_be_missing"])
     model.trained_with = content["options"]
     if "text" in content:
         # The TextEncoder has made fixed token embeddings itself.
@@ -795,25 +796,11 @@ def borrow_towers(content: dict, lender: tuple | None, path: str | Path) -> Text
 
     clip, text = open_clip_start(*lender)
     if lacks_image:
-        architecture |= {key: clip.architecture[key] for key in ("image", "mean", "std")}
+        for key in ("image", "mean", "std"):
+            architecture[key] = clip.architecture[key]
         for key, value in clip.visual.state_dict().items():
             content["model"][f"visual.{key}"] = value
     return text
-
-
-def change_point_encoder(content: dict, point: dict):
-    """Put arguments of the PointEncoder in place of those of a start's file."""
-    of_file = {"target": "tokens", **content["architecture"]["point"]}
-    point = {**of_file, **point}
-    content["architecture"]["point"] = point
-    # The head that predicts hidden groups is new where the file's predicts something else.
-    other_target = point["target"] != of_file["target"]
-    other_size = point["target"] == "points" and point["group_size"] != of_file["group_size"]
-    if other_target or other_size:
-        head = "point_encoder.lm_head."
-        content["may_be_missing"] += (head,)
-        content["model"] = {key: value for key, value in content["model"].items()
-                            if not key.startswith(head)}
 
 
 def load_strictly(module: nn.Module, state: dict, path: str | Path,
@@ -822,11 +809,11 @@ def load_strictly(module: nn.Module, state: dict, path: str | Path,
 
     Raises: UserError with the keys that are missing, left over or of another shape.
     """
-    kept = {key: value for key, value in module.state_dict().items()
-            if key.startswith(may_be_missing)}
+    kept = module.state_dict()
+    kept = {key: kept[key] for key in kept if key.startswith(may_be_missing)}
     try:
         module.load_state_dict(kept | state)
     except RuntimeError as error:
         raise UserError(
-            f"{path} does not fit: {str(error)[:500]}; an encoder of your own needs a start of "
-            "its own, which python -m tools.pretrain makes") from error
+            f"{path} does not fit: {str(error)[:500]}; python -m tools.pretrain makes a start "
+            "of an encoder of your own") from error
