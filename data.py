@@ -469,11 +469,17 @@ DATASETS = {
 
 
 def dataset_name(text: str) -> str:
-    """What --dataset names: one of DATASETS, or a folder, which becomes an absolute path."""
-    # A data set wins over a folder of its name, which ./NAME still names.
+    """What --dataset names: one of DATASETS, or a folder, which becomes an absolute path.
+
+    Raises: UserError where it could be either.
+    """
     folder = Path(text).expanduser()
-    is_folder = text not in DATASETS and folder.is_dir()
-    return str(folder.resolve()) if is_folder else text
+    if text not in DATASETS:
+        return str(folder.resolve()) if folder.is_dir() else text
+    if (folder / "classes.txt").exists():
+        raise UserError(f"--dataset {text} is a data set, and a folder here, too; give ./{text} "
+                        "for the folder, or rename it")
+    return text
 
 
 def dataset_row(name: str) -> dict:

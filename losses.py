@@ -24,7 +24,10 @@ def joint_pseudo_labels(image_probs: Tensor, point_probs: Tensor, threshold: flo
     Returns:
         labels: y, (B,) int64, set for every object.
         keep: (B,) bool, True = trained on.
+    Raises: ValueError if the two inputs differ in shape.
     """
+    if image_probs.shape != point_probs.shape:
+        raise ValueError(f"need equal (B, C): images {image_probs.shape}, points {point_probs.shape}")
     image_confidence, image_label = image_probs.max(dim=-1)
     point_confidence, point_label = point_probs.max(dim=-1)
     # The weight decides who names the object, never what the cloud would name it.

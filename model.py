@@ -9,6 +9,7 @@ Masks are bool. True means hidden: a learnt token replaces the token.
 Parameters have the published checkpoints' names. support.starts renames what differs.
 """
 import math
+import sys
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -470,7 +471,9 @@ class CrossMoST(nn.Module):
         # Each kind of compiler has errors of its own.
         except Exception as error:
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"this machine cannot compile ({reason}); drop --compile") from error
+            warning = f"--compile has no effect, this machine cannot compile ({reason})"
+            print(f"warning: {warning}", file=sys.stderr)
+            return
         # Blocks, because equal ones share one compilation: for ViT-B/16 and Point-BERT it took
         # 23 s of the first step on one H200. With whole encoders compiled, an H100 had made no
         # step after 140 s.
@@ -518,7 +521,7 @@ def parameter_groups(model: CrossMoST, weight_decay: float, layer_decay: float,
 
     lr_scale = layer_decay^n, where layers_above counts n.
     freeze: names of parameters or modules, which lose requires_grad and are in no group.
-    Raises: UserError where nothing has a name of freeze.
+    Raises: UserError where nothing has a name of freeze, or nothing is left to train.
     """
     names = [name for name, _ in model.named_parameters()]
     for module in freeze:
@@ -536,6 +539,8 @@ def parameter_groups(model: CrossMoST, weight_decay: float, layer_decay: float,
             # Vectors have none. The 0-D logit_scale has, as in the original.
             decay = 0.0 if parameter.ndim == 1 else weight_decay
             members.setdefault((lr_scale, decay), []).append(parameter)
+    if not members:
+        raise UserError(f"--freeze {' '.join(freeze)} leaves nothing to train")
     return [{"params": parameters, "lr_scale": lr_scale, "weight_decay": decay}
             for (lr_scale, decay), parameters in members.items()]
 
@@ -705,7 +710,8 @@ def open_clip_start(name: str, pretrained: str | None, seed: int = 0,
                 "them once with a connection, or name a file: --pretrained FILE") from error
         pixels = clip.visual.preprocess_cfg
         model = CrossMoST(embed_dim, image_sizes, point, mean=pixels["mean"], std=pixels["std"])
-        text = TextEncoder(embed_dim, **text_sizes).eval()
+        text = TextEncoder(embed_dim, **text_sizes)
+    text.requires_grad_(False).eval()
 
     added_here = ("mask_token_emb", "ln_patch.", "decoder.")
     load_strictly(model.visual, clip.visual.state_dict(), name, added_here)
