@@ -215,8 +215,9 @@ def gallery(lines: list[dict], objects: Objects, count: int = 12) -> bytes:
                     "point: {point} {point_confidence}").format(**line)
         cells.append((images[0, 0], opinions))
         cells.append((objects.points[i], f"is {line['true']}" if "true" in line else ""))
+    reason = "image and point disagree" if objects.labels is None else "named wrongly, or in two ways"
+    title = f"{len(doubtful)} of {len(objects)} objects: {reason}"
     # Three objects a row.
-    title = f"{len(doubtful)} of {len(objects)} objects: named wrongly, or in two ways"
     return draw_grid(cells, 6, title)
 
 

@@ -105,7 +105,7 @@ def read_h5(path: Path, classes: int) -> tuple[Tensor, Tensor, list[str]]:
             names = [name.decode() for name in file.get("name", [])]
             # PointNet's own files have their names beside them.
             listed = path.with_name(f"{path.stem[:-1]}_{path.stem[-1]}_id2file.json")
-            if listed.is_file():
+            if not names and listed.is_file():
                 names = [Path(name).stem for name in json.loads(listed.read_bytes())]
             # They are y up. Only they hold normals.
             if "normal" in file:

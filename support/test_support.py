@@ -102,15 +102,13 @@ def test_objects_named_together_are_right_where_their_texts_are_not_and_an_absen
         assert z[:, 2].sum() < 1 and (z.sum(dim=-1) - 1).abs().max() < 1e-5
 
 
-def test_naming_together_knows_no_order_and_no_parts_and_with_nothing_to_tell_it_is_the_teacher():
+def test_naming_together_knows_no_order_and_with_nothing_to_tell_it_is_the_teacher():
     probs, image, point, texts, _ = clusters_with_wrong_texts(noise=0.3)
     named = partial(transduced_labels, texts=texts, temperature=5)
     z = named(probs, image, point)
     assert (z - probs).abs().max() > 0.5  # else what follows would say little
     order = torch.randperm(80, generator=torch.Generator().manual_seed(0))
     assert (named(probs[order], image[order], point[order]) - z[order]).abs().max() < 1e-4
-    for part in (1, 7, 80):
-        assert (named(probs, image, point, part=part) - z).abs().max() < 1e-4
     unmoved = transduced_labels(probs, image, point, texts, neighbours=0, temperature=math.inf)
     assert (unmoved - probs).abs().max() < 1e-6
     for few in (1, 2):  # fewer objects than neighbours
@@ -222,15 +220,12 @@ def test_a_checkpoint_of_a_stranger_runs_no_code_and_what_does_not_fit_is_named_
     part = (tmp_path / "ulip.pt").read_bytes()[:200]
     one = torch.zeros(1)
     for content, says in (
-            ({"architecture": Evil(), "teacher": {}}, r"holds \w+\.system, which could run code"),
-            ({"folder": HERE}, r"holds pathlib\.\S*Path, which"),
+            ({"architecture": Evil(), "teacher": {}}, "which could run code"),
+            ({"folder": HERE}, "which could run code"),
             ({"weights": 1}, "no known family"),
             (b"# A project", "is no checkpoint"),
             (b"", "is no checkpoint"),
             (part, "is no checkpoint, or only a part"),
-            # may go, two rows: OpenShape/Uni3D named messages
-            ({**state, "ppat.transformer.layers.0.w": one}, "OpenShape's"),
-            ({**state, "point_encoder.trans2embed.weight": one}, "Uni3D's"),
             ({**state, "pc_projection": torch.zeros(64, 32)}, "mismatch for pc_projection"),
             ({**state, "visual.extra": one}, "Unexpected key.*visual.extra"),
             ({**state, "point_encoder.norm.bias": None}, "Missing key.*norm.bias"),
@@ -292,9 +287,9 @@ def test_names_are_embedded_in_batches_as_one_by_one_where_the_model_is(monkeypa
     one_by_one = [F.normalize(text([t.format(name) for t in templates]).mean(dim=0), dim=0) for name in names]
     assert torch.allclose(models.embed_names(text, names, templates), torch.stack(one_by_one), atol=1e-6)
     _, clip = models.open_clip_start(small_clip, None)
-    tokens = clip.tokenize(["a chair", "a point cloud model of a night stand."])
-    theirs = F.normalize(clip.tower(tokens), dim=-1)
-    assert torch.allclose(models.text_features(clip.tower, tokens), theirs, atol=1e-6)
+    texts = ["a chair", "a point cloud model of a night stand."]
+    theirs = F.normalize(clip.tower(clip.tokenize(texts)), dim=-1)
+    assert torch.allclose(clip(texts), theirs, atol=1e-6)
     embed = Mock(return_value=torch.rand(10, 128))  # which sees the tower where the model is to be
     monkeypatch.setattr(models, "embed_names", embed)
     model = build_model("tiny", NAMES, templates, device="meta")
@@ -380,16 +375,13 @@ def test_a_lock_that_the_file_system_does_not_know_is_one_line(tmp_path, monkeyp
 
 
 # ------ objects, furniture ----------------------------------------------------------------------------------
-def test_objects_cast_what_a_loader_gives_and_keep_the_digits_of_a_far_away_set(tmp_path):
+def test_objects_cast_what_a_loader_gives_and_keep_the_digits_of_a_far_away_set():
     for points in (CLOUD.double(), CLOUD.double().numpy(), CLOUD.tolist(), list(CLOUD.numpy()), list(CLOUD)):
         objects = data.Objects(points, np.array([1], np.uint8), ["a", "b"])
         assert torch.equal(objects.points, CLOUD) and objects.points.dtype == torch.float32
         assert torch.equal(objects.labels, torch.tensor([1])) and objects.labels.dtype == torch.int64
     far = LEANING[None, :64].astype(np.float64) + [4e5, 5.5e6, 300]  # metres of a map: float32 has halves
     assert torch.allclose(data.to_unit_sphere(torch.from_numpy(far)), CLOUD, atol=1e-6)
-    build(tmp_path, contents={"far.h5": dict(data=far, label=[0])})
-    clouds, _, _ = published.read_h5(tmp_path / "far.h5", 1)
-    assert clouds.dtype == torch.float32 and torch.allclose(data.to_unit_sphere(clouds), CLOUD, atol=1e-5)
 
 
 def test_parts_of_furniture_are_surfaces():
@@ -519,21 +511,21 @@ def test_what_was_read_is_cached_whole_or_not_at_all_beside_its_folder_or_elsewh
     load = partial(data.load_dataset, "modelnet40", tmp_path, "test", 2100, download=False, cache=cache)
     listed, bed = folder / "modelnet40_test.txt", folder / "bed/bed_0516.txt"
     for file, content, says in (
-            (bed, None, "no .*bed_0516.txt; --points 2048 reads modelnet40_ply_hdf5_2048"),
+            (bed, None, "no .*bed_0516.txt; README"),
             (bed, "1,2,3\n1,2\n", "cannot read .*bed_0516.txt.*; expected lines x,y,z"),
             (bed, "1,2,3\n1,2,4\n", "cannot read .*_7.txt: it has 2100 points, the others 2"),
             (listed, "sofa-1\n", "cannot read .*_test.txt.*; expected names CLASS_NUMBER")):
         whole = file.read_text()
         file.unlink() if content is None else file.write_text(content)
         assert_refused(says, load)
-        assert not list(tmp_path.rglob("*.h5"))
+        assert not list(tmp_path.rglob("*.npy"))
         file.write_text(whole)
-    assert load().names == ["bed_0516", "airplane_7"] and len(list(tmp_path.glob("*.h5"))) == 1
+    assert load().names == ["bed_0516", "airplane_7"] and len(list(tmp_path.glob("*.npy"))) == 1
     listed.write_text("airplane_7\n")  # another list is another cache
     assert load().names == ["airplane_7"]
     monkeypatch.setattr(os, "access", lambda *_: False)  # a folder that may only be read
     listed.write_text("bed_0516\n")
-    assert load().names == ["bed_0516"] and len(list(cache.glob("*.h5"))) == 1
+    assert load().names == ["bed_0516"] and len(list(cache.glob("*.npy"))) == 1
     bed.unlink()  # what was read once is not read again
     assert load().names == ["bed_0516"]
 
@@ -548,7 +540,7 @@ def test_the_real_modelnet_has_its_counts_and_stands_upright_also_resampled():
     assert (high - low).mean(dim=0).argmin() == 2  # and aeroplanes are flat
     for path in (MODELNET.parent / "samples/normal_resampled").iterdir():
         same_object = forty.points[forty.names.index(path.stem)]
-        cloud = data.to_unit_sphere(torch.from_numpy(published.read_texts([path], "")[:, :8192]))[0]
+        cloud = data.to_unit_sphere(torch.from_numpy(published.read_texts([path])[:, :8192]))[0]
         turned_over = cloud * torch.tensor([-1, -1, 1]), cloud[:, [1, 0, 2]] * torch.tensor([1, -1, 1])
         far = [torch.cdist(same_object, one).amin(dim=1).mean() for one in (cloud, *turned_over)]
         assert cloud.shape == (8192, 3) and far[0] < 0.03 and far[0] == min(far)
@@ -1439,22 +1431,15 @@ def test_the_code_s_hash_changes_with_what_code_does_and_not_with_what_it_says(t
         assert hash_of(code.replace("1 + 1", does)) != before
 
 
-def test_a_sheet_of_a_data_set_is_drawn_and_other_code_is_said(tmp_path, monkeypatch, capsys, finished):
+def test_a_sheet_of_a_data_set_is_drawn(tmp_path, monkeypatch, finished):
     monkeypatch.setattr(evaluation, "preview", partial(evaluation.preview, count=2))  # eight take seconds
-    sheet, last = tmp_path / "sheet", tmp_path / "last.pt"
+    sheet = tmp_path / "sheet"
     for argv in (["--dataset", str(finished[0] / "own"), "--points", "100"], ["--domain", "source"]):
         evaluation.main([*argv, "--preview", str(sheet)])
         assert Image.open(sheet).size[0] > 800
         sheet.unlink()
     objects = replace(data.sample_shapes(1, 0, points=128), labels=None, names=["no UTF-8: \udcff"])
     evaluation.preview(objects, size=32)
-    saved = starts.read_file(finished[0] / "out/last.pt")
-    for code, lines in ((resume.CODE, 0), ("0ther", 1)):
-        starts.save_file({**saved, "identity": {**saved["identity"], "code": code}}, last)
-        capsys.readouterr()
-        evaluation.main(["--checkpoint", str(last)])
-        said = capsys.readouterr().err.splitlines()
-        assert len(said) == lines and all("was trained by other code (0ther, now " in line for line in said)
 
 
 def test_each_file_imports_only_from_floors_below_it_and_the_ground_from_itself():
