@@ -22,7 +22,7 @@ from model import TEMPLATES, CrossMoST, build_model, load_checkpoint, precision_
 from support import UserError, write_whole
 from support.command_line import (add_data_options, add_device_options, one_line_errors, option_parser,
                                   path_of)
-from support.files import UP, class_key, clean_class_names, printable, read_lines, read_objects, to_z_up
+from support.files import UP, class_key, clean_class_names, composed, read_lines, read_objects, to_z_up
 from support.information import information
 from support.parallel import gather_embedded
 from support.pictures import draw_grid, plot_confusion
@@ -363,7 +363,7 @@ def load_objects(args, trained_names: list[str]) -> Objects:
     if args.files:
         up = args.up or dataset_row(args.dataset)["up"]
         clouds = read_objects(args.files, args.points, args.points, up)
-        names = [printable(str(path)) for path in args.files]
+        names = [composed(str(path)) for path in args.files]
         # A start has no classes yet.
         classes = trained_names if args.checkpoint else []
         points = to_unit_sphere(torch.from_numpy(clouds), names)

@@ -11,10 +11,13 @@ without faces is a cloud. Extensions may be in upper case.
   with # or // are remarks. One line above the rows may name the columns, also as a remark: then those called
   x, y and z are read, wherever they stand. (A remark of as many words as there are columns is taken for
   their names.) Or one line says how many rows follow. Other titles and closing words are refused.
-- Without names, x, y and z are the first three columns. Where these look like others (counts, labels,
-  times, intensities, colours, normals), the file is refused until they are named.
-- NumPy (.npy): an array (N, 3), also (1, N, 3) or with up to 13 more columns, whose first three are judged
-  as those of text; or an array with fields x, y and z.
+- Without names a table is read only if it cannot be anything else: x y z, alone or followed by colours
+  (r g b or r g b a, from 0 to 255, or bytes divided by 255), by normals (of length 1), or by colours and
+  normals. In .pts there may be an intensity before the colours. All other tables are refused until their
+  columns are named, and so are those that begin with whole numbers (counts, labels, pixels, voxels), with
+  equal steps, with colours or with normals.
+- NumPy (.npy): an array (N, 3), also (1, N, 3) or with more columns, to which the same applies; or an
+  array with fields x, y and z.
 - PLY, OFF (also with its counts beside the word OFF, as in ModelNet) and STL, as text or binary, and OBJ.
   Faces may have any number of corners, but no notches.
 - glTF (.gltf .glb): triangles, wherever the scene puts them, but not compressed, quantised, posed by a
@@ -31,7 +34,7 @@ labels train/OBJECT.ply. Photographs lie in views/OBJECT/, or are called views/O
 class may stand around them (views/CLASS/OBJECT/), and must where two classes have an OBJECT of one name.
 An object without any photograph gets a depth view. Pictures whose names say depth, mask, normal or the like
 are refused, since all are taken for photographs. Hidden files are passed over, also files of other kinds, but
-a warning counts these. A .txt beside a mesh of its name is a caption.
+a warning counts these.
 
 **classes.txt** has the name of one class a line, as UTF-8, in the order of the labels. Names are made of
 letters, digits, blanks, `_` (which becomes a blank), hyphens and apostrophes, and two must not differ in
@@ -71,9 +74,7 @@ def reading(path: Path, repair: str, missing: str = LAYOUT):
     `repair` is the advice where the error gives none, `missing` that where there is no such file.
     Raises: FileNotFoundError if it is not there. Other errors of the system stay what they are.
     """
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, expected a file; {missing}")
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"no {path}; {missing}")
     try:
         with open(path, "rb") as file:
@@ -131,16 +132,15 @@ def to_z_up(points: Tensor, up: str) -> Tensor:
 
 def refuse_strange(points: np.ndarray):
     """Raises: ValueError where points, or the vertices of a mesh, cannot be those (N, 3) of one object."""
-    if len(points) == 0:
-        raise ValueError("it holds no points; export it again")
-    if points.shape[1:] != (3,):
-        raise ValueError(f"it has points of {points.shape[1:]} numbers, expected x y z; export it again")
-    distances = np.abs(points)
+    if len(points) == 0 or points.shape[1:] != (3,):
+        raise ValueError("it holds no points of three coordinates; export it again")
+    columns = points.T.copy()  # along rows NumPy is ten times as fast
+    distances = np.abs(columns)
     farthest = distances.max()  # NaN where a coordinate is
     if not farthest < 1e30:  # float32 ends at 3e38, the squares of a norm at 1e19
-        count = (~(distances < 1e30)).any(axis=1).sum()
+        count = (~(distances < 1e30)).any(axis=0).sum()
         raise ValueError(f"{count} of its {len(points)} points have NaN or infinite coordinates; remove them")
-    extent = np.ptp(points, axis=0).max()
+    extent = np.ptp(columns, axis=1).max()
     if extent == 0:
         raise ValueError("it has all its points in one place; export it again")
 
@@ -158,44 +158,62 @@ def refuse_marks_of_gaps(cloud: np.ndarray):
     """Raises: ValueError where some of these points (N, 3) only say that a sensor saw nothing there, or fill
     up an array. In the unit sphere they would shrink the object.
     """
-    x, y, z = cloud.T
-    for a, b, c in (np.zeros(3), cloud[-1]):
-        count = ((x == a) & (y == b) & (z == c)).sum()
-        if count > max(1, len(cloud) / 100):
-            raise ValueError(f"{count} of its {len(cloud)} points are {a:g} {b:g} {c:g}, as where a sensor "
-                             "saw nothing; remove them")
-    distance = np.linalg.norm(cloud - np.median(cloud, axis=0), axis=1)
-    middle = np.median(distance)
-    strays = (distance > 50 * middle).sum()  # as -9999 is
-    if 0 < middle and strays:
-        raise ValueError(f"{strays} of its {len(cloud)} points lie fifty times as far from its middle as "
-                         "half of them; remove them")
+    columns = cloud.T.copy()
+    is_zero = (columns == 0).all(axis=0)
+    others = columns[:, ~is_zero]
+    # One 0 0 0 amid the others may be a point of the object.
+    is_amid = ((others.min(axis=1) < 0) & (others.max(axis=1) > 0)).all()
+    is_last = (columns == columns[:, -1:]).all(axis=0)
+    offsets = columns - np.median(columns, axis=1)[:, None]
+    distances = np.linalg.norm(offsets, axis=0)
+    is_far = distances > 50 * np.median(distances)  # as -9999 is
+
+    few = max(1, len(cloud) / 100)
+    marks = [(is_zero, few if is_amid else 0, "are 0 0 0"), (is_last, few, "are the same"),
+             (is_far, 0, "lie fifty times as far from its middle as half of them")]
+    for is_mark, most, what in marks:
+        if is_mark.sum() > most:
+            raise ValueError(f"{is_mark.sum()} of its {len(cloud)} points {what}, as where a sensor saw "
+                             "nothing; remove them")
 
 
 # ------ Clouds. Their readers return points (N, 3) and no polygons.
 def read_npy(path: Path):
     """A NumPy array (N, 3 or more), also (1, N, 3), or with fields x, y, z."""
-    array = np.load(path, allow_pickle=False)
-    if not isinstance(array, np.ndarray):
-        raise ValueError("it is an archive of arrays; save one array with numpy.save")
-    fields = [name.lower() for name in array.dtype.names or ()]
-    if fields:
-        if not all(fields.count(axis) == 1 for axis in "xyz"):
-            raise ValueError(f"it has fields {', '.join(fields)}, expected x, y, z; rename them")
-        names = [array.dtype.names[fields.index(axis)] for axis in "xyz"]
-        array = np.stack([array[name] for name in names], axis=-1).reshape(-1, 3)
-
-    if array.ndim == 3 and len(array) == 1:
+    array = np.asarray(np.load(path, allow_pickle=False))
+    has_fields = array.dtype.names
+    if has_fields:
+        array = stack_fields(array)
+    elif array.ndim == 3 and len(array) == 1:
         array = array[0]
-    is_table = array.ndim == 2 and array.shape[1] >= 3
-    # Bytes are colours or a picture.
-    if not is_table or array.dtype.kind not in "fiu" or array.dtype == np.uint8:
+    if array.ndim != 2 or array.dtype.kind not in "fiu":
         raise ValueError(f"it holds {array.dtype} of shape {array.shape}, expected numbers (N, 3); save "
-                         "one cloud a file, as float32, with array.reshape(-1, 3)")
+                         "one cloud a file, as float32, with array.reshape(-1, 3) and numpy.save")
     table = array.astype(np.float64)
-    if not fields:
+    if not has_fields:
         refuse_other_columns(table)
     return table[:, :3], []
+
+
+def stack_fields(array: np.ndarray) -> np.ndarray:
+    """The fields x, y, z of a structured array. -> (N, 3)"""
+    axes = [array[array.dtype.names[number]] for number in find_axes(array.dtype.names)]
+    return np.stack(axes, axis=-1).reshape(-1, 3)
+
+
+def find_axes(names: list[str]) -> list[int]:
+    """Which of the columns of these names are called x, y and z.
+    Raises: ValueError where not each is, once.
+    """
+    names = [name.lower() for name in names]
+    if any(names.count(axis) != 1 for axis in "xyz"):
+        raise ValueError(f"its columns are called {', '.join(names)}; call those of coordinates x, y, z")
+    return [names.index(axis) for axis in "xyz"]
+
+
+# What leads to the names of columns, as in "columns: x y z", and their units, as in "x [m]".
+NOT_NAMES = re.compile(r"^.*:|^(fields|columns|format|header|data|points)\s|\[.*?\]|\(.*?\)", re.IGNORECASE)
+LETTERS = re.compile("[a-df-z]", re.IGNORECASE)  # those of words, not of 1e-5
 
 
 def read_text(path: Path):
@@ -203,43 +221,35 @@ def read_text(path: Path):
 
     x, y, z are the columns that a line above the rows calls so, else the first three.
     """
-    text = path.read_bytes().decode("utf-8-sig", "replace")  # remarks may come in any encoding
-    if "\0" in text:
-        raise ValueError("it holds zero bytes, so it is no text in UTF-8; save it as such")
+    text = path.read_bytes().decode("utf-8-sig", "replace")  # remarks come in all encodings
     lines = list(filter(None, map(str.strip, text.splitlines())))
     rows = [line for line in lines if not line.startswith(("#", "//"))]
     if len(rows) < 2:
         raise ValueError("it holds no rows of numbers; export it again")
-    between = next((mark for mark in ";," if mark in rows[-1]), None)  # None: blanks and tabs
-
     above = lines[:lines.index(rows[0])]
-    header = take_first_line(rows, between)
-    if header:
-        above.append(header)
+    if LETTERS.search(rows[0]):
+        above.append(rows.pop(0))
+    elif re.fullmatch(r"[0-9\s,;]+", rows[0]):
+        count = int(re.match("[0-9]*", rows[0])[0] or -1)
+        if count != len(rows) - 1:  # "2048 3" above a matrix, "0,1,2" above columns
+            raise ValueError(f"its first line {rows[0]!r} has whole numbers; remove it, or write 0.0 for 0")
+        rows.pop(0)
+
+    between = next((mark for mark in ";," if mark in rows[-1]), None)  # None: blanks and tabs
     table = load_table(rows, between)
-    columns = named_columns(above, between, table.shape[1])
-    if columns is None and header:
-        raise ValueError(f"its first line is {header!r}, its rows have {table.shape[1]} columns; name "
-                         "them all there, those of coordinates x, y, z")
-    if columns is None:
-        refuse_other_columns(table)
-    return table[:, columns or [0, 1, 2]], []
-
-
-def take_first_line(rows: list[str], between: str | None) -> str | None:
-    """Remove the first of these rows where it is none: names, which are returned, or how many rows follow.
-    Raises: ValueError where it may be a point, or not.
-    """
-    cells = [cell.strip(' "') for cell in rows[0].split(between)]
-    if not all(map(is_number, cells)):
-        return rows.pop(0)
-    if all(map(str.isdecimal, cells)):
-        if int(cells[0]) == len(rows) - 1:
-            rows.pop(0)
-        elif all("." in row for row in rows[1:]):  # "2048 3" above a matrix, "0,1,2" above columns
-            raise ValueError(f"its first line {rows[0]!r} has whole numbers, all others have not; remove "
-                             "it, or write 0.0 for 0")
-    return None
+    for line in filter(LETTERS.search, reversed(above)):
+        words = NOT_NAMES.sub("", line.lstrip("#/ ")).strip()
+        between = next((mark for mark in ";,\t" if mark in words), None)
+        names = [word.strip(" \"'") for word in words.split(between)]
+        if len(names) == table.shape[1]:
+            return table[:, find_axes(names)], []
+        if not line.startswith(("#", "//")):
+            raise ValueError(f"its first line is {line!r}, its rows have {table.shape[1]} columns; name "
+                             "them all there, those of coordinates x, y, z")
+    if path.suffix.lower() == ".pts" and table.shape[1] == 7:
+        table = np.delete(table, 3, axis=1)  # x y z intensity r g b
+    refuse_other_columns(table)
+    return table[:, :3], []
 
 
 def load_table(rows: list[str], between: str | None = None) -> np.ndarray:
@@ -248,72 +258,41 @@ def load_table(rows: list[str], between: str | None = None) -> np.ndarray:
         return np.loadtxt(rows, delimiter=between, quotechar='"', ndmin=2)
     except ValueError as error:
         problem = str(error).split(";")[0]  # what follows is advice to programmers
-        raise ValueError(f"{problem}; save rows of equally many numbers, with decimal points, and no other "
-                         "lines") from None
-
-
-def is_number(cell: str) -> bool:
-    """Whether a cell holds a number."""
-    return bool(re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|nan|[-+]?inf", cell, re.IGNORECASE))
-
-
-# What leads to the names of columns, as in "columns: x y z", and their units, as in "x [m]".
-NOT_NAMES = re.compile(r"^.*:|^(fields|columns|format|header|data|points)\s|\[.*?\]|\(.*?\)", re.IGNORECASE)
-
-
-def named_columns(above: list[str], between: str | None, width: int) -> list[int] | None:
-    """Which of `width` columns the lines above the rows call x, y, z; None where these name no columns.
-    Raises: ValueError where they name other columns.
-    """
-    named = []
-    for line in reversed(above):
-        line = NOT_NAMES.sub("", line.lstrip("#/ ")).strip()
-        for words in (line.split(between), re.split(r"[,;\s]+", line)):
-            names = [word.strip(" \"'").lower() for word in words]
-            if len(names) == width and not is_number(names[0]):
-                named.append(names)
-    for names in named:
-        if all(names.count(axis) == 1 for axis in "xyz"):
-            return [names.index(axis) for axis in "xyz"]
-    if named:
-        raise ValueError(f"a line above calls its columns {', '.join(named[0])}; call those of coordinates "
-                         "x, y, z, or remove the line")
-    return None
+        raise ValueError(f"{problem}; save rows of equally many numbers, with decimal points, as UTF-8, and "
+                         "no other lines") from None
 
 
 def refuse_other_columns(table: np.ndarray):
-    """Raises: ValueError where the first three columns of a table (N, columns) may be no coordinates."""
-    width = table.shape[1]
-    if not 3 <= width <= 16:
-        raise ValueError(f"it has {width} columns, expected x y z and a few more; save x y z alone")
-    first, column = table[:, :3], table[:, 0]
+    """Raises: ValueError unless a table (N, columns) without names must be x y z, alone or before colours,
+    normals, or both.
+    """
+    first, others = table[:, :3], table[:, 3:]
     if len(table) < 2 or not np.isfinite(first).all():
         return  # refused later, for what it is
-    steps = np.diff(column)
-    are_whole = (first == first.round()).all(axis=0)
-    is_even = 0 != steps[0] and np.ptp(steps) < 1e-3 * abs(steps[0])
-    suspicions = {
-        "colours": are_whole.all() and first.min() >= 0 and first.max() <= 255,
-        "a count": is_even,
-    }
-    if width > 3:
-        spread = np.ptp(first, axis=0)
-        # Labels, and intensities in steps, take far fewer values than coordinates do.
-        values = 10 * len(np.unique(column))
-        is_label = values < len(table) and values < min(len(np.unique(other)) for other in table[:, 1:4].T)
-        suspicions |= {
-            "a count or label": are_whole[0] or spread[0] > 50 * max(spread[1:]),
-            "a time": (steps >= 0).all() or (steps <= 0).all(),
-            "an intensity or colours": column.min() >= 0 and column.max() <= 1,
-            "a label or an intensity": is_label,
-        }
-    if width >= 6:
-        has_length_1 = np.abs(np.linalg.norm(first, axis=1) - 1) < 0.01
-        suspicions["normals"] = has_length_1.mean() > 0.9
-    for suspicion, is_likely in suspicions.items():
-        if is_likely:
-            raise ValueError(f"its {width} columns seem to begin with {suspicion}; save x y z alone, with "
-                             "decimals, or name the columns in a first line")
+    if are_normals(others[:, -3:]):
+        others = others[:, :-3]
+    are_coordinates_first = first.shape[1] == 3 and not are_colours(first) and not are_normals(first)
+    are_known_behind = others.shape[1] == 0 or are_colours(others)
+
+    column, steps = table[:, 0], np.diff(table[:, 0])
+    is_count = (column == column.round()).all() or np.ptp(steps) < 1e-3 * abs(steps[0])
+    if is_count or not are_coordinates_first or not are_known_behind:
+        raise ValueError(f"its {table.shape[1]} columns may be others than x y z, colours and normals, or "
+                         "begin with a count, label or pixel; save x y z alone, less their mean, or name the "
+                         "columns in a first line")
+
+
+def are_colours(columns: np.ndarray) -> bool:
+    """Whether these (N, columns) are r g b or r g b a: bytes, or bytes divided by 255."""
+    scaled = columns if columns.max() > 1 else 255 * columns
+    is_byte = (np.abs(scaled - scaled.round()) < 0.02) & (0 <= scaled) & (scaled <= 255)
+    return columns.shape[1] in (3, 4) and bool(is_byte.all())
+
+
+def are_normals(columns: np.ndarray) -> bool:
+    """Whether nearly all of these (N, columns) are directions in space, of length 1."""
+    has_length_1 = np.abs(np.linalg.norm(columns, axis=1) - 1) < 0.01
+    return columns.shape[1] == 3 and has_length_1.mean() > 0.9
 
 
 # ------ Meshes. Their readers return vertices (V, 3) and polygons: the numbers, from 0, of the vertices at
@@ -332,27 +311,21 @@ def cut_polygons(vertices: np.ndarray, polygons) -> np.ndarray:
         group = np.array(group, np.int64)  # (F, corners)
         if group.min() < 0 or group.max() >= len(vertices):
             raise ValueError(f"its faces join points that are none of its {len(vertices)}; export it again")
-        fans = [group[:, [0, k, k + 1]] for k in range(1, group.shape[1] - 1)]
-        if len(fans) > 1:
-            refuse_notches(np.stack([normals_of(vertices, fan) for fan in fans]))
-        triangles += fans
+        fans = np.stack([group[:, [0, k, k + 1]] for k in range(1, group.shape[1] - 1)])
+        if len(fans) > 1:  # triangles that fill a notch are turned over
+            normals = normals_of(vertices, fans)  # (corners - 2, F, 3)
+            areas = np.linalg.norm(normals, axis=-1)
+            whole = normals.sum(axis=0)  # the polygon's, the same however it is cut
+            is_turned = (normals * whole).sum(axis=-1) <= 0
+            if areas[is_turned].sum() > 0.01 * areas.sum():  # a few bent faces do no harm
+                raise ValueError(f"its faces of {len(fans) + 2} corners have notches; export triangles")
+        triangles += [*fans]
     return np.concatenate(triangles)
 
 
-def refuse_notches(normals: np.ndarray):
-    """Raises: ValueError where triangles fill notches of the polygons they were cut from: there some are
-    turned over. normals: theirs, (corners - 2, F, 3).
-    """
-    areas = np.linalg.norm(normals, axis=-1)
-    whole = normals.sum(axis=0)  # the polygon's, the same however it is cut
-    is_turned = (normals * whole).sum(axis=-1) <= 0
-    if areas[is_turned].sum() > 0.01 * areas.sum():  # a few bent faces do no harm
-        raise ValueError(f"its faces of {len(normals) + 2} corners have notches; export triangles")
-
-
 def normals_of(vertices: np.ndarray, triangles: np.ndarray) -> np.ndarray:
-    """Normals of triangles, twice as long as their areas. vertices (V, 3), triangles (F, 3) -> (F, 3)"""
-    first, second, third = vertices[triangles].swapaxes(0, 1)
+    """Normals of triangles, twice as long as their areas. vertices (V, 3), triangles (..., 3) -> (..., 3)"""
+    first, second, third = np.moveaxis(vertices[triangles], -2, 0)
     return np.cross(second - first, third - first)
 
 
@@ -381,7 +354,7 @@ def read_obj(path: Path):
     """Wavefront's OBJ, whatever its groups and materials. An index counts from 1, a negative one backwards
     from the last vertex so far.
     """
-    vertices, polygons, has_curves = [], [], False
+    vertices, polygons = [], []
     text = path.read_bytes().decode("utf-8-sig", "replace")  # names come in all encodings
     for line in re.sub(r"\\\r?\n", " ", text).splitlines():
         keyword, *words = line.split() or [""]
@@ -391,9 +364,7 @@ def read_obj(path: Path):
             words = line.split("#")[0].split()[1:]
             corners = [int(word.split("/")[0]) for word in words]
             polygons.append([i - 1 if i >= 0 else len(vertices) + i for i in corners])
-        elif keyword in ("l", "curv", "surf"):
-            has_curves = True
-    if has_curves and not polygons:
+    if not polygons and re.search(r"^\s*(l|curv|surf)\s", text, re.MULTILINE):
         raise ValueError("it holds lines or curves and no faces; export triangles")
     return vertices, polygons
 
@@ -404,21 +375,19 @@ def read_off(path: Path):
     header = re.match(r"\s*(C?N?|ST)OFF\s*(\d+)\s+(\d+)(\s+\d+)?\s*\n", text, re.IGNORECASE)
     if header is None:
         raise ValueError("it does not begin with OFF and the numbers of points and faces; export it again")
-    rows = [line for line in text[header.end():].splitlines() if line.strip()]
-    table, polygons = read_rows(rows, int(header[2]), int(header[3]))
-    if header[1] == "" and table.shape[1] != 3:  # others have colours, normals or a texture, too
-        raise ValueError(f"its points have {table.shape[1]} numbers, expected 3; export it again")
+    columns = None if header[1] else 3  # COFF and others have colours, normals or a texture, too
+    table, polygons = read_rows(text[header.end():], int(header[2]), int(header[3]), columns)
     return table[:, :3], polygons
 
 
-def read_rows(rows: list[str], vertices: int, faces: int):
+def read_rows(text: str, vertices: int, faces: int, columns: int | None):
     """A table (V, columns) of so many vertices, one a row, and polygons, one a row below: how many corners
     it has, and which.
     """
-    if len(rows) != vertices + faces:
+    rows = [line for line in text.splitlines() if line.strip()]
+    if len(rows) != vertices + faces or not vertices:
         raise ValueError(f"it declares {vertices} points and {faces} faces, but has {len(rows)} rows; it "
                          "was cut off, or holds more; export it again")
-    table = load_table(rows[:vertices]) if vertices else np.empty((0, 3))
     polygons = []
     for row in rows[vertices:]:
         size, *words = row.split()
@@ -426,6 +395,9 @@ def read_rows(rows: list[str], vertices: int, faces: int):
         if len(corners) != int(size):
             raise ValueError(f"it has a face {row!r}; it was cut off; export it again")
         polygons.append(corners)
+    table = load_table(rows[:vertices])
+    if columns and table.shape[1] != columns:
+        raise ValueError(f"its points have {table.shape[1]} numbers, expected {columns}; export it again")
     return table, polygons
 
 
@@ -445,66 +417,48 @@ def read_stl(path: Path):
     return corners, np.arange(len(corners)).reshape(-1, 3)
 
 
-CORNERS = ("vertex_indices", "vertex_index")  # what PLY calls a face's list of vertices
+# Headers of text whose rows are as those of OFF: points, then faces that begin with their corners.
+PLAIN_PLY = re.compile(r"ply\s+format ascii 1.0\s+element vertex \d+\s+((?:property \w+ \w+\s+)+)"
+                       r"(?:element face \d+\s+property list \w+ \w+ vertex_ind(?:ex|ices)\s+"
+                       r"(?:property .*\s+)*)?")
 
 
 def read_ply(path: Path):
     """PLY, its faces of any numbers of corners."""
     raw = path.read_bytes()
-    end = raw.find(b"end_header")
-    if not raw.startswith(b"ply") or end < 0:
-        raise ValueError("it has no PLY header; export it again")
-    header = raw[:end].decode("latin1")  # comments come in all encodings
-    head, *elements = re.split(r"^element\s+", header, flags=re.MULTILINE)
-    counts = ply_counts(elements, len(raw))
-
-    # plyfile takes twice as long for text, the common kind of which has rows as OFF has.
-    names = re.findall(r"^property\s+\w+\s+(\w+)\s*$", elements[0], re.MULTILINE)
-    is_common = re.match("vertex", elements[0]) and "list" not in elements[0]
-    if len(elements) > 1:
-        is_face = re.match(r"face\s+\d+\s+property\s+list\s+\w+\s+\w+\s+vertex_ind(ex|ices)\s", elements[1])
-        is_common = is_common and is_face and len(elements) == 2
-    if re.search(r"^format\s+ascii", head, re.MULTILINE) and is_common:
-        rows = [row for row in raw[end:].decode("latin1").splitlines()[1:] if row.strip()]
-        table, polygons = read_rows(rows, counts["vertex"], counts.get("face", 0))
-        if table.shape[1] != len(names) or not {"x", "y", "z"} <= {*names}:
-            raise ValueError(f"its points have {table.shape[1]} numbers called {', '.join(names)}, expected "
-                             "x, y, z; export it again")
-        return table[:, [names.index(axis) for axis in "xyz"]], polygons
-
-    if header.isascii():
-        return read_any_ply(path)
-    return read_any_ply(io.BytesIO(header.encode("ascii", "replace") + raw[end:]))  # slower
-
-
-def ply_counts(elements: list[str], size: int) -> dict[str, int]:
-    """How many there are of each element of a PLY file, from the parts of its header.
-    Raises: ValueError where these are not points, or points and faces, or more than `size` bytes can hold.
-    """
-    counts = {name: int(count) for name, count, *_ in map(str.split, elements)}
-    if "vertex" not in counts:
-        raise ValueError("it has no element called vertex; export a cloud, or triangles")
-    if max(counts.values()) > size:
-        raise ValueError(f"it declares {counts}, more than its {size} bytes can hold; export it again")
+    head, end, body = raw.partition(b"end_header")
+    lines = head.decode("latin1").splitlines()  # comments come in all encodings
+    header = "\n".join(line for line in lines if not line.startswith(("comment", "obj_info"))) + "\n"
+    counts = {name: int(count) for name, count in re.findall(r"^element\s+(\S+)\s+(\d+)", header, re.M)}
+    if not end or "vertex" not in counts:
+        raise ValueError("it has no PLY header with an element called vertex; export a cloud, or triangles")
+    if max(counts.values()) > len(raw):
+        raise ValueError(f"it declares {counts}, more than its {len(raw)} bytes can hold; export it again")
     others = {name for name in counts if counts[name]} - {"vertex", "face", "camera", "range_grid"}
     if "tristrips" in others or others and not counts.get("face"):
         raise ValueError(f"it holds {', '.join(others)}; export it as triangles, or as a cloud")
-    return counts
 
+    plain = PLAIN_PLY.fullmatch(header)
+    if plain:  # plyfile takes four times as long
+        names = plain[1].split()[2::3]
+        rows = body.decode("latin1")
+        table, polygons = read_rows(rows, counts["vertex"], counts.get("face", 0), len(names))
+        return table[:, find_axes(names)], polygons
 
-def read_any_ply(source):
-    """PLY by plyfile, from a path or an open file."""
+    source = path
+    if not head.isascii():  # what plyfile refuses also in comments
+        source = io.BytesIO(head.decode("ascii", "replace").encode("ascii", "replace") + end + body)
     try:  # triangles need no loop
-        file = plyfile.PlyData.read(source, known_list_len={"face": dict.fromkeys(CORNERS, 3)})
+        sizes = {"vertex_indices": 3, "vertex_index": 3}
+        file = plyfile.PlyData.read(source, known_list_len={"face": sizes})
     except plyfile.PlyParseError:
         file = plyfile.PlyData.read(source)
-    vertices = np.stack([file["vertex"][axis] for axis in "xyz"], axis=1)
-    if "face" not in file or len(file["face"]) == 0:
+    vertices = stack_fields(np.asarray(file["vertex"].data))
+    if not counts.get("face"):
         return vertices, []
-    for name in CORNERS:
-        if name in file["face"].data.dtype.names:
-            return vertices, file["face"][name]
-    raise ValueError("its faces have no vertex_indices; export it again")
+    faces = np.asarray(file["face"].data)
+    is_short = "vertex_index" in faces.dtype.names
+    return vertices, faces["vertex_index" if is_short else "vertex_indices"]
 
 
 def read_gltf(path: Path):
@@ -530,28 +484,22 @@ def read_gltf(path: Path):
 
 def gltf_bounds(tree: dict) -> list:
     """The least and the greatest coordinates of each part of a glTF scene, from its JSON.
-    Raises: ValueError that names what trimesh would skip or read wrongly within these bounds.
+    Raises: ValueError where trimesh would skip something or read it wrongly within these bounds.
     """
-    meshes, bounds = tree.get("meshes", []), []
-    extensions = tree.get("extensionsRequired", []) + tree.get("extensionsUsed", [])
-    harmful = [name for name in extensions if re.search("compression|quantization|instancing", name)]
-    has_weights = any(any(one.get("weights", [])) for one in meshes + tree.get("nodes", []))
-    if harmful or has_weights or tree.get("skins"):
-        problem = harmful[0] if harmful else "a skeleton or morph targets"
-        raise ValueError(f"it holds {problem}, which cannot be read; export it as it stands, as a plain mesh")
+    meshes, accessors = tree.get("meshes", []), tree.get("accessors", [])
+    parts = [part for mesh in meshes for part in mesh["primitives"]]
+    positions = [accessors[part["attributes"]["POSITION"]] for part in parts]
+    extensions = str(tree.get("extensionsRequired")) + str(tree.get("extensionsUsed"))
 
-    for part in [part for mesh in meshes for part in mesh["primitives"]]:
-        if part.get("mode", 4) not in (4, 5):  # triangles, or strips of them
-            raise ValueError("it holds points, lines or fans; export triangles")
-        used = [part["attributes"]["POSITION"], part.get("indices")]
-        position, *indices = [tree["accessors"][number] for number in used if number is not None]
-        is_float = position["componentType"] == 5126  # the standard's number of float32
-        if not is_float or any("sparse" in one for one in (position, *indices)):
-            raise ValueError("its coordinates are quantised or sparse; export one plain mesh")
-        bounds.append([position["min"], position["max"]])
-    if not bounds:
-        raise ValueError("it holds no meshes; export it again")
-    return bounds
+    is_packed = re.search("compression|quantization|instancing", extensions)
+    has_weights = any(any(one.get("weights", [])) for one in meshes + tree.get("nodes", []))
+    are_triangles = parts and all(part.get("mode", 4) in (4, 5) for part in parts)  # 5: strips of them
+    are_floats = all(position["componentType"] == 5126 for position in positions)  # the number of float32
+    is_sparse = any("sparse" in accessor for accessor in accessors)
+    if is_packed or has_weights or tree.get("skins") or is_sparse or not are_triangles or not are_floats:
+        raise ValueError("it is compressed, quantised, sparse, instanced, posed by a skeleton or morph "
+                         "targets, or not of triangles; export it as it stands, as one plain mesh")
+    return [[position["min"], position["max"]] for position in positions]
 
 
 READERS = {".npy": read_npy, ".txt": read_text, ".xyz": read_text, ".csv": read_text, ".pts": read_text,
@@ -630,9 +578,8 @@ def find_photographs(folder: Path, names: list[str], others: list[str] = ()) -> 
 
     missing = [name for name, paths in pictures.items() if not paths]
     if len(missing) == len(pictures):
-        place = folder / missing[0] / "*.jpg"
-        kinds = " ".join(PHOTOGRAPHS)
-        raise UserError(f"{folder} has no picture of any object; expected {place} (or {kinds})")
+        raise UserError(f"{folder} has no picture of any object; expected {folder / missing[0]}/*.jpg (or "
+                        f"{' '.join(PHOTOGRAPHS)})")
     if missing:
         say_once(f"warning: {folder} has no picture of {len(missing)} of {len(pictures)} objects, for "
                  f"example {min(missing)}; they get a rendered depth view")
@@ -641,10 +588,10 @@ def find_photographs(folder: Path, names: list[str], others: list[str] = ()) -> 
 
 def owner_of(place: Path, names) -> str | None:
     """Which of these objects a file at this place in the folder of photographs belongs to, if any."""
-    parts = composed(str(place.with_suffix(""))).split(os.sep)
-    candidates = ["/".join(parts[:-1]), *parts[-2:-1]]  # its folder, CLASS/A or A
-    if len(parts) <= 2:
-        candidates += ["/".join(parts), parts[-1]]  # or itself
+    *folders, own = composed(str(place.with_suffix(""))).split(os.sep)
+    candidates = ["/".join(folders), *folders[-1:]]  # its folder, CLASS/A or A
+    if len(folders) <= 1:
+        candidates += ["/".join([*folders, own]), own]  # or itself
     return next((name for name in candidates if name in names), None)
 
 
@@ -665,17 +612,22 @@ def read_folder(folder: Path, split: str) -> dict:
     """
     listed, inside, views = folder / "classes.txt", folder / split, folder / "views"
     class_names = clean_class_names(read_lines(listed), str(listed))
-    files = find_objects(inside)
+    files = objects_below(inside)
+    ignored = Counter(file.suffix for file in {*files_below(inside)} - {*files})
+    if ignored:
+        say_once(f"warning: ignored files in {inside}: {dict(ignored)}; convert what is an object, for "
+                 "example to .ply")
+    if not files:
+        raise FileNotFoundError(f"no objects in {inside}; expected files {' '.join(READERS)}")
     labels = find_labels(files, inside, class_names)
     names, others = object_names(files, inside), []
     if views.is_dir():
         other = folder / {"train": "test", "test": "train"}[split]
         others = object_names(objects_below(other), other)
         mine, theirs = ({name.split("/")[-1] for name in group} for group in (names, others))
-        shared = mine & theirs
-        if shared:
-            raise UserError(f"{min(shared)} is an object of {inside} and of {other}, so its pictures could "
-                            "be of either; rename one")
+        if mine & theirs:
+            raise UserError(f"{min(mine & theirs)} is an object of {inside} and of {other}, so its pictures "
+                            "could be of either; rename one")
     images = find_photographs(views, names, others)
     return dict(points=files, labels=labels, class_names=class_names, names=names, images=images)
 
@@ -687,7 +639,7 @@ def mostly_photographed(folder: Path) -> bool:
     if not names or not (folder / "views").is_dir():
         return False
     images = find_photographs(folder / "views", names)
-    return sum(bool(paths) for paths in images) > len(names) / 2
+    return sum(map(bool, images)) > len(names) / 2
 
 
 def find_labels(files: list[Path], inside: Path, class_names: list[str]) -> list[int] | None:
@@ -695,8 +647,8 @@ def find_labels(files: list[Path], inside: Path, class_names: list[str]) -> list
     Raises: UserError where files lie in folders that are no classes, or only some lie in folders.
     """
     label_of = {class_key(name): label for label, name in enumerate(class_names)}
-    owners = [file.parent.name for file in files if file.parent != inside]
-    unknown = sorted({printable(owner) for owner in owners if class_key(owner) not in label_of})
+    owners = [composed(file.parent.name) for file in files if file.parent != inside]
+    unknown = sorted({owner for owner in owners if class_key(owner) not in label_of})
     if unknown or 0 < len(owners) < len(files):
         raise UserError(f"{inside} has objects in {unknown or 'folders and outside'}; expected folders "
                         f"named as in {inside.parent / 'classes.txt'}, or none at all")
@@ -710,64 +662,50 @@ def object_names(files: list[Path], inside: Path) -> list[str]:
     names = [composed(file.stem) for file in files]
     if len({*names}) < len(names):  # they are numbered anew in each class
         names = [composed(file.relative_to(inside).with_suffix("").as_posix()) for file in files]
-    for name, count in Counter(names).items():
-        if count > 1:
-            raise UserError(f"two objects of {inside} are called {name}; rename one")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(f"two objects of {inside} are called {twice[0]}; rename one")
     return names
 
 
-def find_objects(inside: Path) -> list[Path]:
-    """The clouds and meshes below a folder; one line on stderr counts other files."""
-    files, every_file = objects_below(inside), files_below(inside)
-    others = Counter(file.suffix.lower() or "without extension" for file in {*every_file} - {*files})
-    if others:
-        listed = ", ".join(f"{count} {kind}" for kind, count in others.most_common())
-        print(f"warning: ignored {others.total()} files in {inside}: {listed}; convert what is an object, "
-              "for example to .ply", file=sys.stderr)
-    if not files:
-        raise FileNotFoundError(f"no objects in {inside}; expected files {' '.join(READERS)}")
-    return files
-
-
 def objects_below(folder: Path) -> list[Path]:
-    """The clouds and meshes below a folder. A .txt beside another of its name is a caption."""
-    files = [file for file in files_below(folder) if file.suffix.lower() in READERS]
-    is_text = {file: file.suffix.lower() == ".txt" for file in files}
-    others = {file.with_suffix("") for file in files if not is_text[file]}
-    return [file for file in files if not (is_text[file] and file.with_suffix("") in others)]
+    """The clouds and meshes below a folder."""
+    return [file for file in files_below(folder) if file.suffix.lower() in READERS]
 
 
-def files_below(folder: Path) -> list[Path]:
-    """All files below a folder, sorted, through links; without hidden ones and what systems leave there."""
+def files_below(folder: Path, depth: int = 4) -> list[Path]:
+    """The files in a folder, and in those in it, sorted, through links; without hidden ones."""
+    if depth == 0 or not folder.is_dir():  # a link upwards would never end
+        return []
     files = []
-    for path in folder.iterdir() if folder.is_dir() else []:
-        if path.name.startswith(".") or path.name in ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir"):
-            continue
-        if not path.is_dir():
-            files.append(path)
-        elif not folder.resolve().is_relative_to(path.resolve()):  # a link upwards would never end
-            files += files_below(path)
+    for path in folder.iterdir():
+        if not path.name.startswith("."):
+            files += files_below(path, depth - 1) if path.is_dir() else [path]
     return sorted(files)
 
 
-def printable(name: str) -> str:
-    """The name of a file in characters that can be written; bytes that are no UTF-8 become U+FFFD."""
-    # Not os.fsencode: a locale without UTF-8 cannot encode the names of classes.
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
 def composed(name: str) -> str:
-    """A printable name with its accents composed (Unicode NFC), as not all systems write it."""
-    return unicodedata.normalize("NFC", printable(name))
+    """A name with its accents composed (Unicode NFC), as not all systems write it, in characters that can
+    be written: bytes that are no UTF-8 become U+FFFD.
+    """
+    # Not os.fsencode: a locale without UTF-8 cannot encode the names of classes.
+    printable = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return unicodedata.normalize("NFC", printable)
 
 
 # ------ Class names
+# Numbers before a name, but not "3d printer"; WordNet's numbers; what stands above a list.
+NO_NAME = re.compile(r"\d+([ _]|$)|.*\d{5}|(class|classes|labels?|names?|category)$", re.IGNORECASE)
+
+
 def clean_class_names(names: list[str], where: str) -> list[str]:
     """Class names for the text tower, written as they are given, but with single blanks, also for `_`.
     Raises: UserError where there are fewer than two, two that the tower sees as one, or other than names.
     """
     for name in names:
-        if not is_class_name(name):
+        kinds = [unicodedata.category(mark)[0] for mark in name]  # L: letters, M: their accents, N: digits
+        are_allowed = all(kind in "LMN" or mark in " _-'\u2019" for kind, mark in zip(kinds, name))
+        if not are_allowed or not name[:1].isalnum() or NO_NAME.match(name):
             raise UserError(f"{where} has {name!r}; expected the name of a class alone, of letters, digits, "
                             "blanks, hyphens and apostrophes, with no number before it")
     if all(re.search(r"^\d|\s\d+$", name) for name in names):
@@ -781,18 +719,6 @@ def clean_class_names(names: list[str], where: str) -> list[str]:
     return [" ".join(composed(name).replace("_", " ").split()) for name in names]
 
 
-def is_class_name(name: str) -> bool:
-    """Whether this is of letters, digits, blanks, hyphens and apostrophes, and no part of a table.
-
-    "0 chair" and "1. chair" are numbered; "3d printer" and "2-seater sofa" are names.
-    """
-    kinds = [unicodedata.category(mark)[0] for mark in name]  # L: letters, M: their accents, N: digits
-    are_allowed = [kind in "LMN" or mark in " _-'\u2019" for kind, mark in zip(kinds, name)]
-    is_number = re.match(r"\d+([ _]|$)|.*\d{5}", name)  # as n02747177 in WordNet
-    is_header = class_key(name) in ("class", "classes", "label", "labels", "name", "names", "category")
-    return all(are_allowed) and kinds[0] in "LN" and not is_number and not is_header
-
-
 def class_key(name: str) -> str:
     """What is compared of a class name: the text tower reads lower case, folders may have `_` for blanks."""
     return " ".join(composed(name).replace("_", " ").lower().split())
@@ -803,8 +729,6 @@ def read_lines(path: Path, missing: str = LAYOUT) -> list[str]:
     """Lines of a text file that has to be there and say something, without empty ones."""
     with reading(path, "save lines of text as UTF-8", missing):
         text = path.read_bytes().decode("utf-8-sig")
-        if "\0" in text:
-            raise ValueError("it holds zero bytes, so it is no text in UTF-8; save it as such")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         if not lines:
             raise ValueError(f"it is empty; {missing}")
