@@ -160,9 +160,8 @@ def refuse_marks_of_gaps(cloud: np.ndarray):
     """
     columns = cloud.T.copy()
     is_zero = (columns == 0).all(axis=0)
-    others = columns[:, ~is_zero]
     # One 0 0 0 amid the others may be a point of the object.
-    is_amid = ((others.min(axis=1) < 0) & (others.max(axis=1) > 0)).all()
+    is_amid = ((columns.min(axis=1) < 0) & (columns.max(axis=1) > 0)).all()
     is_last = (columns == columns[:, -1:]).all(axis=0)
     offsets = columns - np.median(columns, axis=1)[:, None]
     distances = np.linalg.norm(offsets, axis=0)
@@ -291,7 +290,8 @@ def are_colours(columns: np.ndarray) -> bool:
 
 def are_normals(columns: np.ndarray) -> bool:
     """Whether nearly all of these (N, columns) are directions in space, of length 1."""
-    has_length_1 = np.abs(np.linalg.norm(columns, axis=1) - 1) < 0.01
+    lengths = np.linalg.norm(columns.T.copy(), axis=0)
+    has_length_1 = np.abs(lengths - 1) < 0.01
     return columns.shape[1] == 3 and has_length_1.mean() > 0.9
 
 
