@@ -206,7 +206,8 @@ def find_axes(names: list[str]) -> list[int]:
     """
     names = [name.lower() for name in names]
     if any(names.count(axis) != 1 for axis in "xyz"):
-        raise ValueError(f"its columns are called {', '.join(names)}; call those of coordinates x, y, z")
+        raise ValueError(f"it calls its columns {', '.join(names)}; call those of coordinates x, y, z, "
+                         "or remove the line of names")
     return [names.index(axis) for axis in "xyz"]
 
 
@@ -225,16 +226,17 @@ def read_text(path: Path):
     rows = [line for line in lines if not line.startswith(("#", "//"))]
     if len(rows) < 2:
         raise ValueError("it holds no rows of numbers; export it again")
+    between = next((mark for mark in ";," if mark in rows[-1]), None)  # None: blanks and tabs
+
     above = lines[:lines.index(rows[0])]
+    cells = [cell.strip() for cell in rows[0].split(between)]
     if LETTERS.search(rows[0]):
         above.append(rows.pop(0))
-    elif re.fullmatch(r"[0-9\s,;]+", rows[0]):
-        count = int(re.match("[0-9]*", rows[0])[0] or -1)
-        if count != len(rows) - 1:  # "2048 3" above a matrix, "0,1,2" above columns
+    elif all(map(str.isdecimal, cells)):
+        if cells[0] != str(len(rows) - 1):  # "2048 3" above a matrix, "0,1,2" above columns
             raise ValueError(f"its first line {rows[0]!r} has whole numbers; remove it, or write 0.0 for 0")
         rows.pop(0)
 
-    between = next((mark for mark in ";," if mark in rows[-1]), None)  # None: blanks and tabs
     table = load_table(rows, between)
     for line in filter(LETTERS.search, reversed(above)):
         words = NOT_NAMES.sub("", line.lstrip("#/ ")).strip()
@@ -283,9 +285,11 @@ def refuse_other_columns(table: np.ndarray):
 
 def are_colours(columns: np.ndarray) -> bool:
     """Whether these (N, columns) are r g b or r g b a: bytes, or bytes divided by 255."""
-    scaled = columns if columns.max() > 1 else 255 * columns
-    is_byte = (np.abs(scaled - scaled.round()) < 0.02) & (0 <= scaled) & (scaled <= 255)
-    return columns.shape[1] in (3, 4) and bool(is_byte.all())
+    largest = columns.max()
+    if columns.shape[1] not in (3, 4) or not (columns.min() >= 0 and largest <= 255):
+        return False
+    scaled = columns if largest > 1 else 255 * columns
+    return np.abs(scaled - scaled.round()).max() < 0.02
 
 
 def are_normals(columns: np.ndarray) -> bool:
