@@ -617,10 +617,11 @@ def read_folder(folder: Path, split: str) -> dict:
     listed, inside, views = folder / "classes.txt", folder / split, folder / "views"
     class_names = clean_class_names(read_lines(listed), str(listed))
     files = objects_below(inside)
-    ignored = Counter(file.suffix for file in {*files_below(inside)} - {*files})
+    ignored = Counter(file.suffix.lower() for file in {*files_below(inside)} - {*files})
     if ignored:
-        say_once(f"warning: ignored files in {inside}: {dict(ignored)}; convert what is an object, for "
-                 "example to .ply")
+        listed = ", ".join(f"{count} {suffix}" for suffix, count in ignored.most_common())
+        say_once(f"warning: ignored {ignored.total()} files in {inside}: {listed}; convert what is an "
+                 "object, for example to .ply")
     if not files:
         raise FileNotFoundError(f"no objects in {inside}; expected files {' '.join(READERS)}")
     labels = find_labels(files, inside, class_names)
@@ -677,14 +678,16 @@ def objects_below(folder: Path) -> list[Path]:
     return [file for file in files_below(folder) if file.suffix.lower() in READERS]
 
 
-def files_below(folder: Path, depth: int = 4) -> list[Path]:
-    """The files in a folder, and in those in it, sorted, through links; without hidden ones."""
-    if depth == 0 or not folder.is_dir():  # a link upwards would never end
-        return []
+def files_below(folder: Path) -> list[Path]:
+    """All files below a folder, sorted, through links; without hidden ones."""
     files = []
-    for path in folder.iterdir():
-        if not path.name.startswith("."):
-            files += files_below(path, depth - 1) if path.is_dir() else [path]
+    for path in folder.iterdir() if folder.is_dir() else []:
+        if path.name.startswith("."):
+            continue
+        if not path.is_dir():
+            files.append(path)
+        elif not folder.resolve().is_relative_to(path.resolve()):  # a link upwards would never end
+            files += files_below(path)
     return sorted(files)
 
 
