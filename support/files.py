@@ -250,7 +250,7 @@ def read_text(path: Path):
     if path.suffix.lower() == ".pts" and table.shape[1] == 7:
         table = np.delete(table, 3, axis=1)  # x y z intensity r g b
     refuse_other_columns(table)
-    return table[:, :3], []
+    return table[:, [0, 1, 2]], []
 
 
 def load_table(rows: list[str], between: str | None = None) -> np.ndarray:
@@ -422,7 +422,7 @@ def read_stl(path: Path):
 
 
 # Headers of text whose rows are as those of OFF: points, then faces that begin with their corners.
-PLAIN_PLY = re.compile(r"ply\s+format ascii 1.0\s+element vertex \d+\s+((?:property \w+ \w+\s+)+)"
+PLAIN_PLY = re.compile(r"ply\s+format ascii 1.0\s+element vertex \d+\s+((?:property\s+\w+\s+\w+\s+)+)"
                        r"(?:element face \d+\s+property list \w+ \w+ vertex_ind(?:ex|ices)\s+"
                        r"(?:property .*\s+)*)?")
 
@@ -431,9 +431,11 @@ def read_ply(path: Path):
     """PLY, its faces of any numbers of corners."""
     raw = path.read_bytes()
     head, end, body = raw.partition(b"end_header")
-    lines = head.decode("latin1").splitlines()  # comments come in all encodings
-    header = "\n".join(line for line in lines if not line.startswith(("comment", "obj_info"))) + "\n"
-    counts = {name: int(count) for name, count in re.findall(r"^element\s+(\S+)\s+(\d+)", header, re.M)}
+    text = head.decode("ascii", "replace")  # comments come in all encodings
+    lines = [line for line in text.splitlines() if not line.startswith(("comment", "obj_info"))]
+    header = "\n".join([*lines, ""])
+    elements = re.findall(r"^element\s+(\S+)\s+(\d+)", header, re.MULTILINE)
+    counts = {name: int(count) for name, count in elements}
     if not end or "vertex" not in counts:
         raise ValueError("it has no PLY header with an element called vertex; export a cloud, or triangles")
     if max(counts.values()) > len(raw):
@@ -450,8 +452,8 @@ def read_ply(path: Path):
         return table[:, find_axes(names)], polygons
 
     source = path
-    if not head.isascii():  # what plyfile refuses also in comments
-        source = io.BytesIO(head.decode("ascii", "replace").encode("ascii", "replace") + end + body)
+    if not head.isascii():  # which plyfile refuses, even in comments
+        source = io.BytesIO(text.encode("ascii", "replace") + end + body)
     try:  # triangles need no loop
         sizes = {"vertex_indices": 3, "vertex_index": 3}
         file = plyfile.PlyData.read(source, known_list_len={"face": sizes})
