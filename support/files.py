@@ -160,15 +160,16 @@ def refuse_marks_of_gaps(cloud: np.ndarray):
     """
     columns = cloud.T.copy()
     is_zero = (columns == 0).all(axis=0)
-    # One 0 0 0 amid the others may be a point of the object.
-    is_amid = ((columns.min(axis=1) < 0) & (columns.max(axis=1) > 0)).all()
+    others = columns[:, ~is_zero] if is_zero.any() else columns
+    # One 0 0 0 in the box of all others may be a point of the object.
+    is_outside = (others.min(axis=1) > 0) | (others.max(axis=1) < 0)
     is_last = (columns == columns[:, -1:]).all(axis=0)
     offsets = columns - np.median(columns, axis=1)[:, None]
     distances = np.linalg.norm(offsets, axis=0)
     is_far = distances > 50 * np.median(distances)  # as -9999 is
 
     few = max(1, len(cloud) / 100)
-    marks = [(is_zero, few if is_amid else 0, "are 0 0 0"), (is_last, few, "are the same"),
+    marks = [(is_zero, 0 if is_outside.any() else few, "are 0 0 0"), (is_last, few, "are the same"),
              (is_far, 0, "lie fifty times as far from its middle as half of them")]
     for is_mark, most, what in marks:
         if is_mark.sum() > most:
