@@ -24,7 +24,7 @@ without faces is a cloud. Extensions may be in upper case.
   skeleton, or instanced. Its y points up, by its standard. In all other files the axis `up` does.
 - Refused in all formats: coordinates that are NaN or infinite; points that mark gaps, as 0 0 0 or -9999 do;
   float32 so far from 0 that the digits are lost (float64 keeps them, also on a map); faces without area, or
-  that leave out more than a tenth of the points.
+  that leave out more than a tenth of the points; a mesh as text whose last line does not end.
 
 **A photograph** is .jpg .png .webp .bmp or .tif, of 8 bits a colour. It is turned as its camera noted.
 What is transparent becomes grey.
@@ -160,16 +160,13 @@ def refuse_marks_of_gaps(cloud: np.ndarray):
     """
     columns = cloud.T.copy()
     is_zero = (columns == 0).all(axis=0)
-    others = columns[:, ~is_zero] if is_zero.any() else columns
-    # One 0 0 0 in the box of all others may be a point of the object.
-    is_outside = (others.min(axis=1) > 0) | (others.max(axis=1) < 0)
     is_last = (columns == columns[:, -1:]).all(axis=0)
     offsets = columns - np.median(columns, axis=1)[:, None]
     distances = np.linalg.norm(offsets, axis=0)
     is_far = distances > 50 * np.median(distances)  # as -9999 is
 
     few = max(1, len(cloud) / 100)
-    marks = [(is_zero, 0 if is_outside.any() else few, "are 0 0 0"), (is_last, few, "are the same"),
+    marks = [(is_zero, 0, "are 0 0 0"), (is_last, few, "are the same"),
              (is_far, 0, "lie fifty times as far from its middle as half of them")]
     for is_mark, most, what in marks:
         if is_mark.sum() > most:
@@ -361,6 +358,7 @@ def read_obj(path: Path):
     """
     vertices, polygons = [], []
     text = path.read_bytes().decode("utf-8-sig", "replace")  # names come in all encodings
+    refuse_open_end(text)
     for line in re.sub(r"\\\r?\n", " ", text).splitlines():
         keyword, *words = line.split() or [""]
         if keyword == "v":
@@ -389,6 +387,7 @@ def read_rows(text: str, vertices: int, faces: int, columns: int | None):
     """A table (V, columns) of so many vertices, one a row, and polygons, one a row below: how many corners
     it has, and which.
     """
+    refuse_open_end(text)
     rows = [line for line in text.splitlines() if line.strip()]
     if len(rows) != vertices + faces or not vertices:
         raise ValueError(f"it declares {vertices} points and {faces} faces, but has {len(rows)} rows; it "
@@ -404,6 +403,13 @@ def read_rows(text: str, vertices: int, faces: int, columns: int | None):
     if columns and table.shape[1] != columns:
         raise ValueError(f"its points have {table.shape[1]} numbers, expected {columns}; export it again")
     return table, polygons
+
+
+def refuse_open_end(text: str):
+    """Raises: ValueError where a mesh may have been cut off within its last number: "f 1 2 34" is "f 1 2 3"."""
+    if not text.endswith(("\n", "\r")):
+        raise ValueError("its last line does not end, as in a file that was cut off; export it again, or add a "
+                         "line break")
 
 
 def read_stl(path: Path):

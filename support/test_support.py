@@ -711,15 +711,15 @@ CLOUDS = {  # read as SOME, which may be moved and scaled
     "columns said.txt": rows(OTHER, POINT, between=" ", head="# columns: i x y z"),
     "colours unnamed.txt": rows(POINT, COLOURS, between=" "),
     "MeshLab.xyz": rows(POINT, UNIT, between=" "),
+    "Agisoft.txt": rows(POINT, COLOURS, UNIT, between=" "),
+    "Leica.pts": rows(POINT, COUNT, COLOURS, between=" ", head="60"),
     "count below a remark.txt": rows(POINT, between=" ", head="# made in June 2024\n60 3"),
     "remarks in Latin-1.txt": rows(POINT, tail="# Gr\xf6\xdfe, 2, 3\n// 4\n").encode("latin1"),
     "marked, of Windows.csv": rows(digits(SOME, ".8e"), COUNT, head="\ufeffx,y,z,i").replace("\n", "\r\n"),
     "on a map.xyz": rows(digits(FAR, ".6f"), between=" "),
     "capitals.NPY": SOME.astype(">f4"),
     "one of one.npy": SOME[None],
-    # may go: unnamed columns of arrays
-    "more columns.npy": np.hstack([SOME, SOME]),
-    "whole numbers.npy": (1e4 * SOME).round().astype(np.int32),
+    "colours.npy": np.hstack([SOME, np.array(COLOURS, float) / 255]),
     "fields.npy": np.rec.fromarrays(SOME.T[[0, 0, 1, 2]], names="i,X,Y,Z"),
     "on a map.npy": FAR,
     "points.obj": CLOUD_OBJ,
@@ -740,7 +740,6 @@ MESHES = {  # read as two boxes, 5 apart
     "mixed.ply": ply(MIXED),
     "mixed, big, Latin-1.ply": ply(MIXED, form="binary_big_endian").replace(
         b"element", b"comment Gr\xf6\xdfe\nelement", 1),
-    # may go, two rows: text PLY read by plyfile
     "mixed text.ply": ply(MIXED, form="ascii"),
     "texture.ply": re.sub(b"(?m)^3 .*", rb"\g<0> 2 .5 7", ply(TRIANGLES, form="ascii")).replace(
         b"end_header", b"property list uchar float texcoord\nend_header"),
@@ -749,31 +748,32 @@ MESHES = {  # read as two boxes, 5 apart
     .encode("latin1"),
     "harmless.gltf": extended("KHR_materials_unlit"),
 }
+MAY_BE_OTHERS = "columns may be others than x y z, colours and normals.* or name the columns"
 REFUSED = [
-    # may go, the rows down to the blank one: unnamed columns of text and arrays
-    ("counted.txt", rows(COUNT, POINT), "seem to begin with a count"),
-    ("counted.npy", np.hstack([np.array(COUNT, float), SOME]), "begin with a count"),
-    ("counted in steps.txt", rows(digits(np.arange(60) / 20), POINT), "begin with a count"),
-    ("counted and shuffled.txt", rows([[str(17 * i % 60)] for i in range(60)], POINT), "count or label"),
-    ("labels.txt", rows([[str(i // 20)] for i in range(60)], POINT), "begin with a count or label"),
-    ("time of day.txt", rows([[f"{977.7 * i % 3600:.1f}"] for i in range(60)], POINT), "a count or label"),
-    ("time first.txt", rows(digits(np.arange(60) + RANDOM[:, 0] / 2), POINT), "begin with a (time|count)"),
-    ("intensity first.txt", rows(digits(RANDOM[:, 0]), POINT), "an intensity or colours"),
-    ("one normal.txt", rows([["0.0", "0.6", "-0.8"]] * 60, POINT), "begin with"),
-    ("normals first.txt", rows(UNIT, POINT), "begin with normals"),
-    ("colours first.txt", rows(COLOURS, POINT), "begin with colours"),
-    ("decimal commas, commas.txt", rows(COMMA), "begin with colours|a count or label"),
-    ("thousands, commas.txt", rows(THOUSANDS), "begin with a count or label"),
+    # Columns without names, which may be others than x y z.
+    ("counted.txt", rows(COUNT, POINT), MAY_BE_OTHERS),
+    ("counted alone.txt", rows(COUNT, digits(SOME[:, :2])), MAY_BE_OTHERS),
+    ("counted in steps.npy", np.column_stack([np.arange(60) / 20, SOME[:, :2]]), MAY_BE_OTHERS),
+    ("a column first.txt", rows(OTHER, POINT), MAY_BE_OTHERS),
+    ("a column last.txt", rows(POINT, OTHER), MAY_BE_OTHERS),
+    ("normals first.txt", rows(UNIT, POINT), MAY_BE_OTHERS),
+    ("normals alone.txt", rows(UNIT), MAY_BE_OTHERS),
+    ("colours first.txt", rows(COLOURS, POINT), MAY_BE_OTHERS),
+    ("colours 0 to 1 alone.npy", np.array(COLOURS, float) / 255, MAY_BE_OTHERS),
+    ("whole numbers.npy", (1e4 * SOME).round(), MAY_BE_OTHERS),
+    ("thousands, commas.txt", rows(THOUSANDS), MAY_BE_OTHERS),
+    ("two columns.txt", rows([row[:2] for row in POINT]), "its 2 columns"),
 
-    # Text: numbers of columns, names, first lines, numbers that mean two things, gaps, ends.
-    ("two columns.txt", rows([row[:2] for row in POINT]), "2 columns, expected x y z"),
+    # Text: names, first lines, numbers that mean two things, gaps, ends.
+    ("decimal commas, commas.txt", rows(COMMA), "has whole numbers; remove it, or write 0.0"),
+    ("size of a matrix.txt", rows(digits(1e4 * SOME, ".0f"), between=" ", head="640 480 1"), "whole numbers"),
     ("counted by R.txt", rows(COUNT, POINT, between=" ", head='"x" "y" "z"'), "rows have 4 columns"),
     ("other names.txt", rows([["0.5"]] * 60, POINT, head="t,px,py,pz"), "calls its columns t, px, py, pz"),
     ("three words.txt", rows(POINT, head="# made by hand"), "made, by, hand; call .* or remove the line"),
     ("names twice.txt", rows(POINT, POINT, head="x,y,z,x,y,z"), "columns x, y, z, x, y, z; call"),
     ("two headers.txt", rows(COUNT, POINT, head="scan 7\nid,X,Y,Z"), "could not convert"),
     ("numbered columns.csv", rows(POINT, head="0,1,2"), "first line '0,1,2' has whole numbers"),
-    ("decimal commas.csv", rows(COMMA, between=";"), "convert string '0,.*with decimal points"),
+    ("decimal commas.csv", rows(COMMA, between=";"), "convert string .*with decimal points"),
     ("decimal commas, named.txt", rows(COMMA, head="x,y,z"), "its rows have 6 columns"),
     ("thousands.txt", rows(THOUSANDS, between=" "), "decimal points"),
     ("closing words.txt", rows(POINT, between=" ", tail="end of file\n"), "convert string 'end'"),
@@ -782,21 +782,20 @@ REFUSED = [
     ("nan.txt", rows(POINT, tail="nan,1.5,2.5"), "1 of its 61 points have NaN or infinite"),
     ("-9999.txt", rows(POINT + [["-9999"] * 3]), "1 of its 61 points lie fifty times as far"),
     ("empty.txt", "", "holds no rows"),
-    ("UTF-16.txt", rows(POINT).encode("utf-16"), "zero bytes, so it is no text in UTF-8"),
+    ("UTF-16.txt", rows(POINT).encode("utf-16"), "convert string .* as UTF-8"),
     # Arrays.
     ("several.npy", LEANING[:100].reshape(2, 50, 3), r"\(2, 50, 3\), expected numbers \(N, 3\)"),
     ("transposed.npy", SOME.T, "60 columns"),
     ("flat.npy", SOME.ravel(), r"\(180,\)"),
     ("complex.npy", SOME + 1j, "complex128"),
-    ("bytes.npy", (255 * LEANING / 4).astype(np.uint8), "holds uint8"),
-    ("zeros.npy", np.vstack([SOME, 0 * SOME[:2]]), "2 of its 62 points are 0 0 0"),
-    ("filled up.npy", np.vstack([SOME, 0 * SOME[:2] - 1]), "2 of its 62 points are -1 -1 -1"),
+    ("zeros.npy", np.vstack([SOME, 0 * SOME[:1]]), "1 of its 61 points are 0 0 0"),
+    ("filled up.npy", np.vstack([SOME, 0 * SOME[:2] - 1]), "2 of its 62 points are the same"),
     ("coarse.npy", FAR.astype(np.float32), "steps of 0.5: float32 is too coarse"),
     ("coarse halves.npy", (SOME + 900).astype(np.float16), "steps of 0.5: float16 is too coarse"),
-    ("x twice.npy", np.rec.fromarrays(SOME.T[[0, 0, 1, 2]], names="x,X,y,z"), "fields x, x, y, z"),
-    ("no z.npy", np.rec.fromarrays(SOME.T[:2], names="X,Y"), "fields x, y, expected x, y, z"),
+    ("x twice.npy", np.rec.fromarrays(SOME.T[[0, 0, 1, 2]], names="x,X,y,z"), "calls its columns x, x, y, z"),
+    ("no z.npy", np.rec.fromarrays(SOME.T[:2], names="X,Y"), "calls its columns x, y; call"),
     ("one place.obj", obj(np.ones((60, 3))), "one place"),
-    ("too large.npy", SOME * 1e33, "NaN or infinite"),
+    ("too large.obj", CLOUD_OBJ + "v 1e33 0.5 0.5\n", "1 of its 61 points have NaN or infinite"),
     ("small.npy", SOME[:20], "small.npy has 20 points, --points is 60; lower"),
     # Meshes: what is no surface, or cannot be told.
     ("one face often.obj", CLOUD_OBJ + "f 1 2 3\n" * 40, "faces join only 3 of its 60 points; export"),
@@ -804,20 +803,22 @@ REFUSED = [
     ("from 0.obj", CLOUD_OBJ + "f 0 1 2\n", "none of its 60"),
     ("beyond.obj", CLOUD_OBJ + "f 1 2 99\n", "none of its 60"),
     ("cut off.obj", CLOUD_OBJ + "v 1\n", "inhomogeneous"),
+    ("cut off within a face.obj", MESH_OBJ[:-2], "its last line does not end"),
+    ("cut off within a number.off", off()[:-2], "its last line does not end"),
+    ("cut off within a point.ply", ply([], SOME, "ascii")[:-2], "its last line does not end"),
     ("no area.obj", "v 0 0 0\nv 1 1 1\nv 2 2 2\nf 1 2 3\n", "its faces have no area"),
     ("decimal commas.obj", MESH_OBJ.replace(".", ","), "convert string to float: '-0,5"),
     ("notch.obj", obj(np.roll(ELL, 1, axis=0), [range(6)]), "of 6 corners have notches; export"),
     ("bow tie.obj", obj(BOWTIE, [range(4)]), "faces of 4 corners have notches"),
     ("strips.ply", TRIPLES.replace(b"face", b"tristrips"), "tristrips; export it as triangles"),
     ("edges.ply", TRIPLES.replace(b"face", b"edge"), "edge; export it as triangles"),
-    # may go: text PLY read by plyfile
     ("cut off.ply", ply([], SOME, "ascii").replace(b"vertex 60", b"vertex 99"), "but has 60 rows"),
     ("cut off binary.ply", TRIPLES[:-9], "early end"),
     ("too many.ply", TRIPLES.replace(b"60", b"6000000000000"), "more than its .* bytes can hold"),
     ("no header.ply", b"ply\n", "no PLY header"),
-    ("no vertices.ply", TRIPLES.replace(b"element vertex", b"element points"), "no element called vertex"),
+    ("no vertices.ply", TRIPLES.replace(b"element vertex", b"element points"), "element called vertex"),
     ("not fetched.ply", POINTER, "run `git lfs pull`"),
-    ("cut off.off", off()[:-4], "a face"),
+    ("cut off.off", off()[:-4] + "\n", "a face"),
     ("more rows.off", off() + "3 0 1 2\n", "but has 29 rows"),
     ("columns.off", off(more=" 200 10 10"), "points have 6 numbers, expected 3"),
     ("bare.off", off(head=""), "does not begin with OFF"),
@@ -831,7 +832,7 @@ REFUSED = [
     ("sparse.gltf", GLTF.replace('"VEC3"', '"VEC3","sparse":{}'), "sparse"),
     ("elsewhere.gltf", GLTF.replace('"bufferView":1', '"other":1'), "not within the bounds it declares"),
     ("no bounds.gltf", GLTF.replace('"min"', '"least"'), "it lacks 'min'"),
-    ("fans.gltf", GLTF.replace('"mode":4', '"mode":6'), "fans; export triangles"),
+    ("fans.gltf", GLTF.replace('"mode":4', '"mode":6'), "not of triangles"),
     ("skeleton.gltf", GLTF.replace('"meshes"', '"skins":[{"joints":[0]}],"meshes"'), "a skeleton"),
     ("posed.gltf", GLTF.replace('"primitives"', '"weights":[0,0.5],"primitives"'), "morph targets"),
     ("no scene.gltf", GLTF.replace('"nodes":[0]', '"nodes":[]'), "no points"),
@@ -918,7 +919,7 @@ def test_clouds_of_a_folder_have_one_size_and_all_bad_files_are_named_at_once(tm
     says = r"13 of 16 files cannot be used:(\n  cannot read .*\d+.ply: .*){10}\n  and 3 more"
     assert_refused(says, files.read_objects, [*good, *bad, tmp_path / "gone.npy"], 60, 100, "z")
     assert_refused("^no .*gone.npy", files.read_objects, [*good, tmp_path / "gone.npy"], 60, 100, "z")
-    assert_refused("bad is a folder, expected a file", files.read_object, tmp_path / "bad", 60)
+    assert_refused("Is a directory: .*bad", files.read_object, tmp_path / "bad", 60)
 
 
 # ------ names of classes, folders, photographs --------------------------------------------------------------
@@ -937,7 +938,7 @@ def test_clouds_of_a_folder_have_one_size_and_all_bad_files_are_named_at_once(tm
     ("mug\n", "two or more different"),
     ("\n", "it is empty; README"),
     ("K\xfchlschrank\nmug".encode("latin1"), "save lines of text as UTF-8"),
-    ("mug\ncup\n".encode("utf-16-le"), "no text in UTF-8"),
+    ("mug\ncup\n".encode("utf-16-le"), "expected the name of a class"),
     (POINTER, "git lfs pull")])
 def test_names_of_classes_are_kept_as_given_or_refused(tmp_path, content, outcome):
     path = build(tmp_path, contents={"classes.txt": content}) / "classes.txt"
@@ -959,12 +960,12 @@ PICTURED = "test/Chair.npy test/Chair.001.npy test/0001.npy test/mask_2.npy trai
     # Numbered anew in each class.
     ("test/mug/1.npy test/cup/1.npy views/mug/1/a.png views/cup/1.png", {},
      dict(names=["cup/1", "mug/1"], labels=[1, 0], images=["cup/1.png", "mug/1/a.png"])),
-    # Links are followed, but not upwards; hidden files are skipped, captions no objects.
-    ("store/1.npy test/cup/._2.npy test/__MACOSX/3.npy test/.checkpoints/4.npy",
+    # Links are followed, but not upwards; hidden files are skipped.
+    ("store/1.npy test/cup/._2.npy test/.checkpoints/4.npy",
      {"test/mug": Path("store"), "test/cup/loop": Path("test"), "test/cup/2.npy": Path("store/1.npy")},
      dict(names=["2", "1"], labels=[1, 0])),
-    ("test/mug/1.txt test/cup/deeper/mug/2.npy", {"test/mug/1.off": off()},
-     dict(names=["2", "1"], labels=[0, 0])),
+    ("test/cup/deeper/mug/2.npy", {"test/mug/1.off": off()}, dict(names=["2", "1"], labels=[0, 0])),
+    ("test/mug/1.txt", {"test/mug/1.off": off()}, "two objects of .*test are called mug/1; rename"),
     (LABELLED + "test/mugs/1.npy", {}, r"objects in \['mugs'\]; expected folders named as in"),
     (LABELLED + "test/1.npy", {}, "objects in folders and outside"),
     ("test/mug/1.npy test/mug/1.xyz", {}, "two objects of .*test are called mug/1"),
