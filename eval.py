@@ -330,6 +330,8 @@ def refuse_contradictions(args):
     if not (args.preview or args.checkpoint or is_start):
         raise UserError("nothing to evaluate; name a --checkpoint, or a start as --model")
     is_plain = args.model and args.model not in STARTS
+    if args.model in STARTS and args.pretrained:
+        raise UserError(f"--model {args.model} is one file; drop --pretrained")
     if is_plain and not (args.pretrained or args.preview):
         raise UserError(f"--model {args.model} without --pretrained is random; add the weights' tag "
                         "or file")

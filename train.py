@@ -513,6 +513,8 @@ def refuse_contradictions(args):
         raise UserError("--shares are all 0; expected a number for each class, not all of them 0")
     if args.out.is_file():
         raise UserError(f"--out {args.out} is a file; name a folder")
+    if args.model in STARTS and args.pretrained:
+        raise UserError(f"--model {args.model} is one file; drop --pretrained")
     if args.model in STARTS:
         return
     # Raises for what is no CLIP of plain transformers.

@@ -20,7 +20,7 @@ def one_line_errors():
     """`with one_line_errors():` ends a script with one line and exit code 2 where a user can put it right.
 
     That is at UserError, OSError and too little memory. Every other error is a bug, and keeps its traceback.
-    Ctrl-C ends it with one line, too: the KeyboardInterrupt's text, if it has one.
+    Ctrl-C ends it with one line, too.
     """
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="backslashreplace")  # names need not be in the terminal's alphabet
@@ -29,8 +29,8 @@ def one_line_errors():
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read what is printed has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt as stop:
-        print(f"\n{stop}" if str(stop) else "\nstopped", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\nstopped; training goes on with the same command, from the last saved epoch", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         message = " ".join(str(error).split())
