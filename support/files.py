@@ -360,11 +360,10 @@ def read_obj(path: Path):
     text = path.read_bytes().decode("utf-8-sig", "replace")  # names come in all encodings
     refuse_open_end(text)
     for line in re.sub(r"\\\r?\n", " ", text).splitlines():
-        keyword, *words = line.split() or [""]
+        keyword, *words = line.split("#")[0].split() or [""]
         if keyword == "v":
             vertices.append([float(word) for word in words[:3]])
         elif keyword == "f":
-            words = line.split("#")[0].split()[1:]
             corners = [int(word.split("/")[0]) for word in words]
             polygons.append([i - 1 if i >= 0 else len(vertices) + i for i in corners])
     if not polygons and re.search(r"^\s*(l|curv|surf)\s", text, re.MULTILINE):
