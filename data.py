@@ -444,11 +444,16 @@ def load_co3d(root: Path, split: str, _points, _download, _cache) -> Objects:
     return Objects(class_names=list(CO3D.values()), **find_co3d(root / "co3d", split))
 
 
-# One row per data set: its loader, the axis that points up in its files, the texts around
-# its names. The rest is what the original code trains it with (it has no `shapes`): points
-# per cloud, threshold of joint-label, those of images and points apart, point weight, and
-# epochs and batch size where they are not those of most sets. The axis of ScanObjectNN is
-# from issue 33 of its repository. Redwood and CO3D lie as a camera saw them, roughly y down.
+# One row per data set.
+#     load: its loader
+#     up: the axis that points up in its files. ScanObjectNN's is from issue 33 of its
+#         repository. Redwood and CO3D lie as a camera saw them, roughly y down.
+#     templates: the texts around its names
+# The rest is what the original code trains it with (it has no `shapes`):
+#     points: of a cloud
+#     threshold, point_weight: of joint-label
+#     separate: the thresholds of images and points for `--labels separate`
+#     epochs, batch_size: where they are not those of most sets
 CAD = dict(up="z", templates="depth", points=2048, threshold=[0.84], separate=[0.84, 0.84], point_weight=0.9)
 SCANS = dict(up="y", templates="depth", points=2048, threshold=[0.82], separate=[0.6, 0.6], point_weight=1.0)
 PHOTO = dict(SCANS, up="-y", templates="photo", points=8192)

@@ -209,7 +209,7 @@ def gallery(lines: list[dict], objects: Objects, count: int = 12) -> bytes:
     shown = objects.pick(torch.tensor(chosen).long())
 
     cells = []
-    for i, images in zip(chosen, fixed_images(shown, 1, 224, 1, "cpu")):
+    for i, images in zip(chosen, fixed_images(shown, 6, 224, 1, "cpu")):
         line = lines[i]
         opinions = ("{object}\njoint: {class} {confidence}\nimage: {image} {image_confidence}\n"
                     "point: {point} {point_confidence}").format(**line)

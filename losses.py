@@ -30,13 +30,13 @@ def joint_pseudo_labels(image_probs: Tensor, point_probs: Tensor, threshold: flo
         raise ValueError(f"need equal (B, C): images {image_probs.shape}, points {point_probs.shape}")
     image_confidence, image_label = image_probs.max(dim=-1)
     point_confidence, point_label = point_probs.max(dim=-1)
-    # The weight decides who names the object, never what the cloud would name it.
-    point_confidence = point_weight * point_confidence
+    # The weight changes who names the object and whether it is kept, never what a cloud is named.
+    point_score = point_weight * point_confidence
 
     # Not >=, because at a tie the image names the object.
-    point_wins = point_confidence > image_confidence
+    point_wins = point_score > image_confidence
     labels = torch.where(point_wins, point_label, image_label)
-    keep = torch.maximum(image_confidence, point_confidence) > threshold
+    keep = torch.maximum(image_confidence, point_score) > threshold
     return labels, keep
 
 
@@ -130,8 +130,8 @@ def masked_image_loss(prediction: Tensor, images: Tensor, hidden: Tensor) -> Ten
     # From patches to pixels: (B, L) -> (B, 1, H, W).
     grid = math.isqrt(hidden.shape[1])
     patch = images.shape[-1] // grid
-    hidden_pixels = hidden.view(-1, 1, grid, grid)
-    hidden_pixels = hidden_pixels.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+    cells = hidden.view(-1, 1, grid, grid)
+    hidden_pixels = cells.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
 
     error = (prediction.float() - images.float()).abs()
     # Expanded, so that a hidden pixel counts once for each of its channels.
@@ -141,7 +141,8 @@ def masked_image_loss(prediction: Tensor, images: Tensor, hidden: Tensor) -> Ten
 def masked_point_loss(prediction: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
     """Reconstruct the hidden point groups [mpm] (Deviations D1: what is rebuilt, D2: the divisor).
 
-    Tokens, (B, G, D): mean absolute error over hidden groups and D. Points, (B, G, S, 3): mean
+    Tokens, (B, G, D), are reduce_dim's output before masking: mean absolute error over hidden
+    groups and D. Points, (B, G, S, 3): mean
     Chamfer distance of the hidden groups. The target carries no gradient.
 
     Args:
@@ -225,7 +226,7 @@ RULES = {
 
 def pseudo_labels(rule: str, probs: dict[str, Tensor], thresholds: list[float],
                   point_weight: float = 1.0) -> dict[str, tuple[Tensor, Tensor]]:
-    """Label a batch by a rule of RULES that asks the teacher at each step [joint-label].
+    """Label a batch by one of RULES [joint-label]; `together` and `truth` never come here.
 
     Args:
         probs: {"image": p_I, "point": p_P}, the teacher's probabilities (B, C) of the weak views.
@@ -242,17 +243,17 @@ def pseudo_labels(rule: str, probs: dict[str, Tensor], thresholds: list[float],
 
     image_probs, point_probs = probs["image"], probs["point"]
     threshold = thresholds[0]
-    if rule == "mean":
+    if rule == "joint":
+        labels, keep = joint_pseudo_labels(image_probs, point_probs, threshold, point_weight)
+    elif rule == "mean":
         confidence, labels = ((image_probs + point_probs) / 2).max(dim=-1)
         keep = confidence > threshold
-    elif rule in ("joint", "agree"):
+    elif rule == "agree":
         labels, keep = joint_pseudo_labels(image_probs, point_probs, threshold, point_weight)
+        # Each modality's own name counts here, however unsure it is.
+        keep &= image_probs.argmax(dim=-1) == point_probs.argmax(dim=-1)
     else:
         raise ValueError(f"--labels {rule} has no branch in pseudo_labels")
-    if rule == "agree":
-        # Each modality's own name counts here, however unsure it is.
-        same_name = image_probs.argmax(dim=-1) == point_probs.argmax(dim=-1)
-        keep = keep & same_name
     return {"image": (labels, keep), "point": (labels, keep)}
 
 

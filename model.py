@@ -181,7 +181,7 @@ class PointEncoder(nn.Module):
     target: what is predicted of a hidden group: its "points", or its token ("tokens").
     """
 
-    # The mini-PointNet, as in the original, whose BatchNorm moves nevertheless (Deviation D12).
+    # The mini-PointNet, as in the original. There its BatchNorm moves all the same (Deviation D12).
     frozen_by_default = ("encoder",)
 
     def __init__(self, embed_dim: int, width: int = 384, layers: int = 12, heads: int = 6,
@@ -192,7 +192,6 @@ class PointEncoder(nn.Module):
         self.groups, self.group_size = groups, group_size
         self.channels, self.target = channels, target
         self.out_width = 2 * width  # CLS and maximum
-        # Predicted tokens come out of reduce_dim: they get no gradient, but move as it is trained.
         self.encoder = MiniPointNet(stem, token_width, channels)
         self.reduce_dim = nn.Linear(token_width, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -224,9 +223,9 @@ class PointEncoder(nn.Module):
         neighbourhoods = F.pad(groups.neighbourhoods, (0, self.channels - 3), value=0.4)
         group_tokens = self.reduce_dim(self.encoder(neighbourhoods))
 
-        tokens = replace_hidden(group_tokens, hidden, self.mask_token)
-        cls_token = self.cls_token.expand(len(tokens), -1, -1)
-        x = torch.cat([cls_token, tokens], dim=1)
+        masked = replace_hidden(group_tokens, hidden, self.mask_token)
+        cls_token = self.cls_token.expand(len(masked), -1, -1)
+        x = torch.cat([cls_token, masked], dim=1)
         cls_pos = self.cls_pos.expand(len(x), -1, -1)
         position = torch.cat([cls_pos, self.pos_embed(groups.centres)], dim=1)
 
@@ -273,7 +272,8 @@ class ImageEncoder(VisionTransformer):
                          output_dim=embed_dim, no_ln_pre=not ln_pre,
                          norm_layer=norm, act_layer=activation)
         self.mask_token_embedding = nn.Parameter(torch.zeros(1, 1, width))
-        # CrossMoST.encode_images applies these two, to paint hidden patches back to pixels [mim].
+        # CrossMoST.encode_images applies these two: ln_patch before patches are compared with CLS
+        # [gl-align] or painted, the decoder to paint hidden ones back to pixels [mim].
         self.ln_patch = LayerNorm(width)
         pixels = 3 * patch_size ** 2
         self.decoder = nn.Sequential(nn.Conv2d(width, pixels, 1), nn.PixelShuffle(patch_size))
@@ -314,7 +314,11 @@ def image_block(block: nn.Module, x: Tensor) -> Tensor:
 
 # ------ The model -------------------------------------------------------------------------------------------
 class Outputs(NamedTuple):
-    """What CrossMoST returns; None without the modality, hidden tokens, or a classifier."""
+    """What CrossMoST returns.
+
+    A field is None where its modality was not given, nothing of it was hidden, or there is no
+    classifier.
+    """
 
     image_features: Tensor | None = None  # (B, E), unit norm
     point_features: Tensor | None = None  # (B, E), unit norm
@@ -413,7 +417,7 @@ class CrossMoST(nn.Module):
         """
         fields = {}
         is_mixed = self.precision != torch.float32
-        # Of the encoders: grouping and logits switch it off.
+        # Autocast is for the encoders alone: grouping and logits switch it off.
         with torch.autocast(self.logit_scale.device.type, self.precision, is_mixed):
             if images is not None:
                 fields |= self.encode_images(images, image_hidden)
@@ -422,10 +426,10 @@ class CrossMoST(nn.Module):
         return Outputs(**fields)
 
     def encode_images(self, images: Tensor, hidden: Tensor | None) -> dict[str, Tensor]:
-        """What Outputs says of images."""
-        # To the encoder every view is an image: (B V, 3, H, W). flatten(0, 0) leaves
-        # (B, 3, H, W) as it is.
-        per_view, patches = self.visual(images.flatten(0, -4), hidden)
+        """f_I = norm(CLS V_I) [image-encoder], and with hidden patches (B, L) [mim, gl-align]."""
+        # To the encoder every view is an image: (B, V, 3, H, W) -> (B V, 3, H, W).
+        views = images.reshape(-1, *images.shape[-3:])
+        per_view, patches = self.visual(views, hidden)
         features = unit_norm(per_view).view(*images.shape[:-3], -1)  # (B, [V,] E)
         if images.dim() == 5:
             features = features.mean(dim=1)
@@ -440,7 +444,9 @@ class CrossMoST(nn.Module):
         return fields
 
     def encode_points(self, points: Tensor | Groups, hidden: Tensor | None) -> dict[str, Tensor]:
-        """What Outputs says of clouds."""
+        """f_P = norm([CLS, max over tokens] V_P) [point-encoder], and with hidden groups (B, G)
+        [mpm, gl-align].
+        """
         encoder = self.point_encoder
         groups = points if isinstance(points, Groups) else self.group(points)
         encoded, tokens, group_tokens = encoder(groups, hidden)
@@ -451,6 +457,7 @@ class CrossMoST(nn.Module):
             fields["point_cls"] = unit_norm(cls @ encoder.proj)
             fields["point_tokens"] = unit_norm(tokens @ encoder.proj)
             rebuilds_points = encoder.target == "points"
+            # Tokens to rebuild get no gradient. They move all the same, as reduce_dim is trained.
             target = groups.neighbourhoods if rebuilds_points else group_tokens.detach()
             fields["point_target"] = target
             fields["point_prediction"] = encoder.lm_head(tokens).view_as(target)
@@ -551,8 +558,8 @@ def is_below(name: str, modules: list[str]) -> bool:
     return any(f"{name}.".startswith(f"{module}.") for module in modules)
 
 
-IMAGE_EMBEDDINGS = ("visual.conv1", "visual.class_emb", "visual.positional",
-                    "visual.mask_token", "visual.ln_pre")
+IMAGE_EMBEDDINGS = ("visual.conv1", "visual.class_embedding", "visual.positional_embedding",
+                    "visual.mask_token_embedding", "visual.ln_pre")
 
 
 def layers_above(name: str, layers: int) -> int:
@@ -614,7 +621,7 @@ class TextEncoder(nn.Module):
             embedding.data.copy_(torch.from_numpy(0.02 * numbers))
 
     def forward(self, texts: list[str]) -> Tensor:
-        """Features (n, E), unit norm, of n texts: the tower's own, but faster."""
+        """Features (n, E), unit norm, of n texts: the tower's own but for rounding, and faster."""
         # CLIP's tower answers at the end token, which has the largest number, and sees only what
         # stands before it. Texts are short, so the empty places behind their ends are left out.
         tower, device = self.tower, self.tower.positional_embedding.device
@@ -643,9 +650,6 @@ def embed_names(text: TextEncoder, class_names: list[str], templates: tuple[str,
 
 
 # ------ Starts: a model without classifier, and the text tower that names classes for it --------------------
-# The open_clip model that lends towers to a file without them; other models lend their own. The
-# authors' start is beside OpenAI's CLIP, and its file may lack the text tower.
-LENDERS = {**dict.fromkeys(STARTS), "crossmost": ("ViT-B-16-quickgelu", "openai")}
 # What describes a tower that is a plain transformer.
 PLAIN = {"image_size", "patch_size", "head_width", "mlp_ratio", "width", "layers", "heads",
          "context_length", "vocab_size"}
@@ -665,8 +669,13 @@ def build_model(name: str, class_names: list[str], templates: tuple[str, ...],
         point: arguments of the PointEncoder.
     Raises: UserError for an unknown name, or a file that does not fit or cannot name classes.
     """
+    # The open_clip model that lends towers to a file without them.
+    lender = None if name in STARTS else (name, pretrained)
+    if name == "crossmost":
+        # It is beside OpenAI's CLIP, and its file may lack the text tower.
+        lender = "ViT-B-16-quickgelu", "openai"
+
     if start_checkpoint:
-        lender = LENDERS.get(name, (name, pretrained))
         model, text = load_start(start_checkpoint, lender, **point)
     elif name == "tiny":
         model, text = random_tiny(seed, **point)
@@ -713,7 +722,7 @@ def open_clip_start(name: str, pretrained: str | None, seed: int = 0,
         text = TextEncoder(embed_dim, **text_sizes)
     text.requires_grad_(False).eval()
 
-    added_here = ("mask_token_emb", "ln_patch.", "decoder.")
+    added_here = ("mask_token_embedding", "ln_patch.", "decoder.")
     load_strictly(model.visual, clip.visual.state_dict(), name, added_here)
     load_strictly(text.tower, clip.text.state_dict(), name)
     model.logit_scale.data.copy_(clip.logit_scale)
@@ -737,7 +746,7 @@ def plain_towers(name: str, pretrained: str | None) -> tuple[int, dict, dict]:
     if has_extras or is_resnet:
         raise UserError(f"{name}'s towers are no plain transformers; take a ViT-...")
 
-    # Of the weights, where open_clip knows them. Of another activation it only warns.
+    # The activation is that of the weights. Where they differ, open_clip only warns.
     weights = open_clip.get_pretrained_cfg(name, pretrained or "") or config
     image["quick_gelu"] = text["quick_gelu"] = weights.get("quick_gelu", False)
     # 64: CLIP's width of a head, where the file says nothing.

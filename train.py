@@ -98,7 +98,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 def recipe_of(asked: argparse.Namespace) -> dict:
     """The defaults that hold for a data set and a start in place of the original's.
 
-    asked: the command line, with None where it says nothing. A later layer wins.
+    asked: the options, of which most that are not given are None. A later layer wins.
     """
     is_folder = asked.dataset not in DATASETS
     trains_both = asked.modalities == "both"
@@ -350,7 +350,9 @@ def self_train(run: Run, objects: Objects, test: Objects, args):
         batches = batches_of_epoch(epoch, objects, batch_size, image_size, args)
         for photographs, batch, part in batches:
             views = draw_views(points[part.to(args.device)], image_size, photographs)
-            given = run.given and [value[batch].to(args.device) for value in run.given]
+            given = None
+            if run.given is not None:
+                given = [value[batch].to(args.device) for value in run.given]
             terms, labels = train_step(student, run.teacher, views, run.optimizer, step,
                                        total_steps, args, given)
             # For the log only.
@@ -363,6 +365,7 @@ def self_train(run: Run, objects: Objects, test: Objects, args):
 
             # Reading a value waits for a GPU, so values are read once per interval.
             if step % args.log_every == 0 or step % steps_per_epoch == 0:
+                refuse_non_finite(interval)
                 means = interval_means(interval, len(objects.class_names))
                 seconds = time.perf_counter() - began
                 speed = len(interval) * batch_size / seconds
@@ -401,8 +404,18 @@ def batches_of_epoch(epoch: int, objects: Objects, batch_size: int, image_size: 
     torch.manual_seed(process_seed)
     parts = [my_part(batch) for batch in batches]
     photographs = training_photographs(objects, parts, image_size, process_seed)
-    # photographs first: so zip reaches their end, and they end their workers while Ctrl-C counts.
+    # zip asks its first argument first. So it reaches the photographs' end, and their workers
+    # stop here, where Ctrl-C still counts.
     return zip(photographs, batches, parts)
+
+
+def refuse_non_finite(interval: list):
+    """Raises: UserError with the step, counted from 1, and all terms where a loss is not finite."""
+    for step, terms, _, _ in interval:
+        if not terms["loss"].isfinite():
+            values = {name: float(value) for name, value in terms.items()}
+            raise UserError(f"the loss is not finite at step {step + 1}: {values}; lower --lr, "
+                            "or look at the data")
 
 
 def interval_means(interval: list, classes: int) -> dict:
@@ -412,14 +425,7 @@ def interval_means(interval: list, classes: int) -> dict:
     label_accuracy: right labels / kept labels; None without true labels.
     named: for each name, kept labels with that name / all labels.
     entropy: of the names among the kept labels, in nats.
-    Raises: UserError with the step, counted from 1, and all terms where a loss is not finite.
     """
-    for step, terms, _, _ in interval:
-        if not terms["loss"].isfinite():
-            values = {name: float(value) for name, value in terms.items()}
-            raise UserError(f"the loss is not finite at step {step + 1}: {values}; lower --lr, "
-                            "or look at the data")
-
     _, first_terms, _, first_truth = interval[0]
     row = {}
     for name in first_terms:
@@ -588,10 +594,10 @@ def train_and_score(run: Run, objects: Objects, test: Objects, args) -> dict:
     self_train(run, objects, test, args)
 
     # The last epoch counts, whatever its accuracy: no label chooses an epoch (Deviation D15).
-    _, student = score(run.student, test, args)
-    probs, teacher = score(run.teacher, test, args)
-    write_log(args.out, epoch=args.epochs, teacher=in_short(teacher))
-    results = results_of(run, objects, test, student, teacher, args)
+    _, student_figures = score(run.student, test, args)
+    probs, teacher_figures = score(run.teacher, test, args)
+    write_log(args.out, epoch=args.epochs, teacher=in_short(teacher_figures))
+    results = results_of(run, objects, test, student_figures, teacher_figures, args)
     if leader():
         lines = read_log(args.out / "log.jsonl")
         results["pseudo_label"] = pseudo_label_quality(lines, args.epochs)
@@ -599,7 +605,7 @@ def train_and_score(run: Run, objects: Objects, test: Objects, args) -> dict:
         write_whole(args.out / "predictions.csv", predictions_csv(named))
         write_whole(args.out / "curves.png", plot_curves(lines, run.zero_shot))
         write_whole(args.out / "results.json", json.dumps(results, indent=1).encode())
-        rows = {"zero-shot": run.zero_shot, "student": student, "teacher": teacher}
+        rows = {"zero-shot": run.zero_shot, "student": student_figures, "teacher": teacher_figures}
         print(f"\n{table(title, rows)}")
         print("\n".join(what_is_known(results)))
         print(f"a name for each object: {args.out / 'predictions.csv'}\n{headline}")
@@ -630,19 +636,30 @@ def start_name(args) -> str:
     return args.start_checkpoint.stem if args.start_checkpoint else args.model
 
 
-def results_of(run: Run, objects: Objects, test: Objects, student: dict, teacher: dict,
-               args) -> dict:
-    """What OUT/results.json holds. student, teacher: what `assess` says of these."""
+def results_of(run: Run, objects: Objects, test: Objects, student_figures: dict,
+               teacher_figures: dict, args) -> dict:
+    """What OUT/results.json holds, from what `assess` says of student and teacher."""
     results = {
-        "dataset": objects.name, "split": test.split, "objects": len(test),
-        "classes": len(test.class_names), "model": args.model, "start": start_name(args),
-        "seed": args.seed, "epochs": args.epochs, "precision": run.identity["precision"],
-        "changed": args.changed, "code": CODE, "commit": provenance(args.device)["commit"],
-        "zero_shot": top_one(run.zero_shot), "student": top_one(student),
-        "teacher": top_one(teacher), "teacher_per_class": teacher.get("per_class"),
-        "seconds": round(run.seconds(), 1), "gpu_gib": peak_memory(args.device),
+        "dataset": objects.name,
+        "split": test.split,
+        "objects": len(test),
+        "classes": len(test.class_names),
+        "model": args.model,
+        "start": start_name(args),
+        "seed": args.seed,
+        "epochs": args.epochs,
+        "precision": run.identity["precision"],
+        "changed": args.changed,
+        "code": CODE,
+        "commit": provenance(args.device)["commit"],
+        "zero_shot": top_one(run.zero_shot),
+        "student": top_one(student_figures),
+        "teacher": top_one(teacher_figures),
+        "teacher_per_class": teacher_figures.get("per_class"),
+        "seconds": round(run.seconds(), 1),
+        "gpu_gib": peak_memory(args.device),
     }
-    figures = {"start": run.zero_shot, "student": student, "teacher": teacher}
+    figures = {"start": run.zero_shot, "student": student_figures, "teacher": teacher_figures}
     for key in ("agreement", "information", "shares"):
         results[key] = {who: of_model[key] for who, of_model in figures.items()}
     return results

@@ -7,7 +7,7 @@ from filelock import FileLock, Timeout
 
 
 class UserError(Exception):
-    """What a user can put right. It ends train.py and eval.py with this one line and exit code 2."""
+    """What a user can put right. It ends a script with this one line and exit code 2."""
 
 
 def write_whole(path: Path, content: bytes):

@@ -1,4 +1,4 @@
-"""Several GPUs: torchrun's processes share each batch. Without torchrun every function here does nothing."""
+"""Several GPUs: torchrun's processes share each batch. Without torchrun there is one, which has all of it."""
 import atexit
 import os
 import re

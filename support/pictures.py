@@ -14,8 +14,6 @@ from matplotlib.font_manager import fontManager
 from matplotlib.text import Text
 from torch import Tensor
 
-
-# Class names are anybody's: parse_math=False keeps matplotlib from reading "$5 and $10" as a formula.
 # Fonts for names in Chinese, Japanese or Korean, of which whatever is installed is used.
 CJK_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "SimHei",
              "Microsoft YaHei", "PingFang SC", "Arial Unicode MS")

@@ -169,7 +169,7 @@ def find_co3d(folder: Path, split: str) -> dict:
 
 
 def in_split(name: str, split: str) -> bool:
-    """Whether an object is of a fixed split, 80 % train and 20 % test by a hash of its name."""
-    # The lists of the paper are not published. 51 of 256 is 20 %.
+    """Whether an object is of a fixed split, 80 % train, 20 % test by a hash of its name (Deviation D27)."""
+    # 51 of 256 is 20 %.
     is_test = hashlib.sha256(name.encode()).digest()[0] < 51
     return is_test == (split == "test")
