@@ -405,10 +405,10 @@ def read_rows(text: str, vertices: int, faces: int, columns: int | None):
 
 
 def refuse_open_end(text: str):
-    """Raises: ValueError where a mesh may have been cut off within its last number: "f 1 2 34" is "f 1 2 3"."""
+    """Raises: ValueError where a mesh may be cut off within its last number, as "f 1 2 3" of "f 1 2 34"."""
     if not text.endswith(("\n", "\r")):
-        raise ValueError("its last line does not end, as in a file that was cut off; export it again, or add a "
-                         "line break")
+        raise ValueError("its last line does not end, as in a file that was cut off; export it again, or "
+                         "add a line break")
 
 
 def read_stl(path: Path):

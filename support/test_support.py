@@ -311,7 +311,8 @@ def test_a_file_comes_from_the_first_source_that_gives_it_or_one_line_says_what_
     fetch_toy = partial(fetch.fetch, "toy", path.parent)
     assert_refused("toy.tar.gz is missing; leave out --no-download, or save", fetch_toy, allowed=False)
     assert fetch_toy() == right  # what the hub's cache has needs no network
-    assert hub.call_args == call("a/b", "c/toy.tar.gz", repo_type="dataset", revision="main", local_files_only=True)
+    assert hub.call_args == call(
+        "a/b", "c/toy.tar.gz", repo_type="dataset", revision="main", local_files_only=True)
     hub.side_effect = OSError("not in the cache")
     monkeypatch.setattr(fetch, "get_hf_file_metadata", Mock(side_effect=OSError("out of reach")))
     assert fetch_toy() == path and path.read_text() == "right"
