@@ -380,7 +380,7 @@ def load_objects(args, trained_names: list[str]) -> Objects:
         rename(objects, [name.strip() for name in names])
 
     if not (objects.class_names or args.preview):
-        raise UserError("a start names files by --classes \"mug,bowl,...\"; add it")
+        raise UserError("a start does not know which names to choose from; add --classes \"mug,bowl\"")
     if args.confusion and objects.labels is None:
         raise UserError("--confusion needs labels, of classes that are all among the names")
     if args.model == "tiny":

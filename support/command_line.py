@@ -30,10 +30,11 @@ def one_line_errors():
     except BrokenPipeError:  # whoever read what is printed has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        print("\nstopped; training goes on with the same command, from the last saved epoch", file=sys.stderr)
+        print("\nstopped; the same command goes on from what was saved, if anything was", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        message = " ".join(str(error).split())
+        # One line, but a list of files keeps its lines, which are indented by two blanks.
+        message = "\n  ".join(" ".join(line.split()) for line in str(error).split("\n  "))
         # By type, or by what torch's CPU allocator says: other errors that speak of memory are bugs.
         out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if out_of_memory or "DefaultCPUAllocator: can't" in message:
@@ -62,7 +63,7 @@ def add_data_options(add):
     add("--up", choices=sorted(UP),
         help="axis that points upwards in the files, but for glTF, whose standard says y (--up=-y: y down)")
     add("--points", type=COUNT, help="points per cloud")
-    add("--views", type=COUNT, help="evaluation: depth views (6) or photographs (all) averaged")
+    add("--views", type=COUNT, help="evaluation: how many depth views or photographs are averaged")
 
 
 def add_device_options(add):

@@ -183,9 +183,9 @@ def read_npy(path: Path):
         array = stack_fields(array)
     elif array.ndim == 3 and len(array) == 1:
         array = array[0]
-    if array.ndim != 2 or array.dtype.kind not in "fiu":
-        raise ValueError(f"it holds {array.dtype} of shape {array.shape}, expected numbers (N, 3); save "
-                         "one cloud a file, as float32, with array.reshape(-1, 3) and numpy.save")
+    if array.ndim != 2 or array.shape[1] > 16 or array.dtype.kind not in "fiu":
+        raise ValueError(f"it holds {array.dtype} of shape {array.shape}, expected numbers (N, 3); save one "
+                         "cloud a file, and each point as a row, with numpy.save")
     table = array.astype(np.float64)
     if not has_fields:
         refuse_other_columns(table)
@@ -232,7 +232,8 @@ def read_text(path: Path):
         above.append(rows.pop(0))
     elif all(map(str.isdecimal, cells)):
         if cells[0] != str(len(rows) - 1):  # "2048 3" above a matrix, "0,1,2" above columns
-            raise ValueError(f"its first line {rows[0]!r} has whole numbers; remove it, or write 0.0 for 0")
+            raise ValueError(f"its first line {rows[0]!r} has whole numbers; remove it if it is no point, else "
+                             "write x y z above it")
         rows.pop(0)
 
     table = load_table(rows, between)
@@ -256,7 +257,7 @@ def load_table(rows: list[str], between: str | None = None) -> np.ndarray:
     try:
         return np.loadtxt(rows, delimiter=between, quotechar='"', ndmin=2)
     except ValueError as error:
-        problem = str(error).split(";")[0]  # what follows is advice to programmers
+        problem = str(error).split(";")[0].rstrip(".")  # what follows is advice to programmers
         raise ValueError(f"{problem}; save rows of equally many numbers, with decimal points, as UTF-8, and "
                          "no other lines") from None
 
@@ -623,7 +624,8 @@ def read_folder(folder: Path, split: str) -> dict:
     Raises: UserError where these do not fit together, FileNotFoundError where some are missing.
     """
     listed, inside, views = folder / "classes.txt", folder / split, folder / "views"
-    class_names = clean_class_names(read_lines(listed), str(listed))
+    names_wanted = "write the names that you expect into it, one a line"
+    class_names = clean_class_names(read_lines(listed, names_wanted), str(listed))
     files = objects_below(inside)
     ignored = Counter(file.suffix.lower() for file in {*files_below(inside)} - {*files})
     if ignored:

@@ -79,9 +79,11 @@ def what_is_known(results: dict) -> list[str]:
     sentences.append(f"their names tell each other {before:.2f} nats before training, {after:.2f} "
                      f"after: {meaning_of(after - before)}")
     before, after = shares["start"], shares["teacher"]
-    changed = sorted(before, key=lambda name: -abs(after[name] - before[name]))
-    listed = [f"{name} {before[name]:.0f} -> {after[name]:.0f}" for name in changed[:10]]
-    sentences.append(f"names whose share changed most, before -> after, %: {', '.join(listed)}")
+    changed = [name for name in before if abs(after[name] - before[name]) >= 0.5]
+    changed.sort(key=lambda name: -abs(after[name] - before[name]))
+    if changed:
+        listed = [f"{name} {before[name]:.0f} -> {after[name]:.0f}" for name in changed[:10]]
+        sentences.append(f"names whose share changed most, before -> after, %: {', '.join(listed)}")
     return sentences
 
 
@@ -93,7 +95,7 @@ def meaning_of(rise: float) -> str:
         return "in all 36 measured runs with such a rise accuracy had risen, too"
     if rise >= 0.1:
         return "of 39 measured runs with such a rise 7 had lost accuracy"
-    return "this says nothing, as of 56 measured runs with so small a rise 19 had lost accuracy"
+    return "too small a rise to judge by, as of 56 such measured runs 19 had lost accuracy"
 
 
 # ------ A line for each object ------------------------------------------------------------------------------

@@ -766,7 +766,7 @@ REFUSED = [
     ("two columns.txt", rows([row[:2] for row in POINT]), "its 2 columns"),
 
     # Text: names, first lines, numbers that mean two things, gaps, ends.
-    ("decimal commas, commas.txt", rows(COMMA), "has whole numbers; remove it, or write 0.0"),
+    ("decimal commas, commas.txt", rows(COMMA), "has whole numbers; remove it if it is no point"),
     ("size of a matrix.txt", rows(digits(1e4 * SOME, ".0f"), between=" ", head="640 480 1"), "whole numbers"),
     ("counted by R.txt", rows(COUNT, POINT, between=" ", head='"x" "y" "z"'), "rows have 4 columns"),
     ("other names.txt", rows([["0.5"]] * 60, POINT, head="t,px,py,pz"), "calls its columns t, px, py, pz"),
@@ -786,7 +786,7 @@ REFUSED = [
     ("UTF-16.txt", rows(POINT).encode("utf-16"), "convert string .* as UTF-8"),
     # Arrays.
     ("several.npy", LEANING[:100].reshape(2, 50, 3), r"\(2, 50, 3\), expected numbers \(N, 3\)"),
-    ("transposed.npy", SOME.T, "60 columns"),
+    ("transposed.npy", SOME.T, r"shape \(3, 60\), expected .* each point as a row"),
     ("flat.npy", SOME.ravel(), r"\(180,\)"),
     ("complex.npy", SOME + 1j, "complex128"),
     ("zeros.npy", np.vstack([SOME, 0 * SOME[:1]]), "1 of its 61 points are 0 0 0"),
@@ -1015,7 +1015,7 @@ def test_names_of_files_are_of_any_bytes_and_what_is_left_out_is_counted_once(tm
     assert re.search("ignored 3 files in .*train: 2 .pcd, 1 .las; convert", said)
     assert said.count("no picture of 3 of 4 objects") == 1  # once for both splits
     (tmp_path / "classes.txt").unlink()
-    assert_refused("^no .*classes.txt; README", files.read_folder, tmp_path, "train")
+    assert_refused("^no .*classes.txt; write the names", files.read_folder, tmp_path, "train")
 
 
 def encoded(kind, picture=Image.fromarray(PICTURE), **options) -> bytes:
