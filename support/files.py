@@ -232,8 +232,8 @@ def read_text(path: Path):
         above.append(rows.pop(0))
     elif all(map(str.isdecimal, cells)):
         if cells[0] != str(len(rows) - 1):  # "2048 3" above a matrix, "0,1,2" above columns
-            raise ValueError(f"its first line {rows[0]!r} has whole numbers; remove it if it is no point, else "
-                             "write x y z above it")
+            raise ValueError(f"its first line {rows[0]!r} has whole numbers; remove it if it is no point, "
+                             "else write x y z above it")
         rows.pop(0)
 
     table = load_table(rows, between)
