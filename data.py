@@ -290,23 +290,20 @@ def random_yaw(points: Tensor) -> Tensor:
 
 
 # ------ Photographs -----------------------------------------------------------------------------------------
-class Photographs(Dataset):
-    """Images of objects of which some have photographs, as arrays of bytes, or of floats where
-    they are rendered.
+class TrainingPhotographs(Dataset):
+    """Item i: the weak and the strong image (3, size, size) of object i, as arrays.
 
-    With a `seed`, item i is the weak and the strong image (3, size, size) of one
-    photograph of object i: a random crop [joint-label], and a crop of 0.3 to 1, flip,
-    RandAugment [self-training]. Without: centre crops (V, 3, size, size) of all its
-    photographs, or of `views` evenly spaced ones. One that has none gets depth views.
+    They are of one of its photographs, in bytes: a random crop [joint-label], and a crop of 0.3
+    to 1, flip, RandAugment [self-training]. An object without photographs has the crops of a
+    depth view, in floats.
     """
 
-    def __init__(self, objects: Objects, size: int, seed: int | None = None, views: int | None = None):
+    def __init__(self, objects: Objects, size: int, seed: int):
         # Imported here: depth views do not need torchvision's 160 MB and its second.
         from torchvision.transforms import v2
-        self.objects, self.size, self.seed, self.views = objects, size, seed, views
+        self.objects, self.size, self.seed = objects, size, seed
         bicubic = v2.InterpolationMode.BICUBIC
         self.weak = v2.Compose([v2.Resize(size, bicubic), v2.RandomCrop(size)])
-        self.still = v2.Compose([v2.Resize(size, bicubic), v2.CenterCrop(size)])
         self.strong = v2.Compose([
             v2.RandomResizedCrop(size, (0.3, 1.0), interpolation=bicubic),
             v2.RandomHorizontalFlip(),
@@ -314,20 +311,7 @@ class Photographs(Dataset):
             v2.RandAugment(2, 9),
         ])
 
-    def __getitem__(self, i: int):
-        return self.stills(i) if self.seed is None else self.training_pair(i)
-
-    def stills(self, i: int) -> np.ndarray:
-        """Evaluation's images of object i. (V, 3, size, size)"""
-        paths = self.objects.images[i]
-        if not paths:
-            points = self.objects.points[i:i + 1]
-            return fixed_views(points, self.views or 6, self.size)[0].numpy()
-        chosen = evenly_spaced(paths, self.views or len(paths))
-        return np.stack([self.still(read_photograph(path)).numpy() for path in chosen])
-
-    def training_pair(self, i: int) -> list[np.ndarray]:
-        """The weak and the strong image of object i. Two of (3, size, size)"""
+    def __getitem__(self, i: int) -> list[np.ndarray]:
         # A seed of its own for each object, so that a resumed run draws the same views.
         # torch takes seeds below 2^64.
         torch.manual_seed((self.seed * 1_000_003 + i) % 2 ** 64)
@@ -337,6 +321,28 @@ class Photographs(Dataset):
             return [weak[0].numpy(), strong[0].numpy()]
         image = read_photograph(paths[torch.randint(len(paths), ())])
         return [self.weak(image).numpy(), self.strong(image).numpy()]
+
+
+class EvaluationPhotographs(Dataset):
+    """Item i: the fixed images (V, 3, size, size) of object i, as an array.
+
+    They are centre crops of all its photographs, or of `views` evenly spaced ones, in bytes. An
+    object without photographs has `views` depth views, 6 by default, in floats.
+    """
+
+    def __init__(self, objects: Objects, size: int, views: int | None):
+        from torchvision.transforms import v2
+        self.objects, self.size, self.views = objects, size, views
+        bicubic = v2.InterpolationMode.BICUBIC
+        self.crop = v2.Compose([v2.Resize(size, bicubic), v2.CenterCrop(size)])
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        paths = self.objects.images[i]
+        if not paths:
+            points = self.objects.points[i:i + 1]
+            return fixed_views(points, self.views or 6, self.size)[0].numpy()
+        chosen = evenly_spaced(paths, self.views or len(paths))
+        return np.stack([self.crop(read_photograph(path)).numpy() for path in chosen])
 
 
 def evenly_spaced(items: list, count: int) -> list:
@@ -357,7 +363,7 @@ def training_photographs(objects: Objects, batches: list[Tensor], size: int, see
         yield from [None] * len(batches)
         return
     indices = torch.cat(tuple(batches)).tolist()
-    pairs = in_workers(Photographs(objects, size, seed), indices, ahead=16)
+    pairs = in_workers(TrainingPhotographs(objects, size, seed), indices, ahead=16)
     # Workers end at once, also where training is interrupted.
     with closing(pairs):
         for batch in batches:
@@ -376,7 +382,7 @@ def fixed_images(objects: Objects, views: int | None, size: int, batch_size: int
         for points in objects.points.split(batch_size):
             yield fixed_views(points.to(device), views or 6, size)
         return
-    stills = Photographs(objects, size, views=views)
+    stills = EvaluationPhotographs(objects, size, views)
     for images in in_workers(stills, list(range(len(objects)))):
         yield to_unit_range(images)[None].to(device)
 

@@ -948,8 +948,8 @@ def train_and_save_often(argv):
 SLOW = """
 import sys, time, data, train
 from support.command_line import one_line_errors
-read = data.Photographs.__getitem__
-data.Photographs.__getitem__ = lambda photographs, i: time.sleep(0.1) or read(photographs, i)
+read = data.TrainingPhotographs.__getitem__
+data.TrainingPhotographs.__getitem__ = lambda photographs, i: time.sleep(0.1) or read(photographs, i)
 with one_line_errors():
     train.main(sys.argv[1:])
 """

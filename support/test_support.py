@@ -1098,7 +1098,7 @@ def with_photographs(folder, *counts):
 def test_photographs_and_depth_views_take_one_path_and_come_from_workers_as_bytes_in_order(
         tmp_path, monkeypatch):
     objects = with_photographs(tmp_path, 5, *[0] * 7)
-    item = data.Photographs(objects, 32, seed=2**32)
+    item = data.TrainingPhotographs(objects, 32, seed=2**32)
     assert [image.dtype for image in item[0]] == [np.uint8] * 2
     assert [image.dtype for image in item[3]] == [np.float32] * 2  # rendered
     # As long as a folder for temporary files may be: sockets in it would have too long a path.
@@ -1110,7 +1110,7 @@ def test_photographs_and_depth_views_take_one_path_and_come_from_workers_as_byte
     (weak, strong), *_ = batches
     assert torch.equal(strong, again[0][1]) and not torch.equal(strong, other[0][1])
     for i, image in enumerate(torch.cat([strong for _, strong in batches])):
-        assert torch.equal(image, data.to_unit_range(data.Photographs(objects, 32, seed=1)[i][1]))
+        assert torch.equal(image, data.to_unit_range(data.TrainingPhotographs(objects, 32, seed=1)[i][1]))
     views = data.draw_views(objects.points[:5], 32, (weak, strong))
     assert strong.shape == weak.shape == (5, 3, 32, 32) and 0 <= strong.min() <= strong.max() <= 1
     assert torch.equal(views["weak_image"], weak) and weak[0, 2].mean() == pytest.approx(200 / 255, abs=0.01)
