@@ -283,7 +283,9 @@ def main(argv=None) -> dict | None:
     args = parse_args(argv)
     refuse_contradictions(args)
     path = args.checkpoint or args.start_checkpoint
-    if args.model in STARTS and not (path or args.preview):
+    # A preview needs no start, but the small one, which is here, says how many points it takes.
+    needs_start = not args.preview or args.model == "tiny"
+    if args.model in STARTS and needs_start and not path:
         path = start_file(args.model, args.cache, args.download)
     saved = read_start(path) if path else {"options": {}, "architecture": {"class_names": []}}
     args = as_trained(args, saved["options"])

@@ -1440,6 +1440,8 @@ def test_a_sheet_of_a_data_set_is_drawn(tmp_path, monkeypatch, finished):
         evaluation.main([*argv, "--preview", str(sheet)])
         assert Image.open(sheet).size[0] > 800
         sheet.unlink()
+    of_tiny = ["--dataset", str(finished[0] / "own"), "--model", "tiny", "--preview", str(sheet)]
+    assert_refused("has 128 points, --points is 1024", evaluation.main, of_tiny)
     objects = replace(data.sample_shapes(1, 0, points=128), labels=None, names=["no UTF-8: \udcff"])
     evaluation.preview(objects, size=32)
 
