@@ -10,6 +10,7 @@ of an hour on one core. A finished run is not run again, an unfinished one conti
 results.json are written beside the runs, into runs/tables.
 """
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -138,8 +139,9 @@ def make_start(seed: int, folder: Path) -> Path:
 
 def folder_name(options: str) -> str:
     """"--dataset shapes --domain target" -> "shapes-target", "--w-cross 0" -> "w-cross-0"."""
-    words = options.replace("--dataset ", "").replace("--domain ", "").split()
-    return "-".join(word.removeprefix("--") for word in words) or "default"
+    words = options.replace("--dataset ", "").replace("--domain ", "").replace("--", "")
+    # A path, too, becomes one name: a folder of the user's own is a data set.
+    return re.sub(r"[^\w.+-]+", "-", words).strip("-") or "default"
 
 
 def run_python(words: list[str], out: Path) -> bool:
@@ -164,7 +166,8 @@ def score_rival(rival: str, options: list[str]) -> dict:
     test = load_dataset(args.dataset, args.data_root, "test", *how)
     begun = train.begin(args, unlabelled)
     model = begun.teacher
-    probs = RIVALS[rival](model, unlabelled, test, args.views)
+    before = evaluate(model, test, args.views)
+    after = assess(RIVALS[rival](model, unlabelled, test, args.views), test)
     return {
         "dataset": test.name,
         "objects": len(test),
@@ -175,8 +178,9 @@ def score_rival(rival: str, options: list[str]) -> dict:
         "changed": {},
         "precision": begun.identity["precision"],
         "commit": provenance(args.device)["commit"],
-        "zero_shot": top_one(evaluate(model, test, args.views)),
-        "accuracy": top_one(assess(probs, test)),
+        "zero_shot": top_one(before),
+        "accuracy": top_one(after),
+        "information": {"start": before["information"], "teacher": after["information"]},
     }
 
 
@@ -231,8 +235,11 @@ the same training with true labels (`--labels truth`) was closed; the mean of th
 """
 
 
+HEADS = (*MODALITIES, "gap", "student, joint", "joint by seed", "information")
+
+
 def gather(folder: Path) -> list[dict]:
-    """The results.json of all runs below the folder, without those that had no labels.
+    """The results.json of all runs below the folder.
 
     Raises: UserError for a broken file, two runs that differ in nothing, or no run.
     """
@@ -240,14 +247,12 @@ def gather(folder: Path) -> list[dict]:
     for path in sorted(folder.glob("*/**/results.json")):  # FOLDER/results.json is what is gathered
         with reading(path, "expected results of train.py or of a rival; remove it"):
             run = json.loads(path.read_text())
-            if not run["zero_shot"]:
-                continue
             setting = str([row_of(run), *ceiling_key(run)])
             if setting in runs:
                 raise ValueError("another run there has its options and its seed")
             runs[setting] = run
     if not runs:
-        raise UserError(f"no results.json with accuracy below {folder}; run some rows first")
+        raise UserError(f"no results.json below {folder}; run some rows first")
     return list(runs.values())
 
 
@@ -270,7 +275,7 @@ def tables(runs: list[dict]) -> tuple[str, str]:
     """Many runs as Markdown: a short table, and a document with a whole table for each data set.
 
     A row is a setting, a cell the mean over its seeds. The short table has a column of joint accuracy for
-    each data set.
+    each data set; without labels, of what image and point tell each other.
     """
     rows = {}  # label -> data set -> the runs of all seeds
     for run in sorted(runs, key=place):
@@ -285,7 +290,9 @@ def tables(runs: list[dict]) -> tuple[str, str]:
         cells = [row]
         for name in data_sets:
             cell = summary(by_data_set.get(name, []), ceilings)
-            cells.append(f"{cell['joint']} ({cell['gap']})" if cell["gap"] else cell["joint"])
+            told = f"{cell['information']} nats" if cell["information"] else ""
+            joint = f"{cell['joint']} ({cell['gap']})" if cell["gap"] else cell["joint"]
+            cells.append(joint or told)
         short.append(markdown(cells))
 
     document = [HEADING]
@@ -293,11 +300,14 @@ def tables(runs: list[dict]) -> tuple[str, str]:
         values = {str({**run, **conditions(run)}[key]) for run in runs}
         document.append(f"- {key}: {', '.join(sorted(values))}")
     for name, objects in data_sets.items():
-        heads = [f"{name}, {objects} objects", *MODALITIES, "gap", "student, joint", "joint by seed"]
-        document += ["", markdown(heads), markdown(["---"] * len(heads))]
-        for row, by_data_set in rows.items():
-            if name in by_data_set:
-                document.append(markdown([row, *summary(by_data_set[name], ceilings).values()]))
+        summaries = {row: summary(by_data_set[name], ceilings)
+                     for row, by_data_set in rows.items() if name in by_data_set}
+        # What no run says has no column: accuracy without labels, information in old results.
+        heads = [head for head in HEADS if any(cells[head] for cells in summaries.values())]
+        document += ["", markdown([f"{name}, {objects} objects", *heads])]
+        document.append(markdown(["---"] * (1 + len(heads))))
+        for row, cells in summaries.items():
+            document.append(markdown([row, *(cells[head] for head in heads)]))
     return "\n".join(short), "\n".join(document) + "\n"
 
 
@@ -329,29 +339,41 @@ def place(run: dict) -> int:
 
 
 def summary(runs: list[dict], ceilings: dict) -> dict[str, str]:
-    """The cells of a row, from the runs of its seeds; empty ones without runs."""
-    starts = [run["zero_shot"] for run in runs]
-    ends = [run["accuracy"] if "rival" in run else run["teacher"] for run in runs]
+    """The cells of a row by HEADS, from the runs of its seeds; empty where these do not say it."""
+    with_labels = [run for run in runs if run["zero_shot"]]
+    starts = [run["zero_shot"] for run in with_labels]
+    ends = [run["accuracy"] if "rival" in run else run["teacher"] for run in with_labels]
     cells = {}
     for modality in MODALITIES:
         before = mean_and_std([accuracy[modality] for accuracy in starts])
         after = mean_and_std([accuracy[modality] for accuracy in ends])
-        cells[modality] = f"{before} -> {after}" if runs else ""
+        cells[modality] = f"{before} -> {after}" if with_labels else ""
 
-    closed = [(end["joint"] - start["joint"]) / (ceilings[ceiling_key(run)] - start["joint"])
-              for run, start, end in zip(runs, starts, ends) if ceiling_key(run) in ceilings]
+    closed, by_seed, students = [], [], []
+    for run, start, end in zip(with_labels, starts, ends):
+        by_seed.append(f"{run['seed']}: {end['joint']:.1f}")
+        if "student" in run:
+            students.append(run["student"]["joint"])
+        if ceiling_key(run) in ceilings:
+            gap = ceilings[ceiling_key(run)] - start["joint"]
+            closed.append((end["joint"] - start["joint"]) / gap)
     cells["gap"] = f"{100 * statistics.mean(closed):.0f} %" if closed else ""
-    cells["student"] = mean_and_std([run["student"]["joint"] for run in runs if "student" in run])
-    cells["seeds"] = ", ".join(f"{run['seed']}: {end['joint']:.1f}" for run, end in zip(runs, ends))
+    cells["student, joint"] = mean_and_std(students)
+    cells["joint by seed"] = ", ".join(by_seed)
+
+    told = [run["information"] for run in runs if "information" in run]
+    before = mean_and_std([by_model["start"] for by_model in told], digits=2)
+    after = mean_and_std([by_model["teacher"] for by_model in told], digits=2)
+    cells["information"] = f"{before} -> {after}" if told else ""
     return cells
 
 
-def mean_and_std(values: list[float]) -> str:
+def mean_and_std(values: list[float], digits: int = 1) -> str:
     """mean ± standard deviation; of one value itself, of none nothing."""
     if not values:
         return ""
-    mean = f"{statistics.mean(values):.1f}"
-    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def markdown(cells: list[str]) -> str:
