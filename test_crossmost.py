@@ -282,6 +282,12 @@ def test_every_label_rule_does_what_its_name_says(rule, modalities, thresholds, 
     assert [(labels.tolist(), keep.tolist()) for labels, keep in given.values()] == expected
 
 
+def test_a_rule_without_a_branch_is_an_error_and_not_joint():
+    probs = {"image": torch.eye(2), "point": torch.eye(2)}
+    with pytest.raises(ValueError, match="mine has no branch"):
+        pseudo_labels("mine", probs, [0.5])
+
+
 def test_self_training_counts_kept_objects_only_and_by_their_weight():
     keep = torch.tensor([True, True, False])
     loss = self_training_loss(torch.zeros(3, 40), torch.tensor([0, 5, 39]), keep)

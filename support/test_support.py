@@ -713,7 +713,7 @@ CLOUDS = {  # read as SOME, which may be moved and scaled
     "colours unnamed.txt": rows(POINT, COLOURS, between=" "),
     "MeshLab.xyz": rows(POINT, UNIT, between=" "),
     "Agisoft.txt": rows(POINT, COLOURS, UNIT, between=" "),
-    "Leica.pts": rows(POINT, COUNT, COLOURS, between=" ", head="60"),
+    "Leica.pts": rows(POINT, [["-1204"]] * 60, COLOURS, between=" ", head="60"),
     "count below a remark.txt": rows(POINT, between=" ", head="# made in June 2024\n60 3"),
     "remarks in Latin-1.txt": rows(POINT, tail="# Gr\xf6\xdfe, 2, 3\n// 4\n").encode("latin1"),
     "marked, of Windows.csv": rows(digits(SOME, ".8e"), COUNT, head="\ufeffx,y,z,i").replace("\n", "\r\n"),
