@@ -630,7 +630,7 @@ def seen_from(points: Tensor, azimuths: Tensor, elevations: Tensor) -> Tensor:
 
 
 def with_floor_and_clutter(points: Tensor, random: torch.Generator) -> Tensor:
-    """Turn up to 5 % of the points into floor, up to 3 % into one lump. (N, P, 3) -> the same"""
+    """Turn up to 5 % of the points into floor, up to 3 % into a lump of clutter. (N, P, 3)"""
     objects, count = points.shape[:2]
     draw = partial(uniform, random, objects)
     floor_xy = draw(-0.73, 0.73, count, 2)

@@ -18,12 +18,13 @@ def joint_pseudo_labels(image_probs: Tensor, point_probs: Tensor, threshold: flo
     keep = max(s_I, s_P) > tau. An exact tie goes to the image (Deviation D5).
 
     Args:
-        image_probs, point_probs: p, (B, C), of the weak views.
-        threshold: tau, in [0, 1].
-        point_weight: w_P.
+        image_probs: p_I, (B, C) teacher probabilities for the weak images, rows sum to 1.
+        point_probs: p_P, (B, C) the same for the weak point clouds.
+        threshold: tau, the confidence in [0, 1] an object must exceed to be trained on.
+        point_weight: w_P, the factor on the point confidence before the two are compared.
     Returns:
-        labels: y, (B,) int64, set for every object.
-        keep: (B,) bool, True = trained on.
+        labels: y, (B,) int64 class index, set for every object.
+        keep: (B,) bool, True where the winning confidence is above the threshold.
     Raises: ValueError if the two inputs differ in shape.
     """
     if image_probs.shape != point_probs.shape:

@@ -170,29 +170,40 @@ def make_parser() -> argparse.ArgumentParser:
     add("--w-mpm", type=WEIGHT, default=1.0, help="mpm: weight")
     add("--w-gl", type=WEIGHT, default=0.2, help="gl-align: weight, of both modalities")
     add("--w-cross", type=WEIGHT, default=1.0, help="cross-align: weight")
-    add("--cross-temperature", type=number(1e-3), default=1.0, help="cross-align: divisor")
-    add("--point-target", choices=("tokens", "points"), default="tokens", help="mpm: target")
-    add("--mask-ratio", type=SHARE, default=0.3, help="mim, mpm: share of patches and groups hidden")
-    add("--momentum", type=SHARE, default=0.9998, help="ema: from step 400 on; 0.99 at first")
+    add("--cross-temperature", type=number(1e-3), default=1.0,
+        help="cross-align: divisor of similarities")
+    add("--point-target", choices=("tokens", "points"), default="tokens",
+        help="mpm: what is reconstructed")
+    add("--mask-ratio", type=SHARE, default=0.3,
+        help="mim, mpm: share of patches and groups hidden; 0 hides nothing")
+    add("--momentum", type=SHARE, default=0.9998,
+        help="ema: the teacher's momentum from step 400 on; 0.99 at the first step")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=COUNT, default=200, help="passes over the training objects")
     add("--batch-size", type=COUNT, default=128, help="objects per step, of all GPUs")
-    add("--lr", type=WEIGHT, default=2e-5, help="peak learning rate for a batch of 256 objects")
+    add("--lr", type=WEIGHT, default=2e-5,
+        help="peak learning rate of a batch of 256; a batch of 128 gets half of it")
     add("--weight-decay", type=WEIGHT, default=0.05, help="AdamW, not on 1-D parameters")
-    add("--layer-decay", type=SHARE, default=0.65, help="lr's factor per image block, last first")
+    add("--layer-decay", type=SHARE, default=0.65,
+        help="factor on lr per image block, from the last on")
     add("--warmup-epochs", type=WEIGHT, default=1.0, help="epochs of linear warm-up")
     frozen = [f"point_encoder.{name}" for name in PointEncoder.frozen_by_default]
-    add("--freeze", nargs="*", default=frozen, help="modules or parameters not to train")
+    add("--freeze", nargs="*", default=frozen,
+        help="modules or parameters that are not trained; without a name all are")
 
     add = parser.add_argument_group("run").add_argument
-    add("--out", type=path_of, help="results folder (default: runs/DATASET-MODEL-CHANGES)")
+    add("--out", type=path_of,
+        help="results folder (default: runs/DATASET-MODEL and what differs from the defaults)")
     add("--seed", type=number(0, 2 ** 32, int), default=0, help="of views, order and masks")
     add("--resume", action=yes_or_no, default=True, help="continue OUT/last.pt")
     add_device_options(add)
-    add("--compile", action=yes_or_no, default=False, help="slow first step, faster later ones")
-    add("--grad-checkpointing", action=yes_or_no, default=False, help="less memory, slower")
-    add("--eval-every", type=number(0, convert=int), default=5, help="epochs; 0: only at the end")
+    add("--compile", action=yes_or_no, default=False,
+        help="compile the encoders' blocks: the first step is slow, later ones are faster")
+    add("--grad-checkpointing", action=yes_or_no, default=False,
+        help="less memory: compute image blocks twice")
+    add("--eval-every", type=number(0, convert=int), default=5,
+        help="epochs between evaluations of the teacher; 0: only at the end")
     add("--log-every", type=COUNT, default=10, help="steps per line of log.jsonl")
     return parser
 

@@ -65,20 +65,22 @@ def what_is_known(results: dict) -> list[str]:
     results: what results.json holds.
     """
     quality, agreement = results["pseudo_label"], results["agreement"]
+    rightly = ""
+    if quality["accuracy"] is not None:
+        rightly = f", {quality['accuracy']} % of these rightly"
     sentences = [
-        f"in the last epoch {quality['coverage']} % of the pseudo-labels were sure enough to train on",
+        f"in the last epoch {quality['coverage']} % of the pseudo-labels were sure enough to train "
+        f"on{rightly}",
         f"image and point agree on {agreement['start']} % of the objects before training, "
         f"{agreement['teacher']} % after"]
-    if quality["accuracy"] is not None:
-        sentences[0] += f", {quality['accuracy']} % of these rightly"
     if results["teacher"] is not None:
         return sentences
 
-    told, shares = results["information"], results["shares"]
-    before, after = told["start"], told["teacher"]
-    sentences.append(f"their names tell each other {before:.2f} nats before training, {after:.2f} "
-                     f"after: {meaning_of(after - before)}")
-    before, after = shares["start"], shares["teacher"]
+    told = results["information"]
+    rise = told["teacher"] - told["start"]
+    sentences.append(f"their names tell each other {told['start']:.2f} nats before training, "
+                     f"{told['teacher']:.2f} after: {meaning_of(rise)}")
+    before, after = results["shares"]["start"], results["shares"]["teacher"]
     changed = [name for name in before if abs(after[name] - before[name]) >= 0.5]
     changed.sort(key=lambda name: -abs(after[name] - before[name]))
     if changed:
